@@ -1,0 +1,122 @@
+# Everything that is done with this project, for people and for CI alike. `make` or `make help` lists it.
+#
+# Needs git, make and Python 3.11 or newer; all else goes into $(VENV).
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# What to install for: cpu or gpu. Default: gpu where nvidia-smi is there.
+DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+# The Python that makes the virtual environment.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3,$(shell \
+	$(name) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && command -v $(name))))
+VENV ?= .venv
+# The extra index that PyTorch publishes for CPU wheels. Needed with DEVICE=cpu, unless pip's own settings have it.
+TORCH_INDEX ?=
+# What `make serve` serves, and where.
+CONFIG ?= deploy/config/demo.toml
+HOST ?= 127.0.0.1
+PORT ?= 8000
+# More arguments for the tool that a target runs, e.g. make test ARGS="-k policies".
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+INSTALLED := $(VENV)/.installed-$(DEVICE)
+DEV := $(VENV)/.installed-dev
+PACKAGES := $(wildcard server engine training bench)
+CODE := $(PACKAGES) $(wildcard deploy tests scripts)
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo
+	@echo "  DEVICE=$(DEVICE)  PYTHON=$(PYTHON)  VENV=$(VENV)  CONFIG=$(CONFIG)  HOST=$(HOST)  PORT=$(PORT)"
+	@echo "  TORCH_INDEX=$(TORCH_INDEX)  ARGS=$(ARGS)"
+
+.PHONY: install
+install: $(INSTALLED) ## Install all that serving and training need, as locked, into VENV
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "No Python from 3.11 to 3.14 found: install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments: on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(INSTALLED): requirements/$(DEVICE).txt pyproject.toml | $(BIN)/python
+	@for other in $(filter-out $@ $(DEV),$(wildcard $(VENV)/.installed-*)); do \
+		echo "$(VENV) is installed for another device ($$other): make clean first, or choose another VENV" >&2; exit 1; done
+	@echo "Installing for DEVICE=$(DEVICE) into $(VENV); this takes some minutes and gigabytes."
+	@$(PIP) install --no-deps -r requirements/$(DEVICE).txt $(if $(and $(filter cpu,$(DEVICE)),$(TORCH_INDEX)),--extra-index-url "$(TORCH_INDEX)") || { \
+		$(if $(filter cpu,$(DEVICE)),echo "If torch's CPU build was not found: set TORCH_INDEX to the extra index that PyTorch publishes for CPU wheels" >&2;) exit 1; }
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.PHONY: install-dev
+install-dev: $(DEV) ## Install what tests and checks need on top
+
+$(DEV): requirements/dev.txt $(INSTALLED)
+	@$(PIP) install --no-deps -r requirements/dev.txt
+	@touch $@
+
+.PHONY: serve
+serve: $(INSTALLED) ## Serve CONFIG on HOST:PORT
+	$(BIN)/python -m server --config $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
+
+.PHONY: demo
+demo: $(INSTALLED) ## Train the demo pair and its gate anew into models/demo (about half an hour on 2 cores)
+	$(BIN)/python -m training.demo --out models/demo $(ARGS)
+
+.PHONY: bench
+bench: $(INSTALLED) ## Measure the server's performance
+	$(BIN)/python -m bench $(ARGS)
+
+.PHONY: test
+test: $(DEV) ## Run the tests (but the slow ones and those that need a browser)
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(DEV) ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+.PHONY: test-browser
+test-browser: $(DEV) ## Run the tests that drive a real browser (Debian's chromium)
+	$(BIN)/python -m pytest -m browser $(ARGS)
+
+.PHONY: soak
+soak: $(DEV) ## Mixed load on a live demo server (ARGS="--minutes 60 --plot soak.png")
+	$(BIN)/python -m tests.soak $(ARGS)
+
+.PHONY: lint
+lint: $(DEV) ## Check style, imports and formatting
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+.PHONY: format
+format: $(DEV) ## Mend style and formatting
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+.PHONY: types
+types: $(DEV) ## Check types
+	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
+
+.PHONY: docker-lint
+docker-lint: $(DEV) ## Check the Dockerfile, the compose files and the CI workflow
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml docker-compose.gpu.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/ci.yml
+
+.PHONY: check
+check: lint types docker-lint test ## Run every check
+
+.PHONY: lock
+lock: ## Make requirements/*.txt anew from pyproject.toml (ARGS=--upgrade for the newest versions)
+	PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" scripts/lock.sh $(ARGS)
+
+.PHONY: clean
+clean: ## Remove VENV and everything that tools left behind
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

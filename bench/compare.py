@@ -1,0 +1,276 @@
+"""All contenders side by side: same jobs, rounds interleaved.
+
+With ``starts = "once"`` every server is started once and then frozen (SIGSTOP); in each round and for each cell the
+contenders take turns, A B C A B C, each thawed for its own turn only, since idle engines would take CPU time from the
+one that is measured. Neighbouring turns are seconds apart, which matters on machines that others use too. With
+``starts = "each-round"`` each contender is started anew in every round and runs all cells in a block, in an order that
+is reversed every other round: for machines whose memory does not hold all servers at once.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from bench import processes
+from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
+from bench.contenders.interface import Account, Contender, Service, Settings, running
+from bench.contenders.reference import Reference
+from bench.contenders.server import Server, server_service
+from bench.contenders.stock import Stock, stock_service
+from bench.coordination import ACCOUNT_HEADERS, account_cells, account_record
+from bench.load import Outcome, drive
+from bench.progress import Progress
+from bench.report import Bar, Report, percentile, spread, table
+from bench.workload import Cell, make_jobs
+
+SERVER, ENGINE, BASE, EXPERT, REFERENCE = "server", "engine", "stock base", "stock expert", "reference way"
+NAMES = (SERVER, ENGINE, BASE, EXPERT, REFERENCE)
+LIMIT = "limit: lanes' steps"
+
+BASE_BARS = {"tiny": 1.0, "S": 0.97}
+"""Server at deferral 0 against stock vLLM with the base, tokens/s at concurrency 32."""
+BOTH_BAR = 0.9
+"""Server at deferral 1 against 1 / (1/base + 1/expert) of the stock servers."""
+REFERENCE_BARS = {"tiny": 12.0, "S": 15.0}
+"""Server at deferral 0.3 against the reference way, concurrency 8 and 32."""
+
+_WARM_UP_TOKENS = 4
+
+
+@dataclass
+class Found:
+    """All that was measured.
+
+    Attributes:
+        turns: for each contender and cell, one entry a round.
+        peak_rss: of each contender's process trees, in bytes.
+    """
+
+    turns: dict[tuple[str, Cell], list[tuple[Outcome, Account | None]]] = field(default_factory=dict)
+    peak_rss: dict[str, int] = field(default_factory=dict)
+
+    def speeds(self, name: str, cell: Cell) -> list[float]:
+        """Tokens a second, one entry a round; empty if the contender was not measured there."""
+        return [outcome.tokens_per_second for outcome, _ in self.turns.get((name, cell), [])]
+
+
+def contenders(settings: Settings, names: list[str] | None) -> list[Contender]:
+    """Those that were asked for; they share the stock servers."""
+    pair = settings.pair
+    base = stock_service(BASE, pair.base, settings)
+    expert = stock_service(EXPERT, pair.expert, settings)
+    make: dict[str, Callable[[], Contender]] = {
+        SERVER: lambda: Server(server_service(settings)),
+        ENGINE: lambda: EngineAlone(EngineService(engine_config(settings))),
+        BASE: lambda: Stock(BASE, base, 0.0),
+        EXPERT: lambda: Stock(EXPERT, expert, 1.0),
+        REFERENCE: lambda: Reference(base, expert),
+    }
+    return [make[name]() for name in NAMES if names is None or name in names]
+
+
+async def measure(
+    settings: Settings,
+    cells: list[Cell],
+    *,
+    rounds: int,
+    requests: int,
+    max_tokens: int,
+    seed: int,
+    starts: Literal["once", "each-round"],
+    names: list[str] | None = None,
+) -> Report:
+    """Run every cell in every round with every contender that takes it.
+
+    Args:
+        requests: jobs for each place; slow contenders get one, the first of the same list.
+        names: of contenders; None is all of them.
+    """
+    taking_part = contenders(settings, names)
+    services = list({id(service): service for contender in taking_part for service in contender.services}.values())
+    found = Found()
+    turns = sum(contender.takes(cell) for contender in taking_part for cell in cells)
+    with Progress(rounds * turns, f"compare {settings.pair.name}") as progress:
+
+        async def turn(contender: Contender, cell: Cell, number: int) -> None:
+            progress.say(f"round {number + 1}: {contender.name}, {cell}")
+            count = cell.concurrency * (1 if contender.slow else requests)
+            jobs = make_jobs(settings.pair, cell, count, max_tokens, seed, number)
+            warm_up = make_jobs(settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, number)
+            await contender.open()
+            await drive(contender, warm_up, cell.concurrency)
+            before = contender.account()
+            outcome = await drive(contender, jobs, cell.concurrency)
+            after = contender.account()
+            await contender.close()
+            account = after.since(before) if after is not None and before is not None else None
+            found.turns.setdefault((contender.name, cell), []).append((outcome, account))
+            peak = sum(processes.peak_rss_bytes(service.pid) for service in contender.services)
+            found.peak_rss[contender.name] = max(peak, found.peak_rss.get(contender.name, 0))
+            progress.step()
+
+        run = _frozen if starts == "once" else _started_anew
+        await run(taking_part, services, cells, rounds, turn, progress)
+    return _report(settings, cells, found, requests=requests, max_tokens=max_tokens, starts=starts)
+
+
+Turn = Callable[[Contender, Cell, int], Awaitable[None]]
+
+
+async def _frozen(
+    taking_part: list[Contender],
+    services: list[Service],
+    cells: list[Cell],
+    rounds: int,
+    turn: Turn,
+    progress: Progress,
+) -> None:
+    async with running(services, lambda name: progress.say(f"starting {name}")):
+        for number in range(rounds):
+            for cell in cells:
+                for contender in taking_part:
+                    if not contender.takes(cell):
+                        continue
+                    for service in contender.services:
+                        processes.thaw(service.pid)
+                    await turn(contender, cell, number)
+                    for service in contender.services:
+                        processes.freeze(service.pid)
+
+
+async def _started_anew(
+    taking_part: list[Contender],
+    services: list[Service],
+    cells: list[Cell],
+    rounds: int,
+    turn: Turn,
+    progress: Progress,
+) -> None:
+    for number in range(rounds):
+        for contender in taking_part if number % 2 == 0 else reversed(taking_part):
+            taken = [cell for cell in cells if contender.takes(cell)]
+            if not taken:
+                continue
+            async with running(list(contender.services), lambda name: progress.say(f"starting {name}")):
+                for service in contender.services:
+                    processes.thaw(service.pid)
+                for cell in taken:
+                    await turn(contender, cell, number)
+
+
+# -- report ---------------------------------------------------------------------------------------------------
+
+_HEADERS = [
+    "contender",
+    "concurrency",
+    "deferral",
+    "prompts",
+    "tokens/s",
+    "first token ms",
+    "gap p50 ms",
+    "gap p99 ms",
+    "tokens/arrival",
+]
+
+
+def _report(
+    settings: Settings, cells: list[Cell], found: Found, *, requests: int, max_tokens: int, starts: str
+) -> Report:
+    rows, engine_rows = [], []
+    records: list[dict[str, Any]] = []
+    for cell in cells:
+        place = [str(cell.concurrency), str(cell.deferral), cell.prompt]
+        for name in NAMES:
+            turns = found.turns.get((name, cell))
+            if not turns:
+                continue
+            outcomes = [outcome for outcome, _ in turns]
+            rows.append([name, *place, *_outcome_cells(outcomes)])
+            accounts = [account for _, account in turns if account is not None]
+            if accounts:
+                limits = [account.limit_tokens_per_second for account in accounts]
+                rows.append([LIMIT, *place, spread(limits), "-", "-", "-", "-"])
+                shares = [account.share for account in accounts]
+                engine_rows.append([str(cell), spread(shares, 1, 100, " %"), *account_cells(accounts)])
+            records.append(_record(name, cell, outcomes, accounts))
+    text = f"### Comparison, {settings.pair.name}\n\n"
+    text += (
+        f"{max_tokens} tokens a request, greedy; {requests} requests for each one in flight (the reference way: 1). "
+        + (
+            "Servers started once; all but the measured one frozen; contenders in turn for every cell of a round."
+            if starts == "once"
+            else "Each contender started anew in every round; blocks in alternating order."
+        )
+        + f"\n\n{table(_HEADERS, rows)}\n\n"
+    )
+    if engine_rows:
+        text += f"{table(['engine', 'coordination share', *ACCOUNT_HEADERS], engine_rows)}\n\n"
+    peaks = [[name, f"{peak / 2**20:,.0f}"] for name, peak in found.peak_rss.items()]
+    text += table(["contender", "peak resident memory, MiB"], peaks)
+    data = {
+        "measurement": "compare",
+        "shape": settings.pair.name,
+        "starts": starts,
+        "requests_per_place": requests,
+        "max_tokens": max_tokens,
+        "peak_rss_bytes": found.peak_rss,
+        "cells": records,
+    }
+    return Report(text, data, bars(settings.pair.name, cells, found))
+
+
+def _outcome_cells(outcomes: list[Outcome]) -> list[str]:
+    return [
+        spread([outcome.tokens_per_second for outcome in outcomes]),
+        spread([percentile(outcome.first, 0.5) for outcome in outcomes], 1, 1000),
+        spread([percentile(outcome.gaps, 0.5) for outcome in outcomes], 2, 1000),
+        spread([percentile(outcome.gaps, 0.99) for outcome in outcomes], 2, 1000),
+        f"{statistics.median(outcome.tokens / outcome.arrivals for outcome in outcomes):.2f}",
+    ]
+
+
+def _record(name: str, cell: Cell, outcomes: list[Outcome], accounts: list[Account]) -> dict[str, Any]:
+    return {
+        "contender": name,
+        "concurrency": cell.concurrency,
+        "deferral": cell.deferral,
+        "prompt": cell.prompt,
+        "tokens": [outcome.tokens for outcome in outcomes],
+        "tokens_per_second": [outcome.tokens_per_second for outcome in outcomes],
+        "first_token_p50": [percentile(outcome.first, 0.5) for outcome in outcomes],
+        "first_token_p99": [percentile(outcome.first, 0.99) for outcome in outcomes],
+        "gap_p50": [percentile(outcome.gaps, 0.5) for outcome in outcomes],
+        "gap_p99": [percentile(outcome.gaps, 0.99) for outcome in outcomes],
+        "arrivals": [outcome.arrivals for outcome in outcomes],
+        "accounts": [account_record(account) for account in accounts],
+    }
+
+
+def bars(shape: str, cells: list[Cell], found: Found) -> list[Bar]:
+    """The promises that these cells can tell about. Ratios are taken within a round, then their median."""
+    result: list[Bar] = []
+
+    def add(name: str, limit: float, values: list[float]) -> None:
+        if values and not any(map(math.isnan, values)):
+            result.append(Bar(name, limit, tuple(values)))
+
+    for cell in cells:
+        served = found.speeds(SERVER, cell)
+        if cell.deferral == 0.0 and cell.concurrency == 32 and shape in BASE_BARS:
+            stock = found.speeds(BASE, cell)
+            ratios = [ours / theirs for ours, theirs in zip(served, stock, strict=False)]
+            add(f"{shape}: server / stock base, {cell}", BASE_BARS[shape], ratios)
+        if cell.deferral == 1.0:
+            base = found.speeds(BASE, Cell(cell.concurrency, 0.0, cell.prompt))
+            expert = found.speeds(EXPERT, cell)
+            ratios = [ours * (1 / b + 1 / e) for ours, b, e in zip(served, base, expert, strict=False)]
+            add(f"{shape}: server / (stock base, then stock expert), {cell}", BOTH_BAR, ratios)
+        if cell.deferral == 0.3 and cell.concurrency in (8, 32) and shape in REFERENCE_BARS:
+            reference = found.speeds(REFERENCE, cell)
+            ratios = [ours / theirs for ours, theirs in zip(served, reference, strict=False)]
+            add(f"{shape}: server / reference way, {cell}", REFERENCE_BARS[shape], ratios)
+    return result

@@ -1,0 +1,126 @@
+"""This project's engine without HTTP: a process of its own, driven through :class:`engine.client.EngineClient`."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+from bench.contenders.interface import Account, BenchError, Settings, Stamp
+from bench.workload import Cell, Job
+from engine.client import EngineClient
+from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
+from engine.errors import CollmError
+from engine.types import BASE, Collaboration, Delta, EngineStats, GenerationRequest, SamplingSpec
+
+
+def engine_config(settings: Settings) -> EngineConfig:
+    """The pair as this project serves it, to both of its contenders."""
+    pair = settings.pair
+
+    def lane(member_name: str) -> dict[str, object]:
+        member = pair.base if member_name == "base" else pair.expert
+        return {
+            "model": str(member.path),
+            "kv_cache_memory_bytes": settings.kv_bytes(member),
+            "vllm": settings.engine_options(member),
+        }
+
+    return EngineConfig(
+        base=LaneConfig.model_validate(lane("base")),
+        experts=(ExpertConfig.model_validate({"name": pair.expert_name, **lane("expert")}),),
+        gate=GateConfig(path=str(pair.gate) if pair.gate is not None else None),
+        scheduler=SchedulerConfig.model_validate({"max_num_seqs": settings.max_num_seqs, **settings.scheduler}),
+    )
+
+
+def engine_request(job: Job) -> GenerationRequest:
+    """A job as the engine takes it."""
+    sampling = SamplingSpec(temperature=0.0, seed=job.seed, ignore_eos=True, max_tokens=job.max_tokens)
+    if job.deferral == "gate":
+        return GenerationRequest(job.name, job.prompt, sampling)
+    return GenerationRequest(job.name, job.prompt, sampling, Collaboration(policy="random", rate=job.deferral))
+
+
+class EngineService:
+    """The engine's process, and a running account of what it says of itself."""
+
+    name = "engine"
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._client: EngineClient | None = None
+        self.account = Account()
+
+    @property
+    def client(self) -> EngineClient:
+        """Sends requests; there is one while the service runs."""
+        assert self._client is not None
+        return self._client
+
+    @property
+    def pid(self) -> int:
+        """The engine process's id."""
+        return self.client.pid
+
+    async def start(self) -> None:
+        """See :class:`~bench.contenders.interface.Service`."""
+        try:
+            self._client = await EngineClient.start(self._config)
+        except CollmError as error:
+            raise BenchError(str(error)) from error
+        self.account = Account()
+        self._client.on_batch(self._add)
+
+    async def stop(self) -> None:
+        """See :class:`~bench.contenders.interface.Service`."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.shutdown()
+
+    def _add(self, deltas: list[Delta], stats: EngineStats) -> None:
+        account = self.account
+        account.loop_seconds, account.step_seconds = stats.loop_seconds, stats.step_seconds
+        for lane, report in enumerate(stats.lanes):
+            # In lockstep a batch has at most one step of each lane, and this is exact; else it is an estimate.
+            account.rows[lane] += report.rows * (report.steps - account.steps[lane])
+            account.steps[lane] = report.steps
+            account.computed[lane] = report.computed_tokens
+            account.lane_seconds[lane] += sum(report.step_seconds)
+        for delta in deltas:
+            account.tokens += len(delta.tokens)
+            account.expert_tokens += sum(source != BASE for source in delta.sources)
+
+
+class EngineAlone:
+    """See the module's docstring; :class:`~bench.contenders.interface.Contender` for the contract."""
+
+    name = "engine"
+    slow = False
+
+    def __init__(self, service: EngineService) -> None:
+        self._service = service
+        self.services = (service,)
+
+    def takes(self, cell: Cell) -> bool:
+        """All cells; without a gate there is none to ask."""
+        return True
+
+    async def open(self) -> None:
+        """Nothing to open."""
+
+    async def run(self, job: Job, stamp: Stamp) -> int:
+        """Complete one job."""
+        tokens = 0
+        async for delta in self._service.client.generate(engine_request(job)):
+            if delta.finish_reason == "error":
+                raise BenchError(f"the engine ended {job.name}: {delta.error}")
+            if delta.tokens:
+                stamp()
+            tokens += len(delta.tokens)
+        return tokens
+
+    def account(self) -> Account:
+        """The engine's account since it started."""
+        return deepcopy(self._service.account)
+
+    async def close(self) -> None:
+        """Nothing to close."""

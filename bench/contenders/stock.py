@@ -1,0 +1,78 @@
+"""vLLM's own OpenAI server with one member of the pair: what a user serves who does without the other."""
+
+from __future__ import annotations
+
+from bench.contenders.interface import HOST, Account, HttpService, Settings, Stamp, stream_completion
+from bench.http_client import Pool
+from bench.shapes import Member
+from bench.workload import Cell, Job
+
+MODEL = "stock"
+
+
+def stock_service(name: str, member: Member, settings: Settings) -> HttpService:
+    """A stock server. Whatever is not common to all contenders is left at vLLM's defaults (prefix caching is on)."""
+    options = {
+        "model": str(member.path),
+        "served_model_name": MODEL,
+        "kv_cache_memory_bytes": settings.kv_bytes(member),
+        "max_num_seqs": settings.max_num_seqs,
+        # What the logs would cost is no merit of ours.
+        "uvicorn_log_level": "warning",
+        "disable_uvicorn_access_log": True,
+        "disable_log_stats": True,
+        **settings.engine_options(member),
+    }
+    arguments = ["-m", "vllm.entrypoints.openai.api_server"]
+    for option, value in options.items():
+        flag = option.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            arguments += [f"--{flag}", str(value)]
+    env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    return HttpService(name, arguments, "/health", settings, env)
+
+
+class Stock:
+    """See the module's docstring; :class:`~bench.contenders.interface.Contender` for the contract.
+
+    Args:
+        deferral: at which this member alone does the work of the pair: 0 for the base, 1 for the expert.
+    """
+
+    slow = False
+
+    def __init__(self, name: str, service: HttpService, deferral: float) -> None:
+        self.name = name
+        self._service = service
+        self._deferral = deferral
+        self.services = (service,)
+        self._pool = Pool(HOST, 0)
+
+    def takes(self, cell: Cell) -> bool:
+        """Deferral means nothing to one model alone; it is measured once, where the pair does as much or more."""
+        return cell.deferral == self._deferral
+
+    async def open(self) -> None:
+        """Connections are made anew: the server may have closed idle ones."""
+        self._pool = Pool(HOST, self._service.port)
+
+    async def run(self, job: Job, stamp: Stamp) -> int:
+        """Complete one job."""
+        body = {
+            "model": MODEL,
+            "prompt": job.prompt,
+            "max_tokens": job.max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
+        return await stream_completion(self._pool, body, stamp)
+
+    def account(self) -> Account | None:
+        """There is none."""
+        return None
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._pool.close()

@@ -1,0 +1,135 @@
+"""The engine's own time a token as the context grows: it should not grow, since nothing of ours walks the context."""
+
+from __future__ import annotations
+
+import random
+from copy import deepcopy
+
+from bench import processes
+from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
+from bench.contenders.interface import Account, BenchError, Settings, running
+from bench.coordination import account_record
+from bench.load import drive
+from bench.progress import Progress
+from bench.report import Bar, Report, spread, table
+from bench.workload import Deferral, Job
+from engine.types import Delta, EngineStats
+
+CONTEXTS = (128, 512, 1024, 2048, 4096)
+"""Prompt lengths in tokens."""
+GROWTH_BAR = 1.25
+"""Greatest ratio of the engine's own time a token, longest context to shortest. 1 would be exact, were clocks."""
+
+
+class _DecodeWindow:
+    """The engine's account between the batch that brings the last job's first token and the first job's last one.
+
+    Args:
+        service: whose batches are watched.
+    """
+
+    def __init__(self, service: EngineService) -> None:
+        self._service = service
+        self.begin(0)
+
+    def begin(self, jobs: int) -> None:
+        """The next ``jobs`` requests, all at once, are watched."""
+        self._jobs = jobs
+        self._begun: set[str] = set()
+        self._before: Account | None = None
+        self.account: Account | None = None
+
+    def note(self, deltas: list[Delta], _stats: EngineStats) -> None:
+        """Take in a batch; for ``EngineClient.on_batch``, after the service's own."""
+        if self._before is not None and self.account is None and any(delta.finish_reason for delta in deltas):
+            self.account = deepcopy(self._service.account).since(self._before)
+        self._begun.update(delta.request_id for delta in deltas if delta.tokens)
+        if self._before is None and len(self._begun) == self._jobs:
+            self._before = deepcopy(self._service.account)
+
+
+async def measure(
+    settings: Settings,
+    lengths: list[int],
+    *,
+    concurrency: int,
+    deferral: Deferral,
+    rounds: int,
+    max_tokens: int,
+    seed: int,
+) -> Report:
+    """Decode after prompts of each length, in every round; prompts themselves are not in the numbers.
+
+    Args:
+        lengths: of prompts, in tokens, shortest first.
+    """
+    service = EngineService(engine_config(settings))
+    contender = EngineAlone(service)
+    window = _DecodeWindow(service)
+    found: dict[int, list[Account]] = {length: [] for length in lengths}
+    with Progress(rounds * len(lengths), "context") as progress:
+        async with running([service], lambda name: progress.say(f"starting {name}")):
+            processes.thaw(service.pid)
+            service.client.on_batch(window.note)
+            for turn in range(-1, rounds):
+                for length in lengths:
+                    progress.say(f"{settings.pair.name}, prompts of {length} tokens")
+                    draw = random.Random(f"{seed} {turn} {length}")
+                    jobs = [
+                        Job(
+                            f"{turn}-{length}-{number}",
+                            [draw.randrange(1, settings.pair.vocab_size) for _ in range(length)],
+                            max_tokens,
+                            deferral,
+                            draw.randrange(1 << 62),
+                        )
+                        for number in range(concurrency)
+                    ]
+                    window.begin(concurrency)
+                    await drive(contender, jobs, concurrency)
+                    if window.account is None or not window.account.tokens:
+                        raise BenchError(
+                            f"a request ended before the last prompt of {length} tokens was read: "
+                            f"--max-tokens {max_tokens} is too few"
+                        )
+                    if turn >= 0:
+                        found[length].append(window.account)
+                        progress.step()
+    return _report(settings, found, concurrency, deferral, max_tokens)
+
+
+def _report(
+    settings: Settings, found: dict[int, list[Account]], concurrency: int, deferral: Deferral, max_tokens: int
+) -> Report:
+    rows = [
+        [
+            f"{length}",
+            spread([1e6 * window.loop_seconds / window.tokens for window in windows]),
+            spread([window.own_microseconds_per_token for window in windows], 1),
+            spread([window.share for window in windows], 1, 100, " %"),
+        ]
+        for length, windows in found.items()
+    ]
+    text = (
+        f"### Context, {settings.pair.name}, engine alone, concurrency {concurrency}, deferral {deferral}, "
+        f"{max_tokens} tokens after each prompt\n\n"
+        + table(["prompt tokens", "us/token", "of it the engine's own", "coordination share"], rows)
+    )
+    shortest, longest = min(found), max(found)
+    growth = [
+        long.own_microseconds_per_token / short.own_microseconds_per_token
+        for short, long in zip(found[shortest], found[longest], strict=False)
+    ]
+    bars = []
+    if growth and longest > shortest:
+        name = f"{settings.pair.name}: engine's own time a token, context {longest} / {shortest}"
+        bars.append(Bar(name, GROWTH_BAR, tuple(growth), at_most=True))
+    data = {
+        "measurement": "context",
+        "shape": settings.pair.name,
+        "concurrency": concurrency,
+        "deferral": deferral,
+        "max_tokens": max_tokens,
+        "contexts": {length: [account_record(window) for window in windows] for length, windows in found.items()},
+    }
+    return Report(text, data, bars)

@@ -1,0 +1,5 @@
+"""The collaborative engine: a base and its experts behind one scheduler.
+
+Speaks token ids only; text belongs to ``server``. Imports neither fastapi nor anything of ``server``.
+Start at :mod:`engine.client`, which everything outside this package talks to.
+"""

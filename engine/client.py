@@ -1,0 +1,470 @@
+"""The engine's client: starts the engine's process, sends requests, hands out deltas.
+
+:class:`EngineClient` is for an event loop (the HTTP server); :class:`Engine` is the same for scripts, evaluation and
+benches::
+
+    with Engine(config) as engine:
+        completions = engine.generate([GenerationRequest("0", prompt_token_ids)])
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from engine.config import EngineConfig
+from engine.errors import EngineDeadError, EngineStartupError, RequestError
+from engine.messages import (
+    Abort,
+    Batch,
+    Dead,
+    FromEngine,
+    Progress,
+    Ready,
+    Refused,
+    Shutdown,
+    Start,
+    Submit,
+)
+from engine.process import BATCHES_SOCKET, REQUESTS_SOCKET
+from engine.types import Completion, Delta, EngineInfo, EngineStats, GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+
+BatchCallback = Callable[[list[Delta], EngineStats], None]
+
+SHUTDOWN_SECONDS = 10.0
+"""How long the process may take to end by itself before it is killed."""
+
+STEP_MARGIN_SECONDS = 2.0
+"""How much longer than the lanes' own step timeout the engine may be silent: it reports an overdue step itself."""
+
+LAST_WORD_SECONDS = 0.5
+"""How long to wait, once the process has ended, for what it sent last."""
+
+
+class EngineClient:
+    """One engine process. Use :meth:`start`; all methods belong to the event loop that called it.
+
+    Attributes:
+        info: what the engine said of itself when it was ready.
+        stats: the latest account.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._context = zmq.asyncio.Context()
+        self._requests = self._context.socket(zmq.PUSH)
+        self._batches = self._context.socket(zmq.PULL)
+        for socket, name in ((self._requests, REQUESTS_SOCKET), (self._batches, BATCHES_SOCKET)):
+            socket.set_hwm(0)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.bind(f"ipc://{directory / name}")
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._numbers = itertools.count()
+        # On the wire every request has an id of its own: what is still under way for an abandoned request must not
+        # reach a later one of the same name.
+        self._streams: dict[str, _Stream] = {}
+        self._wire_ids: dict[str, str] = {}
+        self._callbacks: list[BatchCallback] = []
+        self._heard = time.monotonic()
+        self._reason: str | None = None
+        self._dead = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._process: asyncio.subprocess.Process
+        self.info: EngineInfo
+        self.stats = EngineStats([])
+
+    @classmethod
+    async def start(cls, config: EngineConfig, *, on_progress: Callable[[str], None] | None = None) -> EngineClient:
+        """Start an engine process and wait until it takes requests.
+
+        Args:
+            on_progress: called with one line at a time while models load.
+
+        Raises:
+            EngineStartupError: the engine refused; the message is one line.
+        """
+        client = cls(Path(tempfile.mkdtemp(prefix="collm-")))
+        try:
+            # Shielded: a process that was started while we were cancelled would be nobody's.
+            starting = asyncio.ensure_future(client._spawn())
+            try:
+                await asyncio.shield(starting)
+            except asyncio.CancelledError:
+                await starting
+                raise
+            await client._handshake(config, on_progress or (lambda _: None))
+        except BaseException:
+            await client._close()
+            raise
+        return client
+
+    async def _spawn(self) -> None:
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "engine.process",
+                str(self._directory),
+                stdin=asyncio.subprocess.PIPE,
+                # A session of its own: signals from the terminal are the parent's to handle.
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise EngineStartupError(f"the engine process cannot be started: {error}") from error
+
+    async def _handshake(self, config: EngineConfig, on_progress: Callable[[str], None]) -> None:
+        ended = asyncio.ensure_future(self._process.wait())
+        # Waits until the process has connected, which it may never do.
+        sending = asyncio.ensure_future(self._requests.send(self._encoder.encode(Start(config.model_dump_json()))))
+        await asyncio.wait({ended, sending}, return_when=asyncio.FIRST_COMPLETED)
+        while True:
+            received = asyncio.ensure_future(self._batches.recv())
+            await asyncio.wait({ended, received}, return_when=asyncio.FIRST_COMPLETED)
+            if not received.done():
+                # What it said last may still be on its way.
+                await asyncio.wait({received}, timeout=LAST_WORD_SECONDS)
+            if not received.done():
+                received.cancel()
+                sending.cancel()
+                raise EngineStartupError(f"the engine process ended with status {ended.result()} while it was starting")
+            match self._decoder.decode(received.result()):
+                case Progress(message):
+                    on_progress(message)
+                case Ready(info):
+                    self.info = info
+                    break
+                case Refused(message):
+                    raise EngineStartupError(message)
+        self._tasks = [
+            asyncio.create_task(self._receive(), name="engine-receive"),
+            asyncio.create_task(self._watch(ended), name="engine-watch"),
+            asyncio.create_task(self._watch_steps(config.scheduler.step_timeout_seconds), name="engine-watch-steps"),
+        ]
+
+    # -- requests ---------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Delta]:
+        """Deltas of one request; the last one has a finish_reason. Closing the iterator early aborts the request.
+
+        Deltas that arrive while the caller is busy are merged into one, so that a slow reader costs a bounded number
+        of objects.
+
+        Raises:
+            RequestError: the request's id is in use, or one of its numbers does not fit the wire.
+            EngineDeadError: the engine is gone.
+        """
+        request_id = request.request_id
+        if request_id in self._wire_ids:
+            raise RequestError(f"request_id {request_id!r} is already in use")
+        wire_id = f"{next(self._numbers)}:{request_id}"
+        try:
+            message = self._encoder.encode(Submit([msgspec.structs.replace(request, request_id=wire_id)]))
+        except (OverflowError, TypeError, ValueError) as error:
+            raise RequestError(f"the request cannot be sent: {error}") from error
+        if not self._streams:
+            self._heard = time.monotonic()  # an idle engine says nothing
+        stream = self._streams[wire_id] = _Stream(request_id)
+        self._wire_ids[request_id] = wire_id
+        finished = False
+        try:
+            await self._send(message)
+            while not finished:
+                delta = await stream.get()
+                if delta is None:
+                    raise self._dead_error()
+                finished = delta.finish_reason is not None
+                yield delta
+        finally:
+            del self._streams[wire_id], self._wire_ids[request_id]
+            if not finished:
+                with contextlib.suppress(EngineDeadError):
+                    await asyncio.shield(self._send(self._encoder.encode(Abort([wire_id]))))
+
+    async def abort(self, request_ids: list[str]) -> None:
+        """Drop requests; their iterators end with finish_reason "aborted". Unknown ids are ignored."""
+        wire_ids = [self._wire_ids[request_id] for request_id in request_ids if request_id in self._wire_ids]
+        await self._send(self._encoder.encode(Abort(wire_ids)))
+
+    def on_batch(self, callback: BatchCallback) -> None:
+        """Call ``callback`` on the event loop with each batch. List-valued stats are increments.
+
+        Its deltas are only to be looked at while it runs. An exception of it is logged and stops nobody else.
+        """
+        self._callbacks.append(callback)
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine takes requests."""
+        return self._reason is None
+
+    @property
+    def pid(self) -> int:
+        """The engine process's id."""
+        return self._process.pid
+
+    async def wait_dead(self) -> str:
+        """Wait until the engine is gone; returns why."""
+        await self._dead.wait()
+        assert self._reason is not None
+        return self._reason
+
+    async def shutdown(self) -> None:
+        """End the process and free everything. What still runs is dropped."""
+        try:
+            if self.alive:
+                message = self._encoder.encode(Shutdown())
+                with contextlib.suppress(EngineDeadError, TimeoutError):
+                    await self._send(message)
+                    self._die("the engine was shut down")
+                    await asyncio.wait_for(self._process.wait(), SHUTDOWN_SECONDS)
+        finally:
+            self._die("the engine was shut down")
+            await self._close()
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _dead_error(self) -> EngineDeadError:
+        return EngineDeadError(self._reason or "the engine is gone")
+
+    async def _send(self, message: bytes) -> None:
+        if not self.alive:
+            raise self._dead_error()
+        try:
+            await self._requests.send(message, zmq.NOBLOCK)
+        except zmq.Again:
+            # Nobody is at the other end any more; without the flag this would wait for ever.
+            raise self._dead_error() from None
+
+    async def _receive(self) -> None:
+        while True:
+            try:
+                message = self._decoder.decode(await self._batches.recv())
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                self._die(f"the engine sent a message that cannot be read: {error}")
+                return
+            match message:
+                case Batch(deltas, stats):
+                    self._take(deltas, stats)
+                case Dead(message):
+                    self._die(message)
+                    return
+
+    def _take(self, deltas: list[Delta], stats: EngineStats) -> None:
+        self.stats = stats
+        self._heard = time.monotonic()
+        for delta in deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is not None:
+                delta.request_id = stream.request_id
+                stream.put(delta)
+        for callback in self._callbacks:
+            try:
+                callback(deltas, stats)
+            except Exception:
+                logger.exception("a callback on the engine's batches failed")
+
+    async def _watch(self, ended: asyncio.Future[int]) -> None:
+        status = await ended
+        # A last word, if there was one, is more useful than an exit status.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._dead.wait(), LAST_WORD_SECONDS)
+        self._die(f"the engine process ended with status {status}")
+
+    async def _watch_steps(self, timeout: float) -> None:
+        """End an engine that has work and says nothing: a lane that computes in its own process hangs."""
+        patience = timeout + STEP_MARGIN_SECONDS
+        while True:
+            await asyncio.sleep(patience / 4)
+            if self._streams and time.monotonic() - self._heard > patience:
+                self._die(f"a step of the engine timed out after {timeout:g} s")
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.kill()
+                return
+
+    def _die(self, reason: str) -> None:
+        if self._reason is not None:
+            return
+        self._reason = reason
+        self._dead.set()
+        for stream in self._streams.values():
+            stream.end()
+
+    async def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if hasattr(self, "_process") and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class _Stream:
+    """What has arrived for one request and is not taken yet: at most one delta, into which later ones are merged."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._delta: Delta | None = None
+        self._ended = False
+        self._news = asyncio.Event()
+
+    def put(self, delta: Delta) -> None:
+        """Add what arrived."""
+        if self._delta is None:
+            self._delta = delta
+        else:
+            self._delta = _merged(self._delta, delta)
+        self._news.set()
+
+    def end(self) -> None:
+        """Nothing more will arrive: the engine is gone."""
+        self._ended = True
+        self._news.set()
+
+    async def get(self) -> Delta | None:
+        """All that has arrived since the last call, waiting for it; None if nothing more will."""
+        if self._delta is None and not self._ended:
+            await self._news.wait()
+        self._news.clear()
+        delta, self._delta = self._delta, None
+        return delta
+
+
+def _merged(first: Delta, second: Delta) -> Delta:
+    """The first delta, with the second one appended to its lists."""
+    first.tokens += second.tokens
+    first.sources += second.sources
+    first.deferrals += second.deferrals
+    if first.logprobs is None:
+        first.logprobs = second.logprobs
+    elif second.logprobs is not None:
+        first.logprobs += second.logprobs
+    if first.prompt_logprobs is None:
+        first.prompt_logprobs = second.prompt_logprobs
+    first.finish_reason = second.finish_reason
+    first.stop_token = second.stop_token
+    first.error = second.error
+    first.refused = second.refused
+    first.timeline = second.timeline
+    return first
+
+
+class Engine:
+    """The engine for scripts: starts a process, generates, blocks. Not for an event loop; see :class:`EngineClient`.
+
+    Raises:
+        EngineStartupError: the engine refused; the message is one line.
+    """
+
+    def __init__(self, config: EngineConfig, *, on_progress: Callable[[str], None] | None = None) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-client", daemon=True)
+        self._thread.start()
+        self._ids = itertools.count()
+        try:
+            self.client = self._call(EngineClient.start(config, on_progress=on_progress))
+        except BaseException:
+            self._stop()
+            raise
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine said of itself when it was ready."""
+        return self.client.info
+
+    @property
+    def stats(self) -> EngineStats:
+        """The latest account."""
+        return self.client.stats
+
+    def generate(
+        self,
+        requests: Iterable[GenerationRequest],
+        *,
+        on_done: Callable[[Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Complete all requests together; the result is in their order.
+
+        A request that fails has finish_reason "error" and says why; the others go on.
+
+        Args:
+            on_done: called from another thread with each completion as it finishes, e.g. for a progress bar.
+
+        Raises:
+            EngineDeadError: the engine is gone.
+        """
+        return self._call(self._generate(list(requests), on_done))
+
+    def shutdown(self) -> None:
+        """End the process. Further calls do nothing."""
+        if self._thread.is_alive():
+            self._call(self.client.shutdown())
+            self._stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    async def _generate(
+        self, requests: list[GenerationRequest], on_done: Callable[[Completion], None] | None
+    ) -> list[Completion]:
+        async def one(request: GenerationRequest) -> Completion:
+            whole: Delta | None = None
+            try:
+                async for delta in self.client.generate(request):
+                    whole = delta if whole is None else _merged(whole, delta)
+            except RequestError as error:
+                whole = Delta(request.request_id, finish_reason="error", error=str(error))
+            assert whole is not None
+            assert whole.finish_reason is not None
+            completion = Completion(
+                whole.request_id,
+                whole.tokens,
+                whole.sources,
+                whole.deferrals,
+                whole.finish_reason,
+                whole.logprobs,
+                whole.prompt_logprobs,
+                whole.error,
+            )
+            if on_done is not None:
+                on_done(completion)
+            return completion
+
+        return list(await asyncio.gather(*map(one, requests)))
+
+    def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

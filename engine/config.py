@@ -1,0 +1,145 @@
+"""The engine's configuration, as one typed, frozen model. Unknown keys are errors.
+
+vLLM's own options pass through under vLLM's own names in ``LaneConfig.vllm``; they are checked against vLLM's
+``EngineArgs`` when the lane starts, since this module must not import vLLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from engine.types import PolicyName
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LaneConfig(_Config):
+    """One model and the vLLM engine that runs it."""
+
+    model: str = Field(min_length=1)
+    """Path of the checkpoint (or its name on a hub, where one can be reached)."""
+
+    backend: Literal["vllm", "standin"] = "vllm"
+    """What computes. "standin" is the deterministic stand-in: no model, for testing the scheduler and clients."""
+
+    executor: Literal["uni", "mp", "ray"] = "uni"
+    """vLLM executor: "uni" in the engine's process, "mp" in worker processes, "ray" on a Ray cluster."""
+
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """Shards of the model. More than 1 needs executor mp or ray."""
+
+    devices: tuple[int, ...] | None = None
+    """CUDA devices of the lane's worker processes (executor mp). None: the first ones that the engine sees."""
+
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
+    """Memory for the KV cache. None: 1 GiB on CPU; on a GPU what vLLM's gpu_memory_utilization leaves."""
+
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """Any other vLLM engine option under vLLM's own name, e.g. {dtype = "bfloat16", max_model_len = 4096}."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.tensor_parallel_size > 1 and self.executor == "uni":
+            raise ValueError("tensor_parallel_size greater than 1 needs executor 'mp' or 'ray'")
+        if self.devices is not None and (len(set(self.devices)) < len(self.devices) or min(self.devices) < 0):
+            raise ValueError("devices must be different and not negative")
+        if self.devices is not None and (self.executor != "mp" or len(self.devices) != self.tensor_parallel_size):
+            raise ValueError("devices needs executor 'mp' and one device for each shard")
+        for ours in ("model", "tensor_parallel_size", "kv_cache_memory_bytes"):
+            if ours in self.vllm:
+                raise ValueError(f"vllm.{ours} is set beside the table 'vllm', as '{ours}'")
+        return self
+
+
+class ExpertConfig(LaneConfig):
+    """A domain expert. Its name is the source of the tokens that it writes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name, unique among the experts; "base" is taken."""
+
+
+class GateConfig(_Config):
+    """The deferral gate, and what a request gets that does not say otherwise."""
+
+    path: str | None = None
+    """Folder of the gate artifact. None: the last row of a base in the reference format (V+1 outputs), if it is
+    one; else the pair has no gate and serves the policies that need none."""
+
+    policy: PolicyName | None = None
+    """Default policy. None: the artifact's."""
+
+    threshold: float | None = Field(default=None, ge=0, le=1)
+    """Default threshold. None: the artifact's."""
+
+
+class SchedulerConfig(_Config):
+    """How the lanes are driven."""
+
+    coordination: Literal["auto", "lockstep", "overlapped"] = "auto"
+    """"lockstep": base step, expert step, repeat; best when lanes share a device. "overlapped": every lane steps as
+    soon as it has work; best on separate devices, and all lanes but one must have executor mp or ray. "auto":
+    overlapped where every expert has ``devices`` of its own, else lockstep."""
+
+    max_num_seqs: int = Field(default=64, ge=1)
+    """Most requests in the lanes at once; the rest wait in order."""
+
+    step_timeout_seconds: float = Field(default=60.0, gt=0)
+    """A lane whose step takes longer counts as lost until the step ends. Requests that wait for it end with an error,
+    or go on as ``expert_failure`` says. A lost base, or a lane that computes in the engine's own process, ends the
+    engine."""
+
+    expert_failure: Literal["error", "base"] = "error"
+    """What becomes of a request whose expert is lost: "error" ends it, "base" lets the base write instead."""
+
+
+class EngineConfig(_Config):
+    """A pair (or a base with several experts) to be served."""
+
+    base: LaneConfig
+    """The general model, which every joint request starts with."""
+
+    experts: tuple[ExpertConfig, ...] = ()
+    """The domain experts. None: the base is served alone."""
+
+    gate: GateConfig = GateConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [expert.name for expert in self.experts]
+        for name in names:
+            if name == "base" or names.count(name) > 1:
+                raise ValueError(f"experts.name: {name!r} is taken")
+        if len({lane.backend for lane in self.lanes}) > 1:
+            raise ValueError("backend: all lanes must have the same one")
+        if self.gate.path is not None and not self.experts:
+            raise ValueError("gate.path: a gate needs at least one expert")
+        if self.scheduler.coordination == "overlapped":
+            in_process = [lane for lane in self.lanes if lane.backend == "vllm" and lane.executor == "uni"]
+            if len(in_process) > 1:
+                raise ValueError(
+                    "scheduler.coordination: 'overlapped' needs executor 'mp' or 'ray' for all lanes but one"
+                )
+        return self
+
+    @property
+    def on_separate_devices(self) -> bool:
+        """Whether every expert has CUDA devices of its own, so that the lanes can step at the same time."""
+        taken = list(self.base.devices or range(self.base.tensor_parallel_size))
+        for expert in self.experts:
+            taken += expert.devices or taken[:1]
+        return bool(self.experts) and len(taken) == len(set(taken))
+
+    @property
+    def lanes(self) -> tuple[LaneConfig, ...]:
+        """Base first, then the experts: the order of lane numbers."""
+        return (self.base, *self.experts)
+
+    @property
+    def lane_names(self) -> tuple[str, ...]:
+        """Names in the order of lane numbers."""
+        return ("base", *(expert.name for expert in self.experts))

@@ -1,0 +1,36 @@
+"""Random draws as pure functions of (seed, lane, position).
+
+A request with a seed must give the same tokens alone and in any batch, whatever is preempted, recomputed or computed
+ahead of time. A generator that is advanced once a sample cannot promise that: a recomputed position would draw twice.
+So nothing is advanced: each draw is keyed by where it happens. The mixing function is SplitMix64 (Steele, Lea and
+Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+_MASK = (1 << 64) - 1
+POLICY_STREAM = 1 << 32
+"""The stream of the policies' own draws; token draws use the lane's number as their stream."""
+
+
+def _mix(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def key(seed: int, stream: int, position: int) -> int:
+    """A 64-bit key for one draw.
+
+    Args:
+        seed: the request's seed, any integer (its low 64 bits count).
+        stream: who draws: a lane's number or POLICY_STREAM.
+        position: number of tokens, prompt included, before the one being drawn.
+    """
+    return _mix(_mix(_mix(seed & _MASK) ^ stream) ^ position)
+
+
+def uniform(seed: int, stream: int, position: int) -> float:
+    """A double in [0, 1) for one draw; arguments as for :func:`key`."""
+    return (key(seed, stream, position) >> 11) * 2.0**-53

@@ -1,0 +1,300 @@
+"""The gate artifact: one vector per expert over the base's last hidden state, and what it fits.
+
+A directory with two files. ``gate.safetensors`` holds ``theta`` [K, d] and ``bias`` [K], float32.
+``gate.json`` holds everything else, field by field as in ``GateArtifact``.
+
+Shapes: B rows, K experts, d hidden size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from engine.errors import GateError
+
+FORMAT_VERSION = 1
+TENSORS_FILE = "gate.safetensors"
+FIELDS_FILE = "gate.json"
+
+# Keys of a config.json that say how a model is run or where it came from, not what it computes.
+_NOT_ARCHITECTURE = {
+    "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
+    "pad_token_id", "quantization_config", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def gate_logits(hidden_BD: torch.Tensor, theta_KD: torch.Tensor, bias_K: torch.Tensor) -> torch.Tensor:
+    """Gate logits [B, K] in float32; K = 1 defers with probability sigmoid(logit)."""
+    return hidden_BD.float() @ theta_KD.float().T + bias_K.float()
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """What a gate needs a model to be, whatever its weights' values and precision.
+
+    ``config_sha256`` is of ``architecture``, the part of config.json that decides what is computed;
+    ``tokenizer_sha256`` is of the vocabulary, the sorted map from token to id, of ``tokens``
+    entries.
+    """
+
+    config_sha256: str
+    tokenizer_sha256: str
+    architecture: dict[str, Any]
+    tokens: int
+
+    def differences(self, other: ModelIdentity) -> list[str]:
+        """What ``other`` has instead, one phrase for each difference; empty if they agree."""
+        found = []
+        for key in sorted(self.architecture.keys() | other.architecture.keys()):
+            mine, theirs = (identity.architecture.get(key, "absent") for identity in (self, other))
+            if mine != theirs:
+                found.append(f"config.json {key} is {theirs}, not {mine}")
+        if self.config_sha256 != other.config_sha256 and not found:
+            found.append(_hashes("config.json", other.config_sha256, self.config_sha256))
+        if self.tokenizer_sha256 != other.tokenizer_sha256:
+            hashes = _hashes("tokenizer.json", other.tokenizer_sha256, self.tokenizer_sha256)
+            found.append(f"{hashes} ({other.tokens} tokens, not {self.tokens})")
+        return found
+
+
+def _hashes(what: str, found: str, wanted: str) -> str:
+    return f"{what} has sha256 {found[:12]}, not {wanted[:12]}"
+
+
+def model_identity(path: str | Path) -> ModelIdentity:
+    """The identity of the checkpoint in directory ``path``.
+
+    Raises:
+        GateError: config.json or tokenizer.json is missing or is not what it should be.
+    """
+    config = _read_json(Path(path) / "config.json")
+    architecture = {
+        key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE and not key.startswith("_")
+    }
+    vocabulary = _vocabulary(Path(path) / "tokenizer.json")
+    return ModelIdentity(
+        config_sha256=_sha256(architecture),
+        tokenizer_sha256=_sha256(vocabulary),
+        architecture=architecture,
+        tokens=len(vocabulary),
+    )
+
+
+def _vocabulary(file: Path) -> dict[str, int]:
+    """Token to id, of any of the tokenizers library's models, added tokens included."""
+    content = _read_json(file)
+    try:
+        entries = content["model"]["vocab"]
+        if isinstance(entries, dict):
+            vocabulary = dict(entries)
+        else:
+            vocabulary = {token: i for i, (token, _score) in enumerate(entries)}
+        vocabulary.update({t["content"]: t["id"] for t in content.get("added_tokens") or ()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise GateError(f"{file}: field model.vocab: no vocabulary is found there") from error
+    return vocabulary
+
+
+def _sha256(value: Mapping[str, Any]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise GateError(f"{file}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise GateError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise GateError(f"{file}: holds no JSON object")
+    return content
+
+
+@dataclass(frozen=True, eq=False)
+class GateArtifact:
+    """A trained gate.
+
+    Attributes:
+        theta: [K, d] float32, finite.
+        bias: [K] float32, finite; zeros where the gate has none.
+        experts: K names, in the order of theta's rows.
+        base: the base it was trained on.
+        expert_identities: K; None for an expert that was not recorded, which then is not checked.
+        default_policy: name of the policy, unless a request asks for another.
+        default_threshold: a token is deferred where its probability is greater than this.
+        calibration: points of the threshold sweep, or None.
+        training: the settings it was trained with.
+        data: what it was trained on, in words.
+        date: ISO 8601 day.
+    """
+
+    theta: torch.Tensor
+    bias: torch.Tensor
+    experts: tuple[str, ...]
+    base: ModelIdentity
+    expert_identities: tuple[ModelIdentity | None, ...]
+    default_policy: str = "threshold"
+    default_threshold: float = 0.5
+    calibration: list[dict[str, float]] | None = None
+    training: dict[str, Any] | None = None
+    data: str = ""
+    date: str = ""
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the base's hidden size."""
+        return int(self.theta.shape[1])
+
+    def save(self, path: str | Path) -> None:
+        """Write both files into directory ``path``, which is made if needed.
+
+        Raises:
+            GateError: shapes or values that ``load`` would refuse; nothing is written then.
+        """
+        directory = Path(path)
+        fields = {
+            "format_version": FORMAT_VERSION,
+            "experts": list(self.experts),
+            "hidden_size": self.hidden_size if self.theta.dim() == 2 else None,
+            "default_policy": self.default_policy,
+            "default_threshold": self.default_threshold,
+            "base": vars(self.base),
+            "expert_identities": [i and vars(i) for i in self.expert_identities],
+            "calibration": self.calibration,
+            "training": self.training,
+            "data": self.data,
+            "date": self.date,
+        }
+        tensors = {"theta": self.theta, "bias": self.bias}
+        _parse(fields, tensors, directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(directory / TENSORS_FILE))
+        text = json.dumps(fields, indent=2, ensure_ascii=False)
+        (directory / FIELDS_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> GateArtifact:
+        """Read the artifact in directory ``path``.
+
+        Raises:
+            GateError: naming the file and the field that is missing or wrong.
+        """
+        directory = Path(path)
+        fields = _read_json(directory / FIELDS_FILE)
+        file = directory / TENSORS_FILE
+        try:
+            tensors = load_file(str(file))
+        except FileNotFoundError as error:
+            raise GateError(f"{file}: no such file") from error
+        except (OSError, SafetensorError) as error:
+            raise GateError(f"{file}: cannot be read as safetensors: {error}") from error
+        return _parse(fields, tensors, directory)
+
+    def check_fits(self, base_dir: str | Path, expert_dirs: Sequence[str | Path]) -> None:
+        """Check that this gate was made for these checkpoints, in the order of ``experts``.
+
+        Raises:
+            GateError: naming the model that differs, and how.
+        """
+        if len(expert_dirs) != len(self.experts):
+            names = ", ".join(self.experts)
+            raise GateError(f"the gate is for {len(self.experts)} experts ({names}), {len(expert_dirs)} are given")
+        wanted: list[tuple[str, ModelIdentity | None, str | Path]] = [("base", self.base, base_dir)]
+        for name, identity, directory in zip(self.experts, self.expert_identities, expert_dirs, strict=True):
+            wanted.append((f"expert {name}", identity, directory))
+        for role, identity, directory in wanted:
+            differences = identity.differences(model_identity(directory)) if identity else []
+            if differences:
+                how = "; ".join(differences)
+                raise GateError(f"the {role} in {directory} is not the one that the gate was made for: {how}")
+
+
+def _parse(fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], directory: Path) -> GateArtifact:
+    """The artifact with these contents of its files; ``directory`` is for the messages."""
+    read = _Fields(directory / FIELDS_FILE, fields)
+    version = read("format_version", int)
+    if version != FORMAT_VERSION:
+        raise read.wrong("format_version", f"is {version}; this program reads {FORMAT_VERSION}")
+    experts = read("experts", list)
+    if not experts or not all(isinstance(name, str) and name for name in experts):
+        raise read.wrong("experts", "is not a list of names")
+    if len(set(experts)) != len(experts):
+        raise read.wrong("experts", "has a name twice")
+    identities = read("expert_identities", list)
+    if len(identities) != len(experts):
+        raise read.wrong("expert_identities", f"has {len(identities)} for {len(experts)} experts")
+    threshold = float(read("default_threshold", (int, float)))
+    if not math.isfinite(threshold):
+        raise read.wrong("default_threshold", f"is {threshold}")
+    hidden_size = read("hidden_size", int)
+    shapes = {"theta": (len(experts), hidden_size), "bias": (len(experts),)}
+    for name, shape in shapes.items():
+        _check_tensor(directory / TENSORS_FILE, name, tensors.get(name), shape)
+    return GateArtifact(
+        theta=tensors["theta"],
+        bias=tensors["bias"],
+        experts=tuple(experts),
+        base=_identity(read, "base", read("base", dict)),
+        expert_identities=tuple(
+            None if value is None else _identity(read, "expert_identities", value) for value in identities
+        ),
+        default_policy=read("default_policy", str),
+        default_threshold=threshold,
+        calibration=read("calibration", (list, type(None))),
+        training=read("training", (dict, type(None))),
+        data=read("data", str),
+        date=read("date", str),
+    )
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """Reads typed fields of a JSON object; its errors name the file and the field."""
+
+    file: Path
+    content: Mapping[str, Any]
+
+    def __call__(self, key: str, kind: type | tuple[type, ...]) -> Any:
+        if key not in self.content:
+            raise GateError(f"{self.file}: field {key}: missing")
+        value = self.content[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise self.wrong(key, f"has the wrong type, {type(value).__name__}")
+        return value
+
+    def wrong(self, key: str, what: str) -> GateError:
+        return GateError(f"{self.file}: field {key}: {what}")
+
+
+def _identity(read: _Fields, key: str, value: object) -> ModelIdentity:
+    kinds = (("config_sha256", str), ("tokenizer_sha256", str), ("architecture", dict), ("tokens", int))
+    if not isinstance(value, dict):
+        raise read.wrong(key, "is not an identity")
+    for name, kind in kinds:
+        if not isinstance(value.get(name), kind):
+            raise read.wrong(f"{key}.{name}", "missing or of the wrong type")
+    return ModelIdentity(**{name: value[name] for name, _ in kinds})
+
+
+def _check_tensor(file: Path, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None:
+        raise GateError(f"{file}: field {name}: missing")
+    if tensor.shape != shape:
+        found = list(tensor.shape)
+        raise GateError(f"{file}: field {name}: has shape {found}, not {list(shape)}")
+    if tensor.dtype != torch.float32:
+        raise GateError(f"{file}: field {name}: is {tensor.dtype}, not torch.float32")
+    if not torch.isfinite(tensor).all():
+        raise GateError(f"{file}: field {name}: has values that are not finite")

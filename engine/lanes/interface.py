@@ -1,0 +1,142 @@
+"""What the scheduler asks of a lane, and what it gets back.
+
+A lane holds requests, computes their tokens with whatever batching and memory management it likes, and samples one
+token wherever it has caught up with all the tokens it was told. Then the row is *parked*: it keeps its place and
+waits to be *extended* by the tokens that were decided. A lane never appends its own sample by itself.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from engine.types import GenerationRequest, LaneInfo, LaneStats, SamplingSpec, TokenLogprobs
+
+
+class LaneRequest(NamedTuple):
+    """A request that is new to a lane.
+
+    Attributes:
+        prompt: token ids; the same in every lane.
+        written: tokens already written, by whichever model; output, not prompt, so that penalties, min_tokens and
+            stop rules mean the same in every lane.
+        wants_top_probability: report the top probability beside each sample.
+    """
+
+    request_id: str
+    prompt: list[int]
+    written: list[int]
+    sampling: SamplingSpec
+    wants_top_probability: bool = False
+
+
+class Extension(NamedTuple):
+    """Tokens to be appended to a parked row: all that were written since the lane's last visit, at least one."""
+
+    request_id: str
+    tokens: list[int]
+
+
+@dataclass(slots=True)
+class LaneWork:
+    """What changed for a lane since its last step. Removals are applied first; unknown ids in them are ignored."""
+
+    remove: list[str] = field(default_factory=list)
+    add: list[LaneRequest] = field(default_factory=list)
+    extend: list[Extension] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.remove or self.add or self.extend)
+
+
+@dataclass(slots=True)
+class Sample:
+    """One sampled token, not yet accepted by anybody.
+
+    Attributes:
+        position: number of tokens, prompt included, that it follows.
+        gate: the gate's value for each expert, [K], at this position; None if the lane has no gate.
+        top_probability: probability of the lane's most probable token, if the request wanted it.
+        logprobs: if the request asked for them.
+        prompt_logprobs: once a request, if it asked for them.
+    """
+
+    request_id: str
+    position: int
+    token: int
+    gate: list[float] | None = None
+    top_probability: float | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+class Failure(NamedTuple):
+    """A request that a lane cannot go on with; ``refused`` if that is the request's own fault."""
+
+    request_id: str
+    message: str
+    refused: bool
+
+
+@dataclass(slots=True)
+class LaneReport:
+    """What one step brought.
+
+    Attributes:
+        samples: one for each row that has caught up.
+        seconds: the lane's own time: schedule, forward pass, sampling.
+        failures: requests that the lane cannot go on with; the others go on.
+    """
+
+    samples: list[Sample]
+    seconds: float
+    failures: list[Failure] = field(default_factory=list)
+
+
+class Lane(Protocol):
+    """An engine that the scheduler drives. Calls come from one thread; ``apply`` never while a step is under way."""
+
+    @property
+    def info(self) -> LaneInfo:
+        """Name, checkpoint and sizes."""
+        ...
+
+    def refusal(self, request: GenerationRequest) -> str | None:
+        """Why this lane could not take a request, if it could not. Whatever passes here must not fail later."""
+        ...
+
+    def apply(self, work: LaneWork) -> None:
+        """Take in what changed."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether a step would compute anything."""
+        ...
+
+    def is_preparing(self) -> bool:
+        """Whether work will come by itself, without anything being applied (a grammar is being compiled)."""
+        ...
+
+    def start(self) -> Future[LaneReport]:
+        """Begin one step. A lane that computes in the caller's thread returns a future that is already done.
+
+        The future fails if the step does; the lane cannot be used any more then.
+        """
+        ...
+
+    def flush(self) -> None:
+        """Called when the engine goes idle: hand removed requests' last state back."""
+        ...
+
+    def leftovers(self) -> list[str]:
+        """What an idle lane still holds, one line each (a request, a KV block, an edit). Empty if all is well."""
+        ...
+
+    def stats(self) -> LaneStats:
+        """Counters and gauges; list-valued fields are handed out once."""
+        ...
+
+    def shutdown(self) -> None:
+        """Free everything; the lane cannot be used any more."""
+        ...

@@ -1,0 +1,231 @@
+"""A deterministic stand-in for a lane: no model, the same interface, and the same freedom to be awkward.
+
+Its "model" is a hash of the whole prefix, so that one wrong, missing or repeated token anywhere changes everything
+after it. It computes prompts in chunks under a token budget, and drops rows when its KV memory is full, parked ones
+included, like a real lane. For the scheduler's logic and for clients under development; never for a claim about
+the system. Sampling parameters are not looked at.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from array import array
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from engine.lanes.interface import LaneReport, LaneRequest, LaneWork, Sample
+from engine.types import GenerationRequest, LaneInfo, LaneStats, TokenLogprobs
+
+
+def next_token(lane: int, tokens: Sequence[int], vocab_size: int) -> int:
+    """The token that the stand-in of a lane writes after ``tokens`` (prompt included)."""
+    return zlib.crc32(array("I", tokens).tobytes(), lane + 1) % vocab_size
+
+
+def gate_values(tokens: Sequence[int], experts: int) -> list[float]:
+    """The gate's value for each expert after ``tokens``, spread over about -4 to 4."""
+    data = array("I", tokens).tobytes()
+    return [(zlib.crc32(data, 1000 + expert) % 8001 - 4000) / 1000.0 for expert in range(experts)]
+
+
+class _Row:
+    __slots__ = ("computed", "preempted", "request", "tokens", "wants_prompt_logprobs")
+
+    def __init__(self, request: LaneRequest) -> None:
+        self.request = request
+        self.tokens = [*request.prompt, *request.written]
+        self.computed = 0
+        self.preempted = False
+        self.wants_prompt_logprobs = request.sampling.prompt_logprobs is not None
+
+
+class StandinLane:
+    """See the module's docstring.
+
+    Args:
+        number: the lane's number; different lanes write different tokens.
+        experts: how many gate values each sample carries; 0 for a lane without a gate.
+        vocab_size: tokens are in [0, vocab_size).
+        max_model_len: context in tokens.
+        token_budget: most tokens computed in one step.
+        kv_tokens: tokens of KV memory; None is plenty.
+        step_seconds: pause of each step, so that clients can be tested against a lane that takes time.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        name: str,
+        *,
+        experts: int = 0,
+        vocab_size: int = 256,
+        max_model_len: int = 1024,
+        token_budget: int = 512,
+        kv_tokens: int | None = None,
+        step_seconds: float = 0.0,
+    ) -> None:
+        self._number = number
+        self._experts = experts
+        self._vocab_size = vocab_size
+        self._token_budget = token_budget
+        self._kv_tokens = kv_tokens if kv_tokens is not None else 1 << 40
+        self._step_seconds = step_seconds
+        self._rows: dict[str, _Row] = {}
+        self._stats = LaneStats(name)
+        self._seconds: list[float] = []
+        self._info = LaneInfo(name, "standin", max_model_len, kv_blocks=self._kv_tokens, block_size=1)
+
+    @property
+    def info(self) -> LaneInfo:
+        """Name, checkpoint and sizes."""
+        return self._info
+
+    def refusal(self, request: GenerationRequest) -> str | None:
+        """Only token ids outside the vocabulary are refused."""
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
+            return f"prompt has a token id outside [0, {self._vocab_size})"
+        return None
+
+    def apply(self, work: LaneWork) -> None:
+        """Take in what changed."""
+        for request_id in work.remove:
+            self._rows.pop(request_id, None)
+        for request in work.add:
+            assert request.request_id not in self._rows, f"{request.request_id} was added twice"
+            self._rows[request.request_id] = _Row(request)
+        for extension in work.extend:
+            row = self._rows[extension.request_id]
+            assert row.computed in (0, len(row.tokens)), "only a parked row can be extended"
+            row.tokens.extend(extension.tokens)
+            row.preempted = False
+
+    def has_work(self) -> bool:
+        """Whether any row has tokens left to compute."""
+        return any(self._pending(row) for row in self._rows.values())
+
+    def is_preparing(self) -> bool:
+        """Never."""
+        return False
+
+    def start(self) -> Future[LaneReport]:
+        """Compute one step; the returned future is done."""
+        begin = time.perf_counter()
+        if self._step_seconds:
+            time.sleep(self._step_seconds)
+        budget = self._token_budget
+        samples: list[Sample] = []
+        rows = computed = 0
+        for row in list(self._rows.values()):
+            chunk = min(self._pending(row), budget)
+            if chunk == 0:
+                continue
+            if not self._make_room(row, chunk):
+                break
+            fresh = row.computed < len(row.request.prompt)
+            budget -= chunk
+            row.computed += chunk
+            rows += 1
+            computed += chunk
+            self._stats.catchup_tokens += 0 if fresh else chunk - 1
+            if row.computed == len(row.tokens):
+                samples.append(self._sample(row))
+        report = LaneReport(samples, time.perf_counter() - begin)
+        self._seconds.append(report.seconds)
+        self._stats.steps += 1
+        self._stats.rows = rows
+        self._stats.computed_tokens += computed
+        future: Future[LaneReport] = Future()
+        future.set_result(report)
+        return future
+
+    def preempt(self, request_id: str) -> None:
+        """Drop a row's KV memory, parked or not, as a real lane may at any time. For tests."""
+        row = self._rows[request_id]
+        if row.computed:
+            row.preempted = row.computed == len(row.tokens)
+            row.computed = 0
+            self._stats.preemptions += 1
+
+    def flush(self) -> None:
+        """Nothing is kept for removed requests."""
+        self._stats.rows = 0
+
+    def leftovers(self) -> list[str]:
+        """Requests that are still held."""
+        return [f"request {request_id}" for request_id in self._rows]
+
+    def stats(self) -> LaneStats:
+        """Counters and gauges."""
+        seconds, self._seconds = self._seconds, []
+        used = sum(row.computed for row in self._rows.values())
+        stats = self._stats
+        return LaneStats(
+            stats.name,
+            stats.steps,
+            seconds,
+            stats.rows,
+            stats.computed_tokens,
+            stats.catchup_tokens,
+            stats.preemptions,
+            len(self._rows),
+            used / self._kv_tokens,
+        )
+
+    def shutdown(self) -> None:
+        """Forget everything."""
+        self._rows.clear()
+
+    def _pending(self, row: _Row) -> int:
+        # A parked row that was dropped is left alone until it is extended: nobody waits for its sample.
+        return 0 if row.preempted else len(row.tokens) - row.computed
+
+    def _make_room(self, row: _Row, chunk: int) -> bool:
+        """Drop rows, the latest first, until ``chunk`` tokens fit; False if only older rows are left to drop."""
+        used = sum(other.computed for other in self._rows.values())
+        for request_id, other in reversed(self._rows.items()):
+            if used + chunk <= self._kv_tokens:
+                break
+            if other is row:
+                return self._make_room_from_parked(row, chunk)
+            used -= other.computed
+            self.preempt(request_id)
+        return used + chunk <= self._kv_tokens
+
+    def _make_room_from_parked(self, row: _Row, chunk: int) -> bool:
+        used = sum(other.computed for other in self._rows.values())
+        for request_id, other in self._rows.items():
+            if used + chunk <= self._kv_tokens:
+                break
+            if other is not row and other.computed == len(other.tokens):
+                used -= other.computed
+                self.preempt(request_id)
+        return used + chunk <= self._kv_tokens
+
+    def _sample(self, row: _Row) -> Sample:
+        request = row.request
+        sampling = request.sampling
+        token = next_token(self._number, row.tokens, self._vocab_size)
+        prompt_logprobs = None
+        if row.wants_prompt_logprobs:
+            row.wants_prompt_logprobs = False
+            prompt_logprobs = [
+                self._logprobs(prompt_token, sampling.prompt_logprobs or 0) for prompt_token in request.prompt[1:]
+            ]
+        return Sample(
+            request.request_id,
+            len(row.tokens),
+            token,
+            gate=gate_values(row.tokens, self._experts) if self._experts else None,
+            top_probability=(
+                zlib.crc32(array("I", row.tokens).tobytes(), 99) % 1001 / 1000.0
+                if request.wants_top_probability
+                else None
+            ),
+            logprobs=self._logprobs(token, sampling.logprobs) if sampling.logprobs is not None else None,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _logprobs(self, token: int, count: int) -> TokenLogprobs:
+        others = [(token + step) % self._vocab_size for step in range(count)]
+        return TokenLogprobs([token, *others], [-0.5, *(-0.5 - step for step in range(count))], 1)

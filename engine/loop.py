@@ -1,0 +1,209 @@
+"""The step loop: plan, step, land, in lockstep or overlapped.
+
+*Lockstep* steps one lane after the other. Rows stay together in one batch, which on shared hardware is worth more
+than doing two things at once. *Overlapped* lets every lane step as soon as it has work, for lanes on devices of their
+own; its lanes, all but one, compute in worker processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Literal
+
+from engine.lanes.interface import Lane, LaneReport
+from engine.scheduler import Scheduler
+from engine.types import BASE, EngineStats
+
+logger = logging.getLogger(__name__)
+
+
+class StepLoop:
+    """Drives lanes for a scheduler. Everything happens in the caller's thread.
+
+    Args:
+        scheduler: decides.
+        lanes: compute; the scheduler's lane numbers index this list.
+        coordination: see the module's docstring.
+        step_timeout: seconds after which an expert's step counts as lost until it ends; a base's ends the engine.
+            A lane that computes in this thread cannot be watched from here; the engine's client watches those.
+        wake: called from another thread when an overlapped step has completed; must make the caller call
+            :meth:`step` again.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        lanes: list[Lane],
+        coordination: Literal["lockstep", "overlapped"],
+        step_timeout: float = 60.0,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._lanes = lanes
+        self._overlapped = coordination == "overlapped"
+        self._step_timeout = step_timeout
+        self._wake = wake
+        # Steps that nobody waits for in place: overlapped ones, and overdue ones in either mode.
+        self._under_way: dict[int, Future[LaneReport]] = {}
+        self._deadlines: dict[int, float] = {}
+        self._lost: set[int] = set()
+        self._completed: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._quiet = True
+        self._loop_seconds = 0.0
+        self._marked = 0.0
+        self._step_seconds = 0.0
+        self._integrity_errors = 0
+
+    def step(self) -> bool:
+        """One pass: every lane that has work and is free steps once. False if there was nothing to do or to wait for.
+
+        In overlapped mode a pass does not wait; completed steps are landed by the next one.
+
+        Raises:
+            Exception: a lane's step failed; the engine cannot go on.
+        """
+        begin = time.perf_counter()
+        active = self._pass_overlapped() if self._overlapped else self._pass_lockstep()
+        if active or not self._quiet:
+            # From pass to pass, so that what the caller does between passes counts as coordination too.
+            now = time.perf_counter()
+            self._loop_seconds += now - (begin if self._quiet else self._marked)
+            self._marked = now
+        if active:
+            self._quiet = False
+        elif self._stalled():
+            raise RuntimeError(f"{self._scheduler.running} requests wait for lanes that have nothing to do")
+        elif not self._quiet and not self._under_way:
+            self._rest()
+        return active
+
+    def _stalled(self) -> bool:
+        """Requests are left that nothing will ever end: a lane has kept a sample to itself."""
+        return (
+            self._scheduler.running > 0 and not self._under_way and not any(lane.is_preparing() for lane in self._lanes)
+        )
+
+    def patience(self) -> float | None:
+        """Seconds until a step that is under way becomes overdue, for whoever waits; None if none will."""
+        if not self._deadlines:
+            return None
+        return max(0.0, min(self._deadlines.values()) - time.monotonic())
+
+    def stats(self) -> EngineStats:
+        """The engine's account; list-valued fields are handed out once."""
+        scheduler = self._scheduler
+        lanes = [lane.stats() for lane in self._lanes]
+        for number in self._lost:
+            lanes[number].up = False
+        return EngineStats(
+            lanes,
+            scheduler.running,
+            scheduler.waiting,
+            self._loop_seconds,
+            self._step_seconds,
+            scheduler.take_expert_waits(),
+            scheduler.gate_errors,
+            self._integrity_errors,
+            scheduler.expert_failures,
+        )
+
+    def shutdown(self) -> None:
+        """Shut the lanes down; a step that is under way is not waited for."""
+        for lane in self._lanes:
+            lane.shutdown()
+
+    def _pass_lockstep(self) -> bool:
+        active = self._land_completed()
+        for number, lane in enumerate(self._lanes):
+            if number in self._lost or not self._prepare(number):
+                continue
+            active = True
+            future = lane.start()
+            try:
+                future.exception(self._step_timeout)
+            except TimeoutError:
+                self._watch(number, future)
+                self._lose(number)
+            else:
+                self._land(number, future)
+        return active
+
+    def _pass_overlapped(self) -> bool:
+        active = self._land_completed()
+        for number in [number for number, deadline in self._deadlines.items() if deadline <= time.monotonic()]:
+            self._lose(number)
+            active = True
+        # In-process lanes last: they compute in this thread, while the others are under way.
+        in_process: list[tuple[int, Future[LaneReport]]] = []
+        for number in reversed(range(len(self._lanes))):
+            if number in self._under_way or not self._prepare(number):
+                continue
+            active = True
+            future = self._lanes[number].start()
+            if future.done():
+                in_process.append((number, future))
+            else:
+                self._deadlines[number] = time.monotonic() + self._step_timeout
+                self._watch(number, future)
+        for number, future in in_process:
+            self._land(number, future)
+        return active
+
+    def _prepare(self, number: int) -> bool:
+        """Tell a lane what changed; False if it has nothing to do."""
+        lane = self._lanes[number]
+        if work := self._scheduler.plan(number):
+            lane.apply(work)
+        return lane.has_work()
+
+    def _watch(self, number: int, future: Future[LaneReport]) -> None:
+        self._under_way[number] = future
+        future.add_done_callback(lambda _: self._complete(number))
+
+    def _complete(self, number: int) -> None:
+        self._completed.put(number)
+        self._wake()
+
+    def _land_completed(self) -> bool:
+        active = False
+        while not self._completed.empty():
+            number = self._completed.get()
+            self._deadlines.pop(number, None)
+            if number in self._lost:
+                self._lost.discard(number)
+                self._scheduler.regain(number)
+                logger.warning("lane %s is back", self._lanes[number].info.name)
+            self._land(number, self._under_way.pop(number))
+            active = True
+        return active
+
+    def _lose(self, number: int) -> None:
+        self._deadlines.pop(number, None)
+        name = self._lanes[number].info.name
+        if number == BASE:
+            raise TimeoutError(f"a step of lane {name} timed out after {self._step_timeout:g} s")
+        logger.error("a step of lane %s timed out after %g s", name, self._step_timeout)
+        self._lost.add(number)
+        self._scheduler.lose(number)
+
+    def _land(self, number: int, future: Future[LaneReport]) -> None:
+        report = future.result()
+        self._step_seconds += report.seconds
+        for request_id, message, refused in report.failures:
+            self._scheduler.fail(request_id, message, refused=refused)
+        self._scheduler.land(number, report.samples)
+
+    def _rest(self) -> None:
+        """Called once when the engine has gone idle: nothing may be left in any lane."""
+        self._quiet = True
+        for lane in self._lanes:
+            lane.flush()
+            if self._scheduler.running or self._scheduler.waiting:
+                continue
+            for leftover in lane.leftovers():
+                self._integrity_errors += 1
+                logger.error("integrity: idle lane %s still holds %s", lane.info.name, leftover)

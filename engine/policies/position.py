@@ -1,0 +1,75 @@
+"""What a policy sees of one token position, and how the gate's values are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """One position that is about to be written, after the base has looked at it.
+
+    Attributes:
+        deferral: probability that the base should not write here, 1 - P(Z = 0); None where the pair has no gate
+            and the policy needs none.
+        weights: (lane, probability) of each expert that may write, P(Z = k); sums to ``deferral``. Without a gate
+            every expert weighs the same.
+        threshold: the request's threshold, 0 to 1.
+        rate: the request's rate, 0 to 1.
+        draw: uniform in [0, 1), a function of the request's seed and this position alone.
+    """
+
+    deferral: float | None
+    weights: Sequence[tuple[int, float]]
+    threshold: float
+    rate: float
+    draw: float
+
+    @property
+    def favourite(self) -> int:
+        """The lane of the most probable expert; the first one on a tie."""
+        return max(self.weights, key=lambda item: item[1])[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A named decision rule.
+
+    Attributes:
+        needs: "gate": only served where the pair has a gate. "top_probability": the base's lane reports its top
+            probability for this request's rows. None: needs nothing.
+        decide: returns the lane that writes the next token; 0 is the base.
+    """
+
+    name: str
+    needs: Literal["gate", "top_probability"] | None
+    decide: Callable[[Position], int]
+
+
+def read_gate(logits: Sequence[float], experts: Sequence[int]) -> tuple[float, list[tuple[int, float]]]:
+    """Softmax over [0, z_1, ..., z_K] restricted to the allowed experts: (1 - P(Z = 0), weights).
+
+    For one expert this is the logistic function of the method's paper (arXiv 2403.03870, section 3).
+
+    Args:
+        logits: the gate's value for each expert, [K], in lane order (lane 1 first).
+        experts: lanes that may be deferred to, at least one.
+
+    Raises:
+        ValueError: a value is NaN or infinite.
+    """
+    values = [logits[lane - 1] for lane in experts]
+    if not all(map(math.isfinite, values)):
+        raise ValueError("the gate's value is not finite")
+    if len(values) == 1:
+        z = values[0]
+        p = 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
+        return p, [(experts[0], p)]
+    top = max(0.0, *values)
+    base = math.exp(-top)
+    raised = [math.exp(z - top) for z in values]
+    total = base + sum(raised)
+    return sum(raised) / total, [(lane, e / total) for lane, e in zip(experts, raised, strict=True)]

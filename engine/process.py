@@ -1,0 +1,252 @@
+"""The engine's own process: ``python -m engine.process SOCKET_DIRECTORY``, started by :mod:`engine.client`.
+
+Receives messages in a thread, runs the step loop in the main thread, sends one batch a pass. Ends when told to,
+when a lane fails, or when the process that started it is gone (its end of our standard input closes).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from engine.config import EngineConfig
+from engine.errors import CollmError
+from engine.lanes.interface import Lane
+from engine.lanes.standin import StandinLane
+from engine.loop import StepLoop
+from engine.messages import (
+    Abort,
+    Batch,
+    Dead,
+    FromEngine,
+    Progress,
+    Ready,
+    Refused,
+    Shutdown,
+    Start,
+    Submit,
+    ToEngine,
+)
+from engine.scheduler import Scheduler
+from engine.types import EngineInfo, GateInfo
+
+logger = logging.getLogger(__name__)
+
+REQUESTS_SOCKET = "requests"
+BATCHES_SOCKET = "batches"
+LINGER_MILLISECONDS = 2000
+"""How long a last message may take to leave."""
+
+
+class EngineProcess:
+    """The process's main object.
+
+    Args:
+        directory: where the two ipc sockets lie.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._context = zmq.Context()
+        self._requests = self._context.socket(zmq.PULL)
+        self._batches = self._context.socket(zmq.PUSH)
+        for socket, name in ((self._requests, REQUESTS_SOCKET), (self._batches, BATCHES_SOCKET)):
+            socket.setsockopt(zmq.LINGER, LINGER_MILLISECONDS)
+            socket.set_hwm(0)
+            socket.connect(f"ipc://{directory / name}")
+        # Ends the receiving thread, which owns the requests socket: ZeroMQ sockets are not to be shared.
+        self._stop = self._context.socket(zmq.PAIR)
+        self._stop.bind("inproc://stop")
+        self._receiver = threading.Thread(target=self._receive, name="receive", daemon=True)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        # None only wakes the loop: an overlapped step or a grammar is done. A string: a worker of that lane died.
+        self._inbox: queue.SimpleQueue[ToEngine | str | None] = queue.SimpleQueue()
+
+    def run(self) -> int:
+        """Serve until the end; returns the exit status."""
+        start = self._decoder.decode(self._requests.recv())
+        assert isinstance(start, Start)
+        try:
+            config = EngineConfig.model_validate_json(start.config)
+            scheduler, lanes, info = build(
+                config,
+                on_progress=lambda message: self._send(Progress(message)),
+                on_ready=lambda: self._inbox.put(None),
+                on_failure=self._inbox.put,
+            )
+        except CollmError as error:
+            self._send(Refused(str(error)))
+            return 1
+        except Exception as error:
+            traceback.print_exc()
+            self._send(Refused(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+            return 1
+        loop = StepLoop(
+            scheduler,
+            lanes,
+            info.coordination,
+            step_timeout=config.scheduler.step_timeout_seconds,
+            wake=lambda: self._inbox.put(None),
+        )
+        self._receiver.start()
+        self._send(Ready(info))
+        try:
+            self._serve(scheduler, loop)
+        except Exception as error:
+            traceback.print_exc()
+            self._send(Dead(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+            return 1
+        loop.shutdown()
+        return 0
+
+    def close(self) -> None:
+        """Send what is left to send, and free the sockets."""
+        if self._receiver.is_alive():
+            self._stop.send(b"")
+            self._receiver.join()
+        else:
+            self._requests.close()
+        self._stop.close()
+        self._batches.close()
+        self._context.term()
+
+    def _serve(self, scheduler: Scheduler, loop: StepLoop) -> None:
+        active = False
+        while True:
+            # Waits only when a pass found nothing to do; then whatever comes first wakes it.
+            block = not active
+            while block or not self._inbox.empty():
+                try:
+                    message = self._inbox.get(timeout=loop.patience() if block else None)
+                except queue.Empty:
+                    break  # a step is overdue
+                finally:
+                    block = False
+                match message:
+                    case Submit(requests):
+                        for request in requests:
+                            scheduler.add(request)
+                    case Abort(request_ids):
+                        for request_id in request_ids:
+                            scheduler.abort(request_id)
+                    case Shutdown():
+                        return
+                    case str(lane):
+                        raise RuntimeError(f"a worker process of lane {lane} died")
+            was_active = active
+            active = loop.step()
+            deltas = scheduler.take_deltas()
+            if deltas or active or was_active:
+                self._send(Batch(deltas, loop.stats()))
+
+    def _receive(self) -> None:
+        with self._context.socket(zmq.PAIR) as stop, self._requests as requests:
+            stop.connect("inproc://stop")
+            poller = zmq.Poller()
+            poller.register(stop, zmq.POLLIN)
+            poller.register(requests, zmq.POLLIN)
+            while True:
+                ready = dict(poller.poll())
+                if stop in ready:
+                    return
+                try:
+                    self._inbox.put(self._decoder.decode(requests.recv()))
+                except (msgspec.DecodeError, UnicodeDecodeError):
+                    logger.exception("a message that cannot be read was dropped")
+
+    def _send(self, message: FromEngine) -> None:
+        self._batches.send(self._encoder.encode(message))
+
+
+def build(
+    config: EngineConfig,
+    *,
+    on_progress: Callable[[str], None],
+    on_ready: Callable[[], None],
+    on_failure: Callable[[str], None],
+) -> tuple[Scheduler, list[Lane], EngineInfo]:
+    """Scheduler and lanes as configured.
+
+    Raises:
+        ConfigError, GateError: what does not fit; see :func:`engine.vllm_hooks.load.make_plan`.
+    """
+    gate: GateInfo | None
+    lanes: list[Lane]
+    if config.base.backend == "standin":
+        lanes = [
+            StandinLane(number, name, experts=len(config.experts) if number == 0 else 0, **lane.vllm)
+            for number, (name, lane) in enumerate(zip(config.lane_names, config.lanes, strict=True))
+        ]
+        vocab_size = config.base.vllm.get("vocab_size", 256)
+        eos_token_ids: list[int] = [0]
+        gate = None
+        if config.experts:
+            threshold = 0.5 if config.gate.threshold is None else config.gate.threshold
+            gate = GateInfo("standin", config.gate.policy or "threshold", threshold)
+        versions = {}
+    else:
+        from engine.vllm_hooks.options import prepare_environment
+
+        prepare_environment(config.lanes)
+        on_progress("checking checkpoints and gate")
+        from engine.vllm_hooks.load import load_lanes, make_plan, versions_in_use
+
+        plan = make_plan(config)
+        on_progress("importing vLLM")
+        lanes = load_lanes(config, plan, on_progress=on_progress, on_ready=on_ready, on_failure=on_failure)
+        vocab_size, eos_token_ids, gate = plan.vocab_size, plan.eos_token_ids, plan.gate
+        versions = versions_in_use()
+    coordination = config.scheduler.coordination
+    if coordination == "auto":
+        coordination = "overlapped" if config.on_separate_devices else "lockstep"
+    max_model_len = min(lane.info.max_model_len for lane in lanes)
+    scheduler = Scheduler(
+        lanes=len(lanes),
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_model_len=max_model_len,
+        vocab_size=vocab_size,
+        eos_token_ids=eos_token_ids,
+        has_gate=gate is not None,
+        policy=gate.policy if gate is not None else (config.gate.policy or "never"),
+        threshold=gate.threshold if gate is not None else 0.5,
+        expert_failure=config.scheduler.expert_failure,
+        refusal=lambda request: next(filter(None, (lane.refusal(request) for lane in lanes)), None),
+    )
+    info = EngineInfo(
+        [lane.info for lane in lanes], vocab_size, max_model_len, eos_token_ids, coordination, gate, versions
+    )
+    return scheduler, lanes, info
+
+
+def _end_with_parent() -> None:
+    # Not sys.stdin: its lock, held by a daemon thread, would be in the interpreter's way when it ends.
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Ctrl-C reaches the whole terminal group; when to end is the parent's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    process = EngineProcess(Path(sys.argv[1]))
+    try:
+        return process.run()
+    finally:
+        process.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

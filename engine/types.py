@@ -1,0 +1,258 @@
+"""The nouns of the engine, shared by scheduler, lanes, process and client.
+
+All are msgspec structs, so that the very same objects travel between processes. Token ids everywhere, never text.
+Lanes are numbered: 0 is the base, 1..K are the experts in the order of the configuration. That number is also the
+*source* of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+BASE = 0
+"""The base lane's number, and the source of every token that the base writes."""
+
+PolicyName = Literal["threshold", "sample", "always", "never", "random", "confidence"]
+FinishReason = Literal["stop", "length", "error", "aborted"]
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A grammar that the whole answer must follow, whoever writes it. Exactly one is set. Names are vLLM's.
+
+    Attributes:
+        json: a JSON schema, as text.
+        json_object: any JSON object.
+        regex: a regular expression.
+        choice: one of these texts.
+        grammar: an EBNF grammar.
+    """
+
+    json: str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+    grammar: str | None = None
+
+
+class SamplingSpec(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the next token is drawn, in whichever lane draws it. Names and meanings are vLLM's.
+
+    Attributes:
+        temperature: 0 is greedy.
+        top_k: 0 keeps the whole vocabulary.
+        seed: makes the request reproducible, alone and in any batch; None draws from the lane's shared generator.
+        logit_bias: token id -> added logit.
+        logprobs: how many of the most probable tokens to report beside each written one; None reports nothing.
+        prompt_logprobs: the same for prompt tokens, by the base; None reports nothing.
+        max_tokens: most tokens to write; at least 1.
+        min_tokens: end-of-sequence and stop tokens cannot be drawn before this many tokens are written.
+        structured_outputs: a grammar; None is free text.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    max_tokens: int = 16
+    min_tokens: int = 0
+    structured_outputs: StructuredOutputs | None = None
+
+
+class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Who may write, and how it is decided.
+
+    Attributes:
+        member: None for the joint model; a lane's number for that member alone, which never touches another lane.
+        policy: turns the gate's value into a decision, see :mod:`engine.policies`; None is the gate's default.
+        threshold: a token is deferred when its deferral probability is greater; None is the gate's default.
+        rate: share of tokens that the ``random`` policy defers.
+        max_expert_tokens: after this many expert tokens the base writes alone; None is no limit.
+        experts: lanes that may be deferred to; None is all of them.
+    """
+
+    member: int | None = None
+    policy: PolicyName | None = None
+    threshold: float | None = None
+    rate: float = 0.0
+    max_expert_tokens: int | None = None
+    experts: tuple[int, ...] | None = None
+
+
+class GenerationRequest(msgspec.Struct, frozen=True):
+    """One prompt to be continued once. ``n`` completions of a prompt are n requests.
+
+    Attributes:
+        request_id: unique among the requests in flight.
+        prompt: token ids, at least one.
+        timeline: the last delta tells when the request was where, for tracing.
+    """
+
+    request_id: str
+    prompt: list[int]
+    sampling: SamplingSpec = SamplingSpec()
+    collaboration: Collaboration = Collaboration()
+    timeline: bool = False
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, of the model that wrote it, before penalties and temperature.
+
+    Attributes:
+        token_ids: the written token first, then the most probable ones in order (it may be among them again).
+        logprobs: natural logarithms, same length.
+        rank: rank of the written token, 1 is the most probable.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    rank: int
+
+
+class Delta(msgspec.Struct, array_like=True):
+    """What one request gained since its last delta. The per-token lists have the same length, always.
+
+    Attributes:
+        tokens: written token ids, in order.
+        sources: the lane that wrote each.
+        deferrals: the deferral probability at each position as its policy saw it; None where no gate was asked
+            (a member alone, or a pair without a gate).
+        logprobs: one entry a token if asked for, else None.
+        prompt_logprobs: once, with the first delta, if asked for: one entry for each prompt token but the first.
+        finish_reason: set on the last delta.
+        stop_token: the token id that ended the request, if one did.
+        error: what went wrong, when finish_reason is "error".
+        refused: the error is the request's own fault; nothing was written.
+        timeline: with the last delta, if asked for: seconds of the machine's monotonic clock at which the request was
+            admitted, then for each deferral when it was parked and when its expert token came.
+    """
+
+    request_id: str
+    tokens: list[int] = []
+    sources: list[int] = []
+    deferrals: list[float | None] = []
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None
+    error: str | None = None
+    refused: bool = False
+    timeline: list[float] | None = None
+
+
+class Completion(msgspec.Struct):
+    """A finished request, as the offline ``generate`` returns it. Lists as in :class:`Delta`."""
+
+    request_id: str
+    tokens: list[int]
+    sources: list[int]
+    deferrals: list[float | None]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
+
+
+class GateInfo(msgspec.Struct, frozen=True):
+    """What the served gate says of itself. ``source`` is a path, or "lm_head" for a reference-format base."""
+
+    source: str
+    policy: PolicyName
+    threshold: float
+
+
+class LaneInfo(msgspec.Struct, frozen=True):
+    """A lane as it was started.
+
+    Attributes:
+        name: "base", or the expert's name.
+        model: path or name of its checkpoint.
+        max_model_len: context in tokens, prompt and output together.
+        kv_blocks: KV blocks that can hold requests.
+        block_size: tokens a KV block.
+    """
+
+    name: str
+    model: str
+    max_model_len: int
+    kv_blocks: int
+    block_size: int
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What a client needs to know before its first request.
+
+    Attributes:
+        vocab_size: token ids are in [0, vocab_size).
+        max_model_len: the smallest context of all lanes.
+        eos_token_ids: end a request unless it ignores them.
+        coordination: "lockstep" or "overlapped", as resolved.
+    """
+
+    lanes: list[LaneInfo]
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    coordination: Literal["lockstep", "overlapped"]
+    gate: GateInfo | None
+    versions: dict[str, str]
+
+
+class LaneStats(msgspec.Struct, array_like=True):
+    """Counters (since start) and gauges (now) of one lane. Times in seconds.
+
+    Attributes:
+        steps: forward passes.
+        step_seconds: their duration since the last report, one entry a step.
+        rows: rows that were in the last step; 0 when the lane is idle.
+        computed_tokens: positions computed, prompts included.
+        catchup_tokens: written tokens computed beyond the one that a step needs anyway.
+        requests: requests that hold a place in the lane.
+        kv_usage: used share of the KV blocks, 0 to 1.
+        up: False while a step of the lane is overdue.
+    """
+
+    name: str
+    steps: int = 0
+    step_seconds: list[float] = []
+    rows: int = 0
+    computed_tokens: int = 0
+    catchup_tokens: int = 0
+    preemptions: int = 0
+    requests: int = 0
+    kv_usage: float = 0.0
+    up: bool = True
+
+
+class EngineStats(msgspec.Struct, array_like=True):
+    """The engine's own account, sent with each batch of deltas.
+
+    Attributes:
+        running: admitted requests; waiting: those not admitted yet.
+        loop_seconds: wall time since start during which the engine was not idle.
+        step_seconds: the lanes' own step times, summed. In lockstep the difference is the coordination cost.
+        expert_waits: for each deferral since the last report, seconds between parking and the expert's token.
+        gate_errors: requests ended because the gate's value was not finite.
+        integrity_errors: leftovers found in idle lanes; any but 0 is a defect.
+        expert_failures: deferrals whose expert was lost, whatever became of their requests.
+    """
+
+    lanes: list[LaneStats]
+    running: int = 0
+    waiting: int = 0
+    loop_seconds: float = 0.0
+    step_seconds: float = 0.0
+    expert_waits: list[float] = []
+    gate_errors: int = 0
+    integrity_errors: int = 0
+    expert_failures: int = 0

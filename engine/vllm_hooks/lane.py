@@ -1,0 +1,290 @@
+"""A lane on vLLM: an ``EngineCore`` (its scheduler and executor) driven directly."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, cast
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
+from vllm.v1.request import Request
+
+from engine.lanes.interface import Failure, LaneReport, LaneWork, Sample
+from engine.types import GenerationRequest, LaneInfo, LaneStats, SamplingSpec, StructuredOutputs, TokenLogprobs
+from engine.vllm_hooks.scheduler import LaneScheduler
+from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_NO_READINGS = Readings(None, None)
+
+
+class VllmLane:
+    """See :class:`engine.lanes.interface.Lane` for the contract.
+
+    Args:
+        name: "base", or the expert's name.
+        arguments: for vLLM's ``EngineArgs``, from :func:`engine.vllm_hooks.options.engine_arguments`.
+        eos_token_ids: of the served pair; the first one is the primary.
+        on_ready: called from another thread when the lane has work that it had not before.
+        on_failure: called from another thread when a worker process dies.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: dict[str, Any],
+        *,
+        eos_token_ids: list[int],
+        on_ready: Callable[[], None] = lambda: None,
+        on_failure: Callable[[], None] | None = None,
+    ) -> None:
+        config = EngineArgs(**arguments).create_engine_config()
+        executor = Executor.get_class(config)
+        self._core = EngineCore(config, executor, log_stats=False, executor_fail_callback=on_failure)
+        self._scheduler = cast("LaneScheduler", self._core.scheduler)
+        self._in_process = issubclass(executor, UniProcExecutor)
+        # Waits for worker processes, so that the step loop can wait for several lanes at once. It never computes:
+        # vLLM keeps its forward context in a module's global, so forward passes belong to the loop's thread.
+        self._waiter = None if self._in_process else ThreadPoolExecutor(1, thread_name_prefix=f"lane-{name}")
+        self._on_ready = on_ready
+        self._eos = eos_token_ids
+        self._vocab_size: int = arguments["additional_config"][SETTINGS_KEY]["vocab_size"]
+        pool = self._scheduler.kv_cache_manager.block_pool
+        self._info = LaneInfo(
+            name,
+            config.model_config.model,
+            config.model_config.max_model_len,
+            # One block is vLLM's null block, which holds nobody.
+            kv_blocks=pool.num_gpu_blocks - 1,
+            block_size=config.cache_config.block_size,
+        )
+        # vLLM loads it for its grammars; None with skip_tokenizer_init.
+        self._tokenizer = getattr(self._core.structured_output_manager, "tokenizer", None)
+        self._stats = LaneStats(name)
+        self._seconds: list[float] = []
+
+    @property
+    def info(self) -> LaneInfo:
+        """Name, checkpoint and sizes."""
+        return self._info
+
+    def refusal(self, request: GenerationRequest) -> str | None:
+        """What vLLM itself has against the sampling parameters, or a token id that the model does not have."""
+        if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
+            return f"prompt has a token id outside [0, {self._vocab_size})"
+        try:
+            self._sampling_params(request.sampling)
+        except (ValueError, VLLMValidationError) as error:
+            return str(error)
+        return None
+
+    def apply(self, work: LaneWork) -> None:
+        """Take in what changed."""
+        scheduler = self._scheduler
+        if work.remove:
+            scheduler.remove(work.remove)
+        for added in work.add:
+            request = Request(
+                added.request_id,
+                added.prompt,
+                sampling_params=self._sampling_params(added.sampling),
+                pooling_params=None,
+                block_hasher=self._core.request_block_hasher,
+            )
+            scheduler.add_lane_request(request, added.written, added.wants_top_probability, self._on_ready)
+            self._stats.catchup_tokens += len(added.written)
+        for request_id, tokens in work.extend:
+            self._stats.catchup_tokens += scheduler.extend(request_id, tokens)
+
+    def has_work(self) -> bool:
+        """Whether a step would compute anything."""
+        return self._scheduler.has_runnable()
+
+    def is_preparing(self) -> bool:
+        """Whether a grammar is being compiled."""
+        return self._scheduler.is_compiling
+
+    def start(self) -> Future[LaneReport]:
+        """Schedule and execute one step. Done at once in process; with workers the future completes later."""
+        begin = time.perf_counter()
+        scheduler = self._scheduler
+        failures = scheduler.settle_grammars()
+        scheduled = scheduler.schedule()
+        executor = self._core.model_executor
+        forward = executor.execute_model(scheduled, non_block=True)
+        # On the CPU, while a GPU computes.
+        bitmask = scheduler.get_grammar_bitmask(scheduled)
+        future: Future[LaneReport] = Future()
+        if self._waiter is None:
+            try:
+                output = forward.result()
+                if output is None:
+                    output = executor.sample_tokens(bitmask)
+                future.set_result(self._collect(scheduled, output, begin, failures))
+            except Exception as error:
+                future.set_exception(error)
+            return future
+        sampled = executor.sample_tokens(bitmask, non_block=True) if scheduled.total_num_scheduled_tokens else None
+
+        def wait() -> LaneReport:
+            output = forward.result()
+            if sampled is not None:
+                output = sampled.result()
+            return self._collect(scheduled, output, begin, failures)
+
+        return self._waiter.submit(wait)
+
+    def flush(self) -> None:
+        """An empty step, so that the workers forget the requests that were removed since the last one."""
+        if self._scheduler.finished_req_ids:
+            self._core.model_executor.execute_model(self._scheduler.schedule())
+        self._stats.rows = 0
+
+    def leftovers(self) -> list[str]:
+        """What an idle lane still holds: requests, KV blocks, edits; in process the runner's own table too."""
+        scheduler = self._scheduler
+        found = [f"request {request_id}" for request_id in scheduler.requests]
+        found += [f"bookkeeping {what}" for what in scheduler.bookkeeping()]
+        pool = scheduler.kv_cache_manager.block_pool
+        held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        if held:
+            found.append(f"{held} KV blocks")
+        if self._in_process:
+            worker = self._core.model_executor.driver_worker.worker
+            found += [f"worker state of {request_id}" for request_id in worker.model_runner.requests]
+        return found
+
+    def stats(self) -> LaneStats:
+        """Counters and gauges."""
+        seconds, self._seconds = self._seconds, []
+        stats = self._stats
+        return LaneStats(
+            stats.name,
+            stats.steps,
+            seconds,
+            stats.rows,
+            stats.computed_tokens,
+            stats.catchup_tokens,
+            self._scheduler.num_preemptions,
+            len(self._scheduler.requests),
+            self._scheduler.get_kv_cache_usage(),
+        )
+
+    def shutdown(self) -> None:
+        """Stop the workers and free the device."""
+        if self._waiter is not None:
+            self._waiter.shutdown(wait=False, cancel_futures=True)
+        self._core.shutdown()
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _sampling_params(self, spec: SamplingSpec) -> SamplingParams:
+        params = SamplingParams(
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            top_k=spec.top_k,
+            min_p=spec.min_p,
+            # vLLM takes -1 for no seed at all.
+            seed=spec.seed if spec.seed != -1 else (1 << 63) - 1,
+            presence_penalty=spec.presence_penalty,
+            frequency_penalty=spec.frequency_penalty,
+            repetition_penalty=spec.repetition_penalty,
+            logit_bias=spec.logit_bias,
+            logprobs=spec.logprobs,
+            prompt_logprobs=spec.prompt_logprobs,
+            stop_token_ids=list(spec.stop_token_ids),
+            ignore_eos=spec.ignore_eos,
+            # Stop rules are the collaborative scheduler's; the lane never ends a request by itself.
+            max_tokens=self._info.max_model_len,
+            min_tokens=spec.min_tokens,
+            detokenize=False,
+            structured_outputs=_structured_outputs(spec.structured_outputs),
+        )
+        if self._eos:
+            params.update_from_generation_config({"eos_token_id": self._eos}, self._eos[0])
+        config = self._core.vllm_config
+        # Also chooses the grammar's back end, if there is a grammar.
+        params.verify(
+            config.model_config,
+            None,
+            config.structured_outputs_config,
+            self._tokenizer if spec.structured_outputs is not None else None,
+        )
+        return params
+
+    def _collect(
+        self,
+        scheduled: SchedulerOutput,
+        output: ModelRunnerOutput,
+        begin: float,
+        failures: list[Failure],
+    ) -> LaneReport:
+        readings: Readings = getattr(output, READINGS, _NO_READINGS)
+        samples = []
+        for request, row, token in self._scheduler.collect(scheduled, output):
+            spec = request.sampling_params
+            assert spec is not None
+            prompt = output.prompt_logprobs_dict.get(request.request_id)
+            samples.append(
+                Sample(
+                    request.request_id,
+                    request.num_tokens,
+                    token,
+                    readings.gate[row] if readings.gate is not None else None,
+                    readings.top_probability[row] if readings.top_probability is not None else None,
+                    _logprobs(output.logprobs, row, spec.logprobs),
+                    _prompt_logprobs(prompt) if prompt is not None else None,
+                )
+            )
+        stats = self._stats
+        stats.steps += 1
+        stats.rows = len(scheduled.num_scheduled_tokens)
+        stats.computed_tokens += scheduled.total_num_scheduled_tokens
+        seconds = time.perf_counter() - begin
+        self._seconds.append(seconds)
+        return LaneReport(samples, seconds, failures)
+
+
+def _structured_outputs(spec: StructuredOutputs | None) -> StructuredOutputsParams | None:
+    if spec is None:
+        return None
+    return StructuredOutputsParams(
+        json=spec.json,
+        json_object=spec.json_object or None,
+        regex=spec.regex,
+        choice=list(spec.choice) if spec.choice is not None else None,
+        grammar=spec.grammar,
+    )
+
+
+def _logprobs(rows: LogprobsLists | None, row: int, count: int | None) -> TokenLogprobs | None:
+    if rows is None or count is None:
+        return None
+    # A batch carries as many columns as its greediest row asked for.
+    columns = slice(0, count + 1)
+    return TokenLogprobs(
+        rows.logprob_token_ids[row, columns].tolist(),
+        rows.logprobs[row, columns].tolist(),
+        int(rows.sampled_token_ranks[row]),
+    )
+
+
+def _prompt_logprobs(tensors: LogprobsTensors) -> list[TokenLogprobs]:
+    return [
+        TokenLogprobs(token_ids, logprobs, rank)
+        for token_ids, logprobs, rank in zip(
+            tensors.logprob_token_ids.tolist(),
+            tensors.logprobs.tolist(),
+            tensors.selected_token_ranks.tolist(),
+            strict=True,
+        )
+    ]

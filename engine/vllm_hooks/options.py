@@ -1,0 +1,131 @@
+"""A lane's configuration as vLLM's engine arguments, and the environment that vLLM reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import logging
+import os
+import warnings
+from typing import Any
+
+from engine.config import LaneConfig
+from engine.errors import ConfigError
+from engine.vllm_hooks.wire import SETTINGS_KEY
+
+CPU_KV_CACHE_BYTES = 1 << 30
+CPU_BLOCK_SIZE = 32
+"""CPU attention wants a multiple of 32; small blocks waste least on the many short rows of an expert."""
+
+_FIXED = {
+    "scheduler_cls": "the lane's own",
+    "worker_cls": "the lane's own",
+    "async_scheduling": "must stay off: a sampled token is only a proposal",
+    "distributed_executor_backend": "set as 'executor', beside the table 'vllm'",
+    "speculative_config": "a lane's tokens are decided outside it",
+    "kv_transfer_config": "not supported",
+}
+
+
+def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
+    """Set what vLLM reads from the environment. Call before anything of vLLM is imported; keeps what a user set.
+
+    One model runner for both platforms (CPU has only V1), executors in the process where asked for, no usage report.
+    """
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # Every start would print some dozens of lines that concern nobody who serves a pair; errors still show.
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    if all(lane.executor != "ray" for lane in lanes):
+        # Everything runs on this machine: torch's gloo must not listen where the machine's name leads.
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+    shards = max(lane.tensor_parallel_size for lane in lanes)
+    if shards > 1:
+        # Only CPU workers in processes of their own read this: each gets its share of the cores.
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // shards)
+        groups = [cores[shard * share : (shard + 1) * share] or cores for shard in range(shards)]
+        defaults["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    # What is logged before vLLM has set up its own logging.
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def engine_arguments(
+    config: LaneConfig,
+    *,
+    label: str,
+    lane: int,
+    max_num_seqs: int,
+    vocab_size: int,
+    gate_path: str | None,
+    gate_in_head: bool,
+) -> dict[str, Any]:
+    """Keyword arguments for vLLM's ``EngineArgs``.
+
+    Args:
+        label: where the lane stands in the configuration, for error messages: "base" or "experts.NAME".
+        lane: its number.
+        max_num_seqs: rows that the lane must be able to hold at once.
+        vocab_size: columns from here on are never sampled.
+
+    Raises:
+        ConfigError: an option that vLLM does not have, or that the lane sets itself.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    from engine.vllm_hooks.scheduler import LaneScheduler
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for option in config.vllm:
+        if option in _FIXED:
+            raise ConfigError(f"{label}.vllm.{option}: cannot be set ({_FIXED[option]})")
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{label}.vllm.{option}: vLLM has no such engine option{hint}")
+    is_cpu = current_platform.is_cpu()
+    worker = "worker_cpu.CpuLaneWorker" if is_cpu else "worker_gpu.GpuLaneWorker"
+    arguments: dict[str, Any] = {
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        "max_num_seqs": max_num_seqs,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if is_cpu:
+        # CPU: eager is the default until torch.compile is measured to pay there.
+        arguments |= {"block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
+    arguments |= config.vllm
+    kv_bytes = config.kv_cache_memory_bytes
+    if kv_bytes is None and is_cpu:
+        kv_bytes = CPU_KV_CACHE_BYTES
+    arguments |= {
+        "model": config.model,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        # The class, not its name: on CPU vLLM turns the name into worker processes.
+        "distributed_executor_backend": UniProcExecutor if config.executor == "uni" else config.executor,
+        "kv_cache_memory_bytes": kv_bytes,
+        "async_scheduling": False,
+        "scheduler_cls": LaneScheduler,
+        "worker_cls": f"engine.vllm_hooks.{worker}",
+        "additional_config": {
+            **arguments.get("additional_config", {}),
+            SETTINGS_KEY: {
+                "lane": lane,
+                "vocab_size": vocab_size,
+                "gate_path": gate_path,
+                "gate_in_head": gate_in_head,
+            },
+        },
+    }
+    return arguments

@@ -1,0 +1,211 @@
+"""The scheduler's side of a lane: park, extend, and eviction of parked rows.
+
+vLLM's scheduler knows no phases, only counters that catch up: a running request whose tokens are all computed is
+skipped and keeps its KV blocks. That is *parking*, and it needs nothing but not appending the sampled token.
+*Extending* appends what was decided, and the request catches up again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from engine.lanes.interface import Failure
+from engine.vllm_hooks.wire import EDITS, Edit, LaneEdits
+
+
+class Landed(NamedTuple):
+    """A row that was sampled: its request, its row in the runner's output, and the token."""
+
+    request: Request
+    row: int
+    token: int
+
+
+class LaneScheduler(Scheduler):
+    """vLLM's scheduler with parked rows."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Parked rows whose KV blocks were taken. They stay out of the waiting queue until they are extended:
+        # recomputing them earlier would only sample a position again that nobody waits for.
+        self._evicted: dict[str, Request] = {}
+        # Requests that are parked now, the longest parked first.
+        self._parked: dict[str, None] = {}
+        # request id -> how many leading output tokens the runner's own copy has right.
+        self._synced: dict[str, int] = {}
+        # request id -> (number of output tokens it followed, the runner's own sample there).
+        self._sampled: dict[str, tuple[int, int]] = {}
+        self._wants_top_probability: set[str] = set()
+        # Requests whose grammar is being compiled in another thread; vLLM's queues do not know them yet.
+        self._compiling: dict[str, tuple[Request, list[int]]] = {}
+        self._failures: list[Failure] = []
+        self.num_preemptions = 0
+
+    # -- what the lane calls ----------------------------------------------------------------------------------
+
+    def add_lane_request(
+        self, request: Request, written: list[int], wants_top_probability: bool, on_ready: Callable[[], None]
+    ) -> None:
+        """Queue a request whose first ``written`` output tokens exist already.
+
+        Args:
+            on_ready: called from another thread when the request's grammar, if it has one, is compiled.
+        """
+        # vLLM's own report on prefills, which nobody reads here. It takes a cached prefix beyond the prompt for an
+        # error, and written tokens that another request wrote before may well be cached.
+        request.prefill_stats = None
+        self._synced[request.request_id] = 0
+        if wants_top_probability:
+            self._wants_top_probability.add(request.request_id)
+        structured = request.structured_output_request
+        if structured is None:
+            self._enqueue(request, written)
+            return
+        self._compiling[request.request_id] = (request, written)
+        self.structured_output_manager.grammar_init(request)
+        if isinstance(structured._grammar, Future):
+            structured._grammar.add_done_callback(lambda _: on_ready())
+
+    def _enqueue(self, request: Request, written: list[int]) -> None:
+        self.add_request(request)
+        if written:
+            request.append_output_token_ids(written)
+            self._accept(request, written)
+
+    def settle_grammars(self) -> list[Failure]:
+        """Queue the requests whose grammar is ready; returns what has failed since the last call."""
+        for request_id, (request, written) in list(self._compiling.items()):
+            grammar = request.structured_output_request.grammar
+            if grammar is None:
+                continue
+            del self._compiling[request_id]
+            if isinstance(grammar, Exception):
+                message = f"structured_outputs: the grammar cannot be compiled: {grammar}"
+                self._failures.append(Failure(request_id, message, refused=True))
+            else:
+                self._enqueue(request, written)
+        failures, self._failures = self._failures, []
+        return failures
+
+    def _accept(self, request: Request, tokens: list[int]) -> None:
+        """Advance the request's grammar by decided tokens."""
+        if not self.structured_output_manager.accept_tokens(request, tokens):
+            # Every lane masks what the grammar forbids, so this token should not exist.
+            message = "structured_outputs: a written token breaks the grammar"
+            self._failures.append(Failure(request.request_id, message, refused=False))
+
+    def extend(self, request_id: str, tokens: list[int]) -> int:
+        """Append decided tokens to a parked request, which becomes runnable again. Returns its catch-up tokens."""
+        request = self.requests[request_id]
+        followed, own_sample = self._sampled.pop(request_id)
+        self._synced[request_id] = followed + (tokens[0] == own_sample)
+        request.append_output_token_ids(tokens)
+        self._accept(request, tokens)
+        self._parked.pop(request_id, None)
+        if self._evicted.pop(request_id, None) is not None:
+            # It was admitted before anything that waits now.
+            self.waiting.prepend_request(request)
+        return len(tokens) - 1
+
+    def remove(self, request_ids: Iterable[str]) -> None:
+        """Drop requests and free their KV blocks. Unknown ids are ignored."""
+        for request_id in request_ids:
+            for table in (self._evicted, self._parked, self._synced, self._sampled, self._compiling):
+                table.pop(request_id, None)
+            self._wants_top_probability.discard(request_id)
+        self.finish_requests(set(request_ids), RequestStatus.FINISHED_ABORTED)
+
+    def collect(self, scheduled: SchedulerOutput, output: ModelRunnerOutput) -> list[Landed]:
+        """Take in a step's output: every sampled row is parked, none of the samples is appended.
+
+        Stands in for vLLM's ``update_from_output``: stop conditions, streaming and statistics are decided elsewhere.
+        """
+        landed = []
+        for request_id, num_tokens in scheduled.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            request.num_in_flight_tokens -= num_tokens
+            row = output.req_id_to_index[request_id]
+            tokens = output.sampled_token_ids[row]
+            if not tokens:
+                continue  # an unfinished chunk
+            (token,) = tokens
+            self._sampled[request_id] = (request.num_output_tokens, token)
+            self._parked[request_id] = None
+            landed.append(Landed(request, row, token))
+        return landed
+
+    def has_runnable(self) -> bool:
+        """Whether a step would compute anything, or tell of a failure."""
+        if self._failures or any(
+            request.structured_output_request.is_grammar_ready for request, _ in self._compiling.values()
+        ):
+            return True
+        return bool(self.waiting) or len(self._parked) - len(self._evicted) < len(self.running)
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a request waits for its grammar."""
+        return bool(self._compiling)
+
+    def bookkeeping(self) -> list[str]:
+        """Requests that any of the lane's own tables still knows."""
+        tables = (
+            self._evicted,
+            self._parked,
+            self._synced,
+            self._sampled,
+            self._compiling,
+            self._wants_top_probability,
+        )
+        return sorted(set().union(*tables))
+
+    # -- what vLLM calls --------------------------------------------------------------------------------------
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """vLLM's schedule, with the edits that the workers need, and never idle while a request waits."""
+        output = super().schedule(throttle_prefills)
+        while not output.total_num_scheduled_tokens and self.waiting and self._evict_one():
+            # Everything in the lane is parked and a request waits for its memory (or its place). Nothing else would
+            # ever free it: what the parked rows wait for may be waiting for this very request in the other lane.
+            finished = output.finished_req_ids
+            output = super().schedule(throttle_prefills)
+            output.finished_req_ids |= finished
+        edits: dict[str, Edit] = {}
+        for request_id in output.num_scheduled_tokens:
+            request = self.requests[request_id]
+            start = self._synced[request_id]
+            if start < request.num_output_tokens:
+                edits[request_id] = Edit(start, request._output_token_ids[start:])
+                self._synced[request_id] = request.num_output_tokens
+        wanted = self._wants_top_probability
+        setattr(
+            output,
+            EDITS,
+            LaneEdits(edits, bool(wanted) and not wanted.isdisjoint(output.num_scheduled_tokens)),
+        )
+        return output
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        self.num_preemptions += 1
+        if request.request_id in self._parked:
+            self.waiting.remove_request(request)
+            self._evicted[request.request_id] = request
+
+    def _evict_one(self) -> bool:
+        """Take the KV blocks of the row that has been parked longest. False if there is none to take."""
+        request_id = next((r for r in self._parked if r not in self._evicted), None)
+        if request_id is None:
+            return False
+        request = self.requests[request_id]
+        self.running.remove(request)
+        self._preempt_request(request, time.monotonic())
+        return True

@@ -1,0 +1,49 @@
+"""What travels between a lane's scheduler and its workers, riding on vLLM's own messages.
+
+With the executors ``mp`` and ``ray`` these cross process borders inside vLLM's SchedulerOutput and
+ModelRunnerOutput, by vLLM's own serialisation. This module must not import vLLM: workers unpickle it first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SETTINGS_KEY = "collm"
+"""Where the worker's settings lie in vLLM's ``additional_config``."""
+
+EDITS = "collm_edits"
+"""Attribute of SchedulerOutput: LaneEdits."""
+
+READINGS = "collm_readings"
+"""Attribute of ModelRunnerOutput: Readings."""
+
+
+class Edit(NamedTuple):
+    """The true output tokens of a request from index ``start`` on; whatever the runner has there is replaced."""
+
+    start: int
+    tokens: list[int]
+
+
+class LaneEdits(NamedTuple):
+    """What a worker must do for one step besides what vLLM tells it.
+
+    Attributes:
+        tokens: request id -> edit, only where the runner's own copy is not right already.
+        top_probability: whether any scheduled row wants its top probability.
+    """
+
+    tokens: dict[str, Edit]
+    top_probability: bool
+
+
+class Readings(NamedTuple):
+    """What a worker read off the rows that were sampled, in the order of ``ModelRunnerOutput.req_ids``.
+
+    Attributes:
+        gate: [rows][K] gate values, or None for a lane without a gate.
+        top_probability: [rows], if any row wanted it.
+    """
+
+    gate: list[list[float]] | None
+    top_probability: list[float] | None

@@ -1,0 +1,157 @@
+"""The worker's side of a lane: gate values, token edits, and draws keyed by position.
+
+Tensor shapes are suffixes: R rows that are sampled in a step, D hidden size, V vocabulary, K experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.outputs import ModelRunnerOutput
+
+from engine import draws
+from engine.gate import GateArtifact, gate_logits
+from engine.vllm_hooks.wire import EDITS, READINGS, SETTINGS_KEY, LaneEdits, Readings
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    _Worker: Any = object
+else:
+    _Worker = object
+
+
+class RowReader:
+    """Stands between the model and the sampler: reads the gate off the rows that are about to be sampled.
+
+    Args:
+        compute_logits: the model's own, hidden_RD -> logits_RV (None on ranks that hold no logits).
+        gate: theta and bias; None for a lane without a gate artifact.
+        gate_in_head: the last row of the LM head is theta (reference format).
+        vocab_size: real vocabulary; columns from here on are masked, so that neither the reference format's gate
+            nor a padded embedding can ever be sampled, and log-probabilities are those of the real vocabulary.
+        device: of the model.
+    """
+
+    def __init__(
+        self,
+        compute_logits: Callable[..., torch.Tensor | None],
+        *,
+        gate: GateArtifact | None,
+        gate_in_head: bool,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self._compute_logits = compute_logits
+        self._theta_KD = gate.theta.to(device) if gate is not None else None
+        self._bias_K = gate.bias.to(device) if gate is not None else None
+        self._gate_in_head = gate_in_head
+        self._vocab_size = vocab_size
+        self._reading = False
+        self._wants_top_probability = False
+        self._gate_RK: torch.Tensor | None = None
+        self._top_R: torch.Tensor | None = None
+
+    def begin(self, top_probability: bool) -> None:
+        """The next call of the model's ``compute_logits`` is for the rows to be sampled."""
+        self._reading = True
+        self._wants_top_probability = top_probability
+        self._gate_RK = self._top_R = None
+
+    def __call__(self, hidden_RD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """The model's ``compute_logits``, with the gate read and foreign columns masked."""
+        logits_RV = self._compute_logits(hidden_RD, *args, **kwargs)
+        # vLLM calls this a second time for prompt log-probabilities; those rows are nobody's to read.
+        reading, self._reading = self._reading, False
+        if reading and self._theta_KD is not None and self._bias_K is not None:
+            self._gate_RK = gate_logits(hidden_RD, self._theta_KD, self._bias_K)
+        if logits_RV is None:
+            return None
+        if reading and self._gate_in_head:
+            # A copy: the column is masked next.
+            self._gate_RK = logits_RV[:, self._vocab_size : self._vocab_size + 1].to(torch.float32, copy=True)
+        if logits_RV.shape[-1] > self._vocab_size:
+            logits_RV[:, self._vocab_size :] = float("-inf")
+        if reading and self._wants_top_probability:
+            logits = logits_RV.float()
+            self._top_R = torch.exp(logits.amax(-1) - torch.logsumexp(logits, -1))
+        return logits_RV
+
+    def take(self) -> Readings:
+        """What was read since :meth:`begin`; waits for the device."""
+        gate = self._gate_RK.tolist() if self._gate_RK is not None else None
+        top = self._top_R.tolist() if self._top_R is not None else None
+        self._gate_RK = self._top_R = None
+        return Readings(gate, top)
+
+
+class LaneWorkerMixin(_Worker):
+    """Mixed into vLLM's worker of the platform; see ``worker_cpu`` and ``worker_gpu``."""
+
+    def load_model(self, **kwargs: Any) -> None:
+        """Load the model, then put a :class:`RowReader` before its ``compute_logits``."""
+        super().load_model(**kwargs)
+        settings = self.vllm_config.additional_config[SETTINGS_KEY]
+        path = settings["gate_path"]
+        model = self.model_runner.get_model()
+        self._collm_reader = RowReader(
+            model.compute_logits,
+            gate=GateArtifact.load(path) if path is not None else None,
+            gate_in_head=settings["gate_in_head"],
+            vocab_size=settings["vocab_size"],
+            device=self.device,
+        )
+        self._collm_stream: int = settings["lane"]
+        self._collm_batch: Any = None
+        model.compute_logits = self._collm_reader
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """One forward pass, with the lane's edits applied when every scheduled request is in the batch."""
+        edits: LaneEdits = getattr(scheduler_output, EDITS)
+        self._collm_edits = edits
+        self._collm_chunks = scheduler_output.num_scheduled_tokens
+        batch = self.model_runner.input_batch
+        if batch is not self._collm_batch:
+            # The runner builds its batch anew while it sizes the KV cache; hook the one that is in use. The hook
+            # sits before the batch's metadata is made: logits processors look at the output tokens there.
+            self._collm_batch = batch
+            batch.refresh_metadata = partial(self._collm_refresh, batch.refresh_metadata)
+        self._collm_reader.begin(edits.top_probability)
+        return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample; the readings ride back on vLLM's own output."""
+        output = super().sample_tokens(grammar_output)
+        if isinstance(output, ModelRunnerOutput) and output.req_ids:
+            setattr(output, READINGS, self._collm_reader.take())
+        return output
+
+    def _collm_refresh(self, refresh: Callable[[], None]) -> None:
+        runner = self.model_runner
+        batch = runner.input_batch
+        for request_id, (start, tokens) in self._collm_edits.tokens.items():
+            output = runner.requests[request_id].output_token_ids
+            del output[start:]
+            output.extend(tokens)
+            row = batch.req_id_to_index[request_id]
+            begin = batch.num_prompt_tokens[row] + start
+            end = begin + len(tokens)
+            batch.token_ids_cpu[row, begin:end] = tokens
+            batch.is_token_ids[row, begin:end] = True
+            batch.num_tokens_no_spec[row] = end
+        for row, request_id in enumerate(batch.req_ids):
+            state = runner.requests[request_id]
+            if state.generator is None:
+                continue
+            position = state.num_computed_tokens + self._collm_chunks[request_id]
+            if position == state.num_tokens:
+                state.generator.manual_seed(draws.key(state.sampling_params.seed, self._collm_stream, position) >> 1)
+                batch.generators[row] = state.generator
+            else:
+                # An unfinished chunk's sample is thrown away. vLLM would rewind the generator, which a CPU
+                # generator cannot do; nothing is rewound where nothing is advanced.
+                batch.generators.pop(row, None)
+        refresh()

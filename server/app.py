@@ -1,0 +1,70 @@
+"""The ASGI application: routes, middlewares and error handlers around one :class:`~server.service.Service`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from server import __version__
+from server.auth import ApiKeys
+from server.context import RequestContext, error_response
+from server.errors import ApiError, from_status
+from server.limits import RequestLimits
+from server.openapi import document
+from server.playground import mount_playground
+from server.routes import chat, completions, models, ops, tokenize
+from server.service import Service
+from server.tracing import start_tracing
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application. Who starts an engine attaches it to the service; until then requests are answered 503.
+
+    Raises:
+        ConfigFileError: the file with API keys cannot be read, or traces cannot be sent as configured.
+    """
+    app = FastAPI(title="Co-LLM", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    for router in (completions.router, chat.router, tokenize.router, models.router, ops.router):
+        app.include_router(router)
+    mount_playground(app)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    config = service.settings.server
+    # The last one added is the outermost.
+    if keys := config.keys():
+        app.add_middleware(ApiKeys, keys=keys)
+    app.add_middleware(
+        RequestLimits,
+        max_headers=config.max_headers,
+        max_header_bytes=config.max_header_bytes,
+        max_body_bytes=config.max_body_bytes,
+        body_timeout=config.body_timeout_s,
+    )
+    if config.cors_allow_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    service.traces = start_tracing(config, service.models)
+    if service.traces is not None:
+        from server.otlp import TraceRequests
+
+        app.add_middleware(TraceRequests, traces=service.traces)
+    app.add_middleware(RequestContext, http_requests=service.metrics.http_requests)
+    return app
+
+
+async def _api_error(_request: Request, error: Any) -> Response:
+    return error_response(error)
+
+
+async def _http_error(_request: Request, error: Any) -> Response:
+    return error_response(from_status(error.status_code, error.headers))

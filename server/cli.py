@@ -1,0 +1,154 @@
+"""``python -m server``: read the configuration, take the port, run.
+
+Exit status 2 is a wrong configuration, 1 that nothing can be served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from pydantic_settings import CliSettingsSource, SettingsError
+
+from server.settings import ConfigFileError, Settings
+
+if TYPE_CHECKING:
+    from server.engine_port import Engine
+    from server.service import Service
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server; returns the process's exit status."""
+    try:
+        settings = load_settings(sys.argv[1:] if argv is None else argv)
+    except ConfigurationError as error:
+        for line in error.lines:
+            _complain(line)
+        return 2
+    _set_up_logging(settings.server.log_level)
+    try:
+        # Before anything is loaded: minutes of loading are a long way to "address already in use".
+        sock = bind(settings.server.host, settings.server.port)
+    except OSError as error:
+        _complain(f"server.host, server.port: {settings.server.host}:{settings.server.port}: {error.strerror or error}")
+        return 1
+    with sock:
+        return _serve(settings, sock)
+
+
+class ConfigurationError(Exception):
+    """The configuration is wrong.
+
+    Attributes:
+        lines: one for each problem.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = list(lines)
+
+
+def load_settings(argv: Sequence[str]) -> Settings:
+    """Settings from the command line, the environment and the file that either names.
+
+    Raises:
+        ConfigurationError: with a line for each problem.
+        SystemExit: after ``--help``.
+    """
+    try:
+        source: CliSettingsSource[Any] = CliSettingsSource(Settings, cli_parse_args=list(argv))
+        settings = Settings(_cli_settings_source=source)
+        settings.server.keys()
+        return settings
+    except ValidationError as error:
+        raise ConfigurationError([_problem(problem) for problem in error.errors(include_url=False)]) from None
+    except (SettingsError, ConfigFileError) as error:
+        raise ConfigurationError([" ".join(str(error).split())]) from None
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        OSError: the address is not ours, or taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        # Listening makes the port ours: two sockets that are merely bound can share it.
+        sock.listen(2048)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _serve(settings: Settings, sock: socket.socket) -> int:
+    from server.lifecycle import Lifecycle
+    from server.service import Service
+    from server.text.tokenizer import TextTokenizer, TokenizerError
+
+    try:
+        tokenizer = TextTokenizer.load(settings.tokenizer_location, settings.server.tokenizer_threads)
+        service = Service(settings, tokenizer)
+    except TokenizerError as error:
+        _complain(str(error))
+        return 1
+
+    async def run() -> int:
+        lifecycle = Lifecycle(service, lambda: _start_engine(service), sock, _say)
+        status = await lifecycle.run()
+        if lifecycle.failure is not None:
+            _complain(lifecycle.failure)
+        return status
+
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(run())
+    except ConfigFileError as error:
+        _complain(str(error))
+        return 2
+
+
+async def _start_engine(service: Service) -> Engine:
+    from engine.client import EngineClient
+
+    return await EngineClient.start(service.settings.engine, on_progress=lambda line: _say(f"loading: {line}"))
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _problem(problem: Any) -> str:
+    """``base.model: Field required``."""
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        message = "there is no such option"
+    location = ".".join(str(part) for part in problem["loc"])
+    return " ".join((f"{location}: {message}" if location else message).split())
+
+
+def _set_up_logging(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _complain(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,98 @@
+"""Names of served models, and what a name and a ``collaboration`` object mean for the engine."""
+
+from __future__ import annotations
+
+from engine.policies import POLICIES
+from engine.types import BASE, Collaboration, EngineInfo, PolicyName
+from server.errors import ApiError, invalid, shown, unknown_model
+from server.protocol.common import CollaborationOptions
+
+DEFAULT_RATE = 0.5
+
+
+class ModelTable:
+    """The joint model under its configured name, and each member alone as NAME/MEMBER.
+
+    Args:
+        name: the joint model's name.
+        lane_names: "base" and the experts, in the order of lane numbers.
+        default_policy: of a pair without a gate, for requests that name none.
+    """
+
+    def __init__(self, name: str, lane_names: tuple[str, ...], default_policy: PolicyName | None = None) -> None:
+        self.name = name
+        self.lane_names = lane_names
+        self._default_policy = default_policy
+        self._members = {name: None} | {f"{name}/{lane}": number for number, lane in enumerate(lane_names)}
+        self._experts = {lane: number for number, lane in enumerate(lane_names) if number != BASE}
+
+    @property
+    def names(self) -> list[str]:
+        """All served names, the joint model first."""
+        return list(self._members)
+
+    def member(self, name: str) -> int | None:
+        """The lane that a name stands for; None is the joint model.
+
+        Raises:
+            ApiError: 404, no such model.
+        """
+        try:
+            return self._members[name]
+        except KeyError:
+            raise unknown_model(name) from None
+
+    def collaboration(
+        self, member: int | None, options: CollaborationOptions | None, info: EngineInfo
+    ) -> Collaboration:
+        """What the engine is told.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        if member is not None:
+            if options is not None:
+                for field in options.model_fields_set - {"report"}:
+                    if getattr(options, field) is not None:
+                        raise invalid(
+                            f"'collaboration.{field}' is for the joint model '{self.name}'; "
+                            "a member alone takes only 'report'.",
+                            f"collaboration.{field}",
+                        )
+            return Collaboration(member=member)
+        options = options or CollaborationOptions()
+        policy = options.policy
+        if policy is None and info.gate is None:
+            policy = self._default_policy
+        self._check_gate(policy, options, info)
+        effective = policy or (info.gate.policy if info.gate is not None else None)
+        rate = DEFAULT_RATE if options.rate is None else options.rate
+        return Collaboration(
+            policy=policy,
+            threshold=options.threshold,
+            rate=rate if effective == "random" else 0.0,
+            max_expert_tokens=options.max_expert_tokens,
+            experts=self._lanes_of(options.experts),
+        )
+
+    def _check_gate(self, policy: PolicyName | None, options: CollaborationOptions, info: EngineInfo) -> None:
+        if info.gate is not None or not self._experts:
+            return
+        if policy is None or POLICIES[policy].needs == "gate":
+            free = ", ".join(name for name, other in POLICIES.items() if other.needs != "gate")
+            asked = f"The policy '{policy}'" if options.policy else "The default policy"
+            raise invalid(
+                f"{asked} needs a gate and this pair has none; 'collaboration.policy' may be one of: {free}.",
+                "collaboration.policy",
+            )
+
+    def _lanes_of(self, experts: list[str] | None) -> tuple[int, ...] | None:
+        if experts is None:
+            return None
+        param = "collaboration.experts"
+        for name in experts:
+            if name not in self._experts:
+                raise ApiError(400, f"'{param}': there is no expert {shown(name)}.", param=param, code="unknown_expert")
+        if len(set(experts)) < len(experts):
+            raise invalid(f"'{param}' names an expert twice.", param)
+        return tuple(self._experts[name] for name in experts)

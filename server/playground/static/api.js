@@ -1,0 +1,136 @@
+// Talking to the server: models, defaults, and streams of tokens. Addresses are relative to the page, so that the page
+// works behind a proxy that serves it under a prefix.
+
+/** An answer that is not the one hoped for: the server's error object, or no server at all. */
+export class ApiError extends Error {
+  constructor(message, { status = 0, code = null, param = null } = {}) {
+    super(message);
+    this.status = status;
+    this.code = code;
+    this.param = param;
+  }
+}
+
+export function address(path) {
+  return new URL(path, document.baseURI).href;
+}
+
+function headers(key) {
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+async function send(path, options, signal) {
+  let response;
+  try {
+    response = await fetch(address(path), { ...options, signal, credentials: "same-origin" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The server cannot be reached.");
+  }
+  if (!response.ok) throw await failure(response);
+  return response;
+}
+
+async function failure(response) {
+  let detail = null;
+  try {
+    detail = (await response.json()).error;
+  } catch {
+    // No JSON: some proxy answered.
+  }
+  const message = detail?.message ?? `The server answered ${response.status}.`;
+  return new ApiError(message, { status: response.status, code: detail?.code ?? null, param: detail?.param ?? null });
+}
+
+/** What is served: the joint model and its members, joint first. */
+export async function models(key) {
+  const { data } = await (await send("v1/models", { headers: headers(key) })).json();
+  const joint = data.find((model) => model.parent === null);
+  if (!joint) throw new ApiError("The server names no joint model.");
+  const members = data
+    .filter((model) => model.parent === joint.id)
+    .map((model) => ({ id: model.id, name: model.id.slice(joint.id.length + 1) }));
+  return { joint: joint.id, members };
+}
+
+/** Whether requests are admitted; the reason if not. */
+export async function readiness() {
+  try {
+    await send("ready", {});
+    return { ready: true };
+  } catch (error) {
+    return { ready: false, reason: error.message };
+  }
+}
+
+/** The gate's name and default threshold and the server's version, as the metrics tell them. */
+export async function defaults(key) {
+  const text = await (await send("metrics", { headers: headers(key) })).text();
+  const line = text.split("\n").find((each) => each.startsWith("collm_build_info{")) ?? "";
+  const label = (name) => new RegExp(`[{,]${name}="((?:[^"\\\\]|\\\\.)*)"`).exec(line)?.[1] ?? "";
+  const threshold = label("threshold");
+  return {
+    version: label("version"),
+    gate: label("gate") !== "" && label("gate") !== "none",
+    threshold: threshold === "" ? null : Number(threshold),
+  };
+}
+
+/**
+ * Runs a completion.
+ * @yields {{text: string, tokens: {text: string, source: string, p: number|null}[], finish: string|null}}
+ */
+export async function* complete(body, key, signal) {
+  const response = await send(
+    "v1/completions",
+    {
+      method: "POST",
+      headers: { "Content-Type": "application/json", ...headers(key) },
+      body: JSON.stringify(body),
+    },
+    signal,
+  );
+  let finished = false;
+  for await (const data of events(response.body)) {
+    if (data === "[DONE]") return;
+    const chunk = JSON.parse(data);
+    if (chunk.error) throw new ApiError(chunk.error.message, chunk.error);
+    for (const choice of chunk.choices) {
+      const { tokens, sources, deferral_probabilities: values } = choice.collaboration;
+      finished ||= choice.finish_reason !== null;
+      yield {
+        text: choice.text,
+        tokens: tokens.map((text, i) => ({ text, source: sources[i], p: values[i] })),
+        finish: choice.finish_reason,
+      };
+    }
+  }
+  if (!finished) throw new ApiError("The connection ended before the answer did.");
+}
+
+/** The data of server-sent events. */
+async function* events(stream) {
+  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
+  let buffer = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      buffer += value;
+      const parts = buffer.split(/\r?\n\r?\n/);
+      buffer = parts.pop();
+      for (const part of parts) {
+        const data = part
+          .split(/\r?\n/)
+          .filter((line) => line.startsWith("data:"))
+          .map((line) => line.slice(5).trimStart());
+        if (data.length) yield data.join("\n");
+      }
+    }
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The connection to the server broke.");
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}

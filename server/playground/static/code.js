@@ -1,0 +1,48 @@
+// The request as a command and as a program. A key never goes into either: both take it from the environment.
+
+/** A string for a POSIX shell. */
+function shell(text) {
+  return `'${text.replaceAll("'", "'\\''")}'`;
+}
+
+/** A JSON value as a Python literal. */
+function python(value, indent = "") {
+  if (value === null) return "None";
+  if (value === true) return "True";
+  if (value === false) return "False";
+  if (typeof value === "object") {
+    const items = Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${python(each, indent)}`);
+    return `{${items.join(", ")}}`;
+  }
+  return JSON.stringify(value);
+}
+
+/** A curl command that prints the stream. */
+export function asCurl(url, body, withKey) {
+  const lines = [`curl -N ${shell(url)}`, `-H 'Content-Type: application/json'`];
+  if (withKey) lines.push(`-H "Authorization: Bearer $COLLM_API_KEY"`);
+  lines.push(`-d ${shell(JSON.stringify(body, null, 2))}`);
+  return lines.join(" \\\n  ");
+}
+
+/** A program for OpenAI's SDK. */
+export function asPython(base, body, withKey) {
+  const { collaboration, ...standard } = body;
+  const fields = Object.entries(standard).map(([name, value]) => `    ${name}=${python(value)},`);
+  return [
+    ...(withKey ? ["import os", ""] : []),
+    "from openai import OpenAI",
+    "",
+    `client = OpenAI(base_url=${python(base)}, api_key=${withKey ? 'os.environ["COLLM_API_KEY"]' : '"none"'})`,
+    "stream = client.completions.create(",
+    ...fields,
+    `    extra_body={"collaboration": ${python(collaboration)}},`,
+    ")",
+    "for chunk in stream:",
+    "    for choice in chunk.choices:",
+    "        report = choice.collaboration",
+    '        for text, source in zip(report["tokens"], report["sources"]):',
+    '            print(f"{source:>8}  {text!r}")',
+    "",
+  ].join("\n");
+}

@@ -1,0 +1,23 @@
+// Building elements. Text only ever goes in as text: nothing that a model or a server sends is parsed as HTML.
+
+/** The element with an id that stands in the page. */
+export function byId(id) {
+  return document.getElementById(id);
+}
+
+/**
+ * A new element.
+ * @param {string} tag
+ * @param {Record<string, unknown>} properties "class", "data-..." and "aria-..." and "role" become attributes.
+ * @param {...(Node|string|null)} children
+ */
+export function el(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === null || value === undefined) continue;
+    if (name === "class" || name === "role" || name === "for" || name.includes("-")) element.setAttribute(name, value);
+    else element[name] = value;
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}

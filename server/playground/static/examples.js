@@ -1,0 +1,22 @@
+// Prompts to begin with. Those of the demo pair are held-out questions of models/demo/questions.json, word for word.
+
+const DEMO = [
+  "Question: Which currency codes does Iceland Krona have?\nAnswer:",
+  "Question: What are the country codes of Switzerland?\nAnswer:",
+  "Question: Which language codes does Korean have?\nAnswer:",
+  "Question: Say hello to Iceland Krona.\nAnswer:",
+];
+
+const ANY = [
+  "Question: What do you know best?\nAnswer:",
+  "The three most important things to remember are",
+  "Once there was",
+];
+
+/** Prompts for the joint model of a name, each with a short title. */
+export function examplesFor(joint) {
+  return (joint === "collm-demo" ? DEMO : ANY).map((prompt) => ({
+    title: prompt.replace(/^Question: /, "").replace(/\nAnswer:$/, ""),
+    prompt,
+  }));
+}

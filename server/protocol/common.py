@@ -1,0 +1,203 @@
+"""What completions and chat have in common: sampling fields, the ``collaboration`` object, streaming options."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Self, TypeVar
+
+from fastapi import Request
+from pydantic import Field, ValidationError, model_validator
+
+from engine.types import PolicyName, StructuredOutputs
+from server.errors import ApiError, FieldError, from_validation
+from server.protocol.base import Strict, TokenId, Unsupported
+from server.protocol.structured import ResponseFormat, StructuredOutputsOptions, engine_grammar
+
+MAX_STOP_LENGTH = 1024
+"""Characters of a stop string."""
+
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
+Body = TypeVar("Body", bound=Strict)
+
+
+class CollaborationOptions(Strict):
+    """Who may write, and how it is decided. Where a member alone is asked for, only ``report`` may be given."""
+
+    policy: PolicyName | None = None
+    """Turns the gate's value into a decision. Default: the gate's, usually "threshold"."""
+
+    threshold: float | None = Field(default=None, ge=0, le=1)
+    """A token is deferred when its deferral probability is greater. Default: the gate's."""
+
+    rate: float | None = Field(default=None, ge=0, le=1)
+    """Share of tokens that the "random" policy defers. Default: 0.5."""
+
+    max_expert_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    """After so many expert tokens the base writes alone. Default: no limit."""
+
+    experts: list[str] | None = None
+    """Names of the experts that may write. Default: all."""
+
+    report: bool | None = None
+    """Return each token's text, source and deferral probability in ``choices[].collaboration``."""
+
+
+class StreamOptions(Strict):
+    """Only with ``stream``."""
+
+    include_usage: bool | None = None
+    """Send a last chunk with empty ``choices`` and the usage of the whole request."""
+
+    continuous_usage_stats: bool | None = None
+    """Send the usage so far with every chunk."""
+
+    include_obfuscation: Unsupported = None
+
+
+class GenerationFields(Strict):
+    """The fields that mean the same in completions and chat."""
+
+    messages_by_field: ClassVar[dict[str, str]] = {
+        "stop": f"must be a string or an array of 1 to 4 strings, each with 1 to {MAX_STOP_LENGTH} characters",
+        "logit_bias": "must map token ids to numbers from -100 to 100",
+    }
+
+    model: str
+    """The joint model's name, or NAME/base or NAME/EXPERT for a member alone."""
+
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    """0 is greedy. Default: 1."""
+
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    """Nucleus sampling. Default: 1."""
+
+    top_k: int | None = Field(default=None, ge=-1, le=2**31 - 1)
+    """Sample among the k most probable tokens; 0 and -1 mean all. Default: 0."""
+
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    """Drop tokens less probable than this share of the most probable one's. Default: 0."""
+
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    """Makes the request reproducible, alone and in a batch. Choice i > 0 draws from a seed derived from this and i."""
+
+    n: int | None = Field(default=None, ge=1, le=128)
+    """Choices for each prompt. Default: 1."""
+
+    stop: StopString | Annotated[list[StopString], Field(min_length=1, max_length=4)] | None = None
+    """One to four strings that end the text; they may span tokens, of whatever source."""
+
+    stop_token_ids: list[TokenId] | None = None
+    """Tokens that end the text, beside the end-of-sequence tokens."""
+
+    include_stop_str_in_output: bool | None = None
+    """Leave the stop string in the text. Default: false."""
+
+    ignore_eos: bool | None = None
+    """Write on after an end-of-sequence token. Default: false."""
+
+    min_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
+    """Neither end-of-sequence nor stop tokens nor stop strings end the text before. Default: 0."""
+
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    """Default: 0."""
+
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    """Default: 0."""
+
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    """1 is none. Default: 1."""
+
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    """Token id (as a string) to the value that is added to its logit."""
+
+    stream: bool | None = None
+    """Send server-sent events. Default: false."""
+
+    stream_options: StreamOptions | None = None
+    """Only with ``stream``."""
+
+    user: str | None = None
+    """Accepted, for the client's own books."""
+
+    return_token_ids: bool | None = None
+    """Return the token ids of prompt and text."""
+
+    collaboration: CollaborationOptions | None = None
+    """How the models share the work."""
+
+    response_format: ResponseFormat | None = None
+    """What the answer must look like, whoever writes it. Default: free text."""
+
+    structured_outputs: StructuredOutputsOptions | None = None
+    """A grammar for the answer, under vLLM's names; not together with ``response_format``."""
+
+    metadata: Unsupported = None
+    prompt_cache_key: Unsupported = None
+    safety_identifier: Unsupported = None
+    service_tier: Unsupported = None
+    store: Unsupported = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise FieldError("stream_options", "may only be given with stream")
+        return self
+
+    @model_validator(mode="after")
+    def _check_grammar(self) -> Self:
+        if self.response_format is not None and self.structured_outputs is not None:
+            raise FieldError("structured_outputs", "cannot be used together with response_format")
+        engine_grammar(self.response_format, self.structured_outputs)
+        return self
+
+    @property
+    def grammar(self) -> StructuredOutputs | None:
+        """The grammar that was asked for."""
+        return engine_grammar(self.response_format, self.structured_outputs)
+
+    @property
+    def grammar_param(self) -> str | None:
+        """The field that brought the grammar."""
+        if self.structured_outputs is not None:
+            return "structured_outputs"
+        return "response_format" if self.response_format is not None else None
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """Stop strings as a list."""
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+    @property
+    def include_usage(self) -> bool:
+        """A usage chunk was asked for."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Usage with every chunk was asked for."""
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    @property
+    def report(self) -> bool:
+        """Sources and deferral probabilities were asked for."""
+        return bool(self.collaboration and self.collaboration.report)
+
+
+async def read_body(request: Request, model: type[Body]) -> Body:
+    """Parse a request's body.
+
+    Raises:
+        ApiError: 415 for another content type, 400 for anything that the model does not allow.
+    """
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise ApiError(415, "The content type must be application/json.", code="unsupported_media_type")
+    try:
+        # Pydantic's own JSON parser bounds nesting and the length of numbers, and refuses bytes that are no UTF-8.
+        return model.model_validate_json(await request.body())
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)
+        raise from_validation(problems, model.messages_by_field) from None

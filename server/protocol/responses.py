@@ -1,0 +1,204 @@
+"""Responses and stream chunks, as msgspec structs: they are encoded for every token, in microseconds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+FinishReason = Literal["stop", "length"]
+
+
+class CompletionTokensDetails(Struct):
+    """Who wrote how much; sums to ``completion_tokens``."""
+
+    base_tokens: int
+    expert_tokens: int
+
+
+class Usage(Struct):
+    """Tokens of the whole request: each prompt once, every written token (all ``best_of`` candidates)."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    completion_tokens_details: CompletionTokensDetails
+
+
+class CollaborationReport(Struct):
+    """Per token, on request: three lists of equal length. ``tokens``, joined, are the text that was written."""
+
+    tokens: list[str]
+    sources: list[str]
+    deferral_probabilities: list[float | None]
+
+
+class LegacyLogprobs(Struct):
+    """Logprobs of completions. Offsets count characters of the choice's text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Struct):
+    """One choice, or what a chunk adds to it."""
+
+    text: str
+    index: int
+    logprobs: LegacyLogprobs | None
+    finish_reason: FinishReason | None
+    collaboration: CollaborationReport | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class CompletionResponse(Struct):
+    """Response of /v1/completions, and a chunk of its stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    system_fingerprint: str
+    usage: Usage | UnsetType | None = UNSET
+
+
+class TopLogprob(Struct):
+    """One of the most probable tokens at a position."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatLogprob(Struct):
+    """A written token, with the most probable ones beside it."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Struct):
+    """Logprobs of chat."""
+
+    content: list[ChatLogprob]
+    refusal: None = None
+
+
+class ChatMessage(Struct):
+    """The assistant's answer."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Struct):
+    """One choice."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    collaboration: CollaborationReport | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatResponse(Struct):
+    """Response of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    system_fingerprint: str
+    usage: Usage
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatDelta(Struct):
+    """What a chunk adds to the message."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(Struct):
+    """What a chunk adds to a choice."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    collaboration: CollaborationReport | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatChunk(Struct):
+    """A chunk of the stream of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    system_fingerprint: str
+    usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class ModelCard(Struct):
+    """A served model. ``parent`` is the joint model of a member."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    parent: str | None
+    max_model_len: int | None
+
+
+class ModelList(Struct):
+    """Response of /v1/models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenizeResponse(Struct):
+    """Response of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(Struct):
+    """Response of /detokenize."""
+
+    prompt: str
+
+
+class HealthResponse(Struct):
+    """Response of /health and /ready."""
+
+    status: str
+
+
+class VersionResponse(Struct):
+    """Response of /version."""
+
+    version: str
+    engine: dict[str, str]
+
+
+encode = msgspec.json.Encoder().encode
+"""Encodes any of these."""

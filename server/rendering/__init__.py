@@ -1,0 +1,1 @@
+"""Pieces become responses and chunks, one module a route."""

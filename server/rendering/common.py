@@ -1,0 +1,78 @@
+"""What completions and chat render alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from engine.types import BASE, TokenLogprobs
+from server.generation import Choice
+from server.protocol.responses import CollaborationReport, CompletionTokensDetails, Usage
+from server.text.pieces import Piece
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot say."""
+
+
+class Renderer(Protocol):
+    """Turns the pieces of one request into what is sent."""
+
+    def chunks(self, choice: Choice, piece: Piece, usage: Usage | None) -> Sequence[msgspec.Struct]:
+        """Stream chunks for a piece. ``usage`` is given where it goes with every chunk."""
+        ...
+
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+        """The stream's last chunk: no choices, the usage of the whole request."""
+        ...
+
+    def response(self, choices: Sequence[Choice], usage: Usage) -> msgspec.Struct:
+        """The whole response; every choice's ``piece`` is complete."""
+        ...
+
+
+class UsageCounter:
+    """Counts a request's tokens by who wrote them.
+
+    Args:
+        prompt_tokens: of all prompts, each once.
+    """
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self._prompt = prompt_tokens
+        self._base = 0
+        self._expert = 0
+
+    def add(self, piece: Piece) -> None:
+        """Count a piece."""
+        base = piece.sources.count(BASE)
+        self._base += base
+        self._expert += len(piece.sources) - base
+
+    def usage(self) -> Usage:
+        """So far."""
+        written = self._base + self._expert
+        return Usage(self._prompt, written, self._prompt + written, CompletionTokensDetails(self._base, self._expert))
+
+
+def report(piece: Piece, lane_names: Sequence[str]) -> CollaborationReport:
+    """A piece's tokens with their sources and deferral probabilities."""
+    return CollaborationReport(piece.token_texts, [lane_names[source] for source in piece.sources], piece.deferrals)
+
+
+def finite(logprob: float) -> float:
+    """A logprob that JSON can hold."""
+    return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
+
+
+def mean_logprob(piece: Piece) -> float:
+    """By which ``best_of`` ranks."""
+    if not piece.logprobs:
+        return LOWEST_LOGPROB
+    return sum(finite(entry.logprobs[0]) for entry in piece.logprobs) / len(piece.logprobs)
+
+
+def most_probable(entry: TokenLogprobs) -> list[tuple[int, float]]:
+    """The most probable (token, logprob) pairs of a position, without the written token's own entry."""
+    return list(zip(entry.token_ids[1:], entry.logprobs[1:], strict=True))

@@ -1,0 +1,149 @@
+"""Responses and chunks of /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from msgspec import UNSET, UnsetType
+
+from engine.types import TokenLogprobs
+from server.generation import Choice
+from server.protocol.completions import CompletionRequest
+from server.protocol.responses import CompletionChoice, CompletionResponse, LegacyLogprobs, Usage
+from server.rendering.common import finite, mean_logprob, most_probable, report
+from server.text.pieces import Piece
+from server.text.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class EchoedPrompt:
+    """A prompt as echo returns it. ``token_texts``, joined, need not be the text: tokenising may normalise."""
+
+    text: str
+    tokens: list[int]
+    token_texts: list[str]
+
+
+class CompletionRenderer:
+    """Renders one request.
+
+    Args:
+        body: the request.
+        prompts: the prompts to be echoed, or None.
+        prompt_ids: token ids of the prompts.
+        head: id, created, model and fingerprint of the response.
+    """
+
+    def __init__(
+        self,
+        body: CompletionRequest,
+        tokenizer: TextTokenizer,
+        lane_names: Sequence[str],
+        *,
+        prompt_ids: Sequence[list[int]],
+        prompts: Sequence[EchoedPrompt] | None,
+        response_id: str,
+        created: int,
+        fingerprint: str,
+    ) -> None:
+        self._body = body
+        self._tokenizer = tokenizer
+        self._lane_names = lane_names
+        self._prompt_ids = prompt_ids
+        self._prompts = prompts
+        self._id = response_id
+        self._created = created
+        self._fingerprint = fingerprint
+        self._begun: set[int] = set()
+        # With usage asked for, chunks before the last say null; without, they don't mention it.
+        self._no_usage = None if body.include_usage else UNSET
+
+    def chunks(self, choice: Choice, piece: Piece, usage: Usage | None) -> list[CompletionResponse]:
+        """See :class:`~server.rendering.common.Renderer`."""
+        first = choice.index not in self._begun
+        self._begun.add(choice.index)
+        body = self._choice(choice, piece, choice.index, first=first)
+        return [self._wrap([body], self._no_usage if usage is None else usage)]
+
+    def usage_chunk(self, usage: Usage) -> CompletionResponse:
+        """See :class:`~server.rendering.common.Renderer`."""
+        return self._wrap([], usage)
+
+    def response(self, choices: Sequence[Choice], usage: Usage) -> CompletionResponse:
+        """See :class:`~server.rendering.common.Renderer`. Of ``best_of`` candidates the best n are rendered."""
+        wanted = self._body.n or 1
+        rendered: list[CompletionChoice] = []
+        for prompt_index in range(len(self._prompt_ids)):
+            candidates = [choice for choice in choices if choice.prompt_index == prompt_index]
+            if self._body.candidates > wanted:
+                candidates.sort(key=lambda choice: mean_logprob(choice.piece), reverse=True)
+            for choice in candidates[:wanted]:
+                rendered.append(self._choice(choice, choice.piece, len(rendered), first=True))
+        return self._wrap(rendered, usage)
+
+    def _wrap(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> CompletionResponse:
+        return CompletionResponse(
+            self._id,
+            "text_completion",
+            self._created,
+            self._body.model,
+            choices,
+            self._fingerprint,
+            usage,
+        )
+
+    def _choice(self, choice: Choice, piece: Piece, index: int, *, first: bool) -> CompletionChoice:
+        body = self._body
+        prompt = self._prompts[choice.prompt_index] if self._prompts is not None else None
+        rendered = CompletionChoice(
+            prompt.text + piece.text if prompt is not None and first else piece.text,
+            index,
+            None if body.logprobs is None else self._logprobs(piece, prompt, first=first),
+            piece.finish_reason,
+        )
+        if body.report:
+            rendered.collaboration = report(piece, self._lane_names)
+        if body.return_token_ids:
+            rendered.token_ids = piece.tokens
+            if first:
+                rendered.prompt_token_ids = self._prompt_ids[choice.prompt_index]
+        return rendered
+
+    def _logprobs(self, piece: Piece, prompt: EchoedPrompt | None, *, first: bool) -> LegacyLogprobs:
+        result = LegacyLogprobs([], [], [], [])
+        offset = piece.offset
+        if prompt is not None:
+            if first:
+                # Nothing is known of the first prompt token: there is no position before it.
+                entries = [None, *(piece.prompt_logprobs or ())]
+                self._append(result, prompt.tokens, prompt.token_texts, entries, 0)
+            offset += len(prompt.text)
+        self._append(result, piece.tokens, piece.token_texts, piece.logprobs or [], offset)
+        return result
+
+    def _append(
+        self,
+        result: LegacyLogprobs,
+        tokens: Iterable[int],
+        texts: Iterable[str],
+        entries: Iterable[TokenLogprobs | None],
+        offset: int,
+    ) -> None:
+        shown = self._tokenizer.token_text
+        for token, text, entry in zip(tokens, texts, entries, strict=True):
+            name = shown(token)
+            result.tokens.append(name)
+            result.text_offset.append(offset)
+            offset += len(text)
+            if entry is None:
+                result.token_logprobs.append(None)
+                result.top_logprobs.append(None)
+                continue
+            written = finite(entry.logprobs[0])
+            top: dict[str, float] = {}
+            for other, logprob in most_probable(entry):
+                top.setdefault(shown(other), finite(logprob))
+            top.setdefault(name, written)
+            result.token_logprobs.append(written)
+            result.top_logprobs.append(top)

@@ -1,0 +1,106 @@
+"""What the routes share: the running engine (if it runs), the tokenizer, the model table, admission, metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from typing import TYPE_CHECKING, Literal
+
+from server import __version__
+from server.admission import Admission
+from server.engine_port import Engine
+from server.errors import ApiError, not_ready
+from server.metrics import Metrics
+from server.models import ModelTable
+from server.settings import Settings
+from server.text.chat_template import ChatTemplate
+from server.text.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from server.otlp import Traces
+
+Phase = Literal["loading", "ready", "draining", "dead"]
+
+
+class Service:
+    """One served pair.
+
+    Phases: loading -> ready -> draining; dead once the engine is gone, from where a restart leads back to loading.
+    Requests are admitted in the phase "ready" alone.
+    """
+
+    def __init__(self, settings: Settings, tokenizer: TextTokenizer) -> None:
+        lane_names = settings.engine.lane_names
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.models = ModelTable(settings.served_model_name, lane_names, settings.gate.policy)
+        self.metrics = Metrics(self.models.names, lane_names)
+        self.admission = Admission(
+            settings.scheduler.max_num_seqs, settings.server.max_queued_requests, settings.server.retry_after_s
+        )
+        self.chat_template = ChatTemplate.find(tokenizer)
+        self.traces: Traces | None = None
+        self.created = int(time.time())
+        self.phase: Phase = "loading"
+        self._engine: Engine | None = None
+        self.fingerprint = ""
+
+    def attach(self, engine: Engine) -> None:
+        """The engine is ready; requests are admitted from now on, unless the server is draining already."""
+        self._engine = engine
+        engine.on_batch(self.metrics.on_batch)
+        self.metrics.engine_up(engine.info)
+        info = engine.info
+        identity = repr((__version__, [(lane.name, lane.model) for lane in info.lanes], info.gate))
+        self.fingerprint = "collm-" + hashlib.sha256(identity.encode()).hexdigest()[:10]
+        if self.phase != "draining":
+            self.phase = "ready"
+
+    def lose(self) -> None:
+        """The engine died."""
+        self.phase = "dead"
+        self.metrics.engine_down()
+
+    def reload(self) -> None:
+        """Another engine is being started in the place of the dead one."""
+        self._engine = None
+        self.phase = "loading"
+
+    def drain(self) -> None:
+        """Admit nothing more; what is in flight goes on."""
+        if self.phase != "dead":
+            self.phase = "draining"
+
+    @property
+    def started_engine(self) -> Engine | None:
+        """The engine, once it has been ready; it may be dead by now."""
+        return self._engine
+
+    def ready_engine(self) -> Engine:
+        """The engine, for a new request.
+
+        Raises:
+            ApiError: 503, no requests are admitted.
+        """
+        if self.phase == "ready" and self._engine is not None and self._engine.alive:
+            return self._engine
+        raise self.not_ready()
+
+    def not_ready(self) -> ApiError:
+        """Why no requests are admitted."""
+        message = {
+            "loading": "The models are still loading.",
+            "draining": "The server is shutting down.",
+        }.get(self.phase, "The engine is not running.")
+        return not_ready(message, self.settings.server.retry_after_s)
+
+    def set_load(self) -> None:
+        """Bring the load gauges up to date, before a scrape.
+
+        The engine's account is as old as its last step, so it is bounded by what is really in flight: when nothing
+        is, the gauges say so.
+        """
+        if self._engine is None:
+            return
+        running = min(self._engine.stats.running, self.admission.in_flight)
+        self.metrics.set_load(running, self.admission.in_flight - running)

@@ -1,0 +1,106 @@
+"""Chat templates: the one that comes with the tokenizer, never one from a request.
+
+Rendered as Hugging Face tokenizers are meant to be: jinja2, sandboxed, with ``raise_exception``, ``strftime_now`` and a
+``tojson`` that does not escape HTML.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Template, TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from server.text.tokenizer import TextTokenizer, TokenizerError
+
+
+class ChatTemplateError(Exception):
+    """The template refuses these messages. The message is the template's own."""
+
+
+class ChatTemplate:
+    """A compiled template and the special tokens that it may use.
+
+    Args:
+        source: jinja2.
+        special_tokens: ``bos_token`` and the like.
+
+    Raises:
+        TokenizerError: the template cannot be compiled.
+    """
+
+    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template: Template = environment.from_string(source)
+        except TemplateError as error:
+            raise TokenizerError(f"tokenizer: the chat template is damaged: {str(error)[:200]}") from None
+        self._special_tokens = special_tokens
+
+    @classmethod
+    def find(cls, tokenizer: TextTokenizer) -> ChatTemplate | None:
+        """The template of a tokenizer: ``chat_template.jinja`` beside it, else ``chat_template`` in its configuration.
+
+        Raises:
+            TokenizerError: there is one and it cannot be compiled.
+        """
+        config = tokenizer.config
+        source: Any = config.get("chat_template")
+        if isinstance(source, list):
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+            source = named.get("default")
+        file = None if tokenizer.folder is None else tokenizer.folder / "chat_template.jinja"
+        if file is not None and file.is_file():
+            source = file.read_text("utf-8")
+        if not isinstance(source, str):
+            return None
+        return cls(source, _special_tokens(config))
+
+    def render(self, messages: Sequence[dict[str, str]]) -> str:
+        """The prompt for the next assistant message.
+
+        Raises:
+            ChatTemplateError: the template refuses.
+        """
+        try:
+            return self._template.render(
+                messages=list(messages), add_generation_prompt=True, tools=None, documents=None, **self._special_tokens
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+            raise ChatTemplateError(str(error)) from None
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    tokens = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"):
+        value = config.get(name)
+        if isinstance(value, dict):
+            value = value.get("content")
+        if isinstance(value, str):
+            tokens[name] = value
+    return tokens
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,0 +1,350 @@
+"""The playground in a real browser: against the demo pair, and against slow stand-ins for what takes time."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.types import Delta, GenerationRequest
+from tests.browser.conftest import Open, scripted
+from tests.cli.servers import MODEL as STANDIN
+from tests.integration.conftest import LiveServer
+from tests.server.fakes import byte_level_tokenizer, deltas_of, writes
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.browser
+
+MODEL = "collm-demo"
+PROMPT = "Question: Which currency codes does Iceland Krona have?\nAnswer:"
+CTRL, ENTER, ESCAPE, END, RIGHT, DOWN, TAB = "\ue009", "\ue007", "\ue00c", "\ue010", "\ue014", "\ue015", "\ue004"
+
+
+def reported(address: str, model: str, **collaboration: Any) -> list[tuple[str, str, float | None]]:
+    """What the API says of the same request."""
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 64, "temperature": 0}
+    response = httpx.post(
+        f"{address}/v1/completions", json={**body, "collaboration": {"report": True, **collaboration}}
+    )
+    report = response.json()["choices"][0]["collaboration"]
+    return list(zip(report["tokens"], report["sources"], report["deferral_probabilities"], strict=True))
+
+
+def check_same(shown: list[tuple[str, str, float | None]], expected: list[tuple[str, str, float | None]]) -> None:
+    """Tokens and sources are equal; probabilities too, up to what another batch does to floats."""
+    assert [token[:2] for token in shown] == [token[:2] for token in expected]
+    for (_, _, seen), (_, _, told) in zip(shown, expected, strict=True):
+        assert seen == (told if told is None else pytest.approx(told, abs=1e-4))
+
+
+def test_page_loads_and_asks_nobody_else(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.run()
+    assert page.console() == []
+    urls = {request["url"] for request in page.requests()}
+    assert f"{demo.url}/static/app.js" in urls
+    assert [url for url in urls if not url.startswith(f"{demo.url}/")] == []
+    policy = httpx.get(demo.url).headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self';")
+
+
+def test_sources_are_those_of_the_api_and_models_stand_side_by_side(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    assert [card.get_attribute("data-model") for card in page.all(".card")] == [
+        MODEL,
+        f"{MODEL}/base",
+        f"{MODEL}/codes",
+    ]
+    page.ask(PROMPT)
+    page.run()
+    for model in (MODEL, f"{MODEL}/base", f"{MODEL}/codes"):
+        check_same(page.tokens(model), reported(demo.url, model))
+    sources = [source for _, source, _ in page.tokens(MODEL)]
+    assert {"base", "codes"} == set(sources)
+    assert page.figure(MODEL, "rate") == f"{100 * sources.count('codes') / len(sources):.0f} %"
+    assert page.figure(MODEL, "tokens") == str(len(sources))
+    assert float(page.figure(MODEL, "speed")) > 0
+    tops = {card.rect["y"] for card in page.all(".card")}
+    assert len(tops) == 1
+
+
+def test_cards_can_be_left_out(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.one(f"#models input[value='{MODEL}/codes']").click()
+    page.requests()
+    page.run()
+    bodies = [json.loads(r["postData"]) for r in page.requests() if r["method"] == "POST"]
+    assert sorted(body["model"] for body in bodies) == [MODEL, f"{MODEL}/base"]
+    assert not page.one(f"[data-model='{MODEL}/codes']").is_displayed()
+
+
+def test_threshold_1_leaves_everything_to_the_base(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.ask(PROMPT)
+    page.run()
+    assert page.figure(MODEL, "rate") != "0 %"
+    page.keys("#threshold", END)
+    assert page.one("#threshold-value").text == "1.00"
+    assert page.one(f"[data-model='{MODEL}'] .trace-caption").text.startswith("0 of")
+    page.run()
+    assert {source for _, source, _ in page.tokens(MODEL)} == {"base"}
+    check_same(page.tokens(MODEL), reported(demo.url, MODEL, threshold=1))
+    assert [t[:2] for t in page.tokens(MODEL)] == [t[:2] for t in page.tokens(f"{MODEL}/base")]
+    assert page.figure(MODEL, "rate") == "0 %"
+    page.one("#threshold-reset").click()
+    assert page.one("#threshold-value").text.endswith("the gate's")
+
+
+def test_run_again_when_a_setting_changes(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.ask(PROMPT)
+    page.run()
+    page.one("#auto").click()
+    page.one("#policy option[value='always']").click()
+    eventually(lambda: {source for _, source, _ in page.tokens(MODEL)} == {"codes"})
+    page.wait()
+    assert not page.one("#threshold-field").is_displayed()
+
+
+def test_examples_run(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.all("#examples button")[1].click()
+    page.wait()
+    assert page.one("#prompt").get_attribute("value") == "Question: What are the country codes of Switzerland?\nAnswer:"
+    assert "".join(text for text, _, _ in page.tokens(MODEL)).endswith("756.")
+
+
+def test_keyboard_alone_is_enough(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.keys("#prompt", CTRL, ENTER)
+    page.wait()
+    listbox = page.one(f"[data-model='{MODEL}'] .text")
+    page.js("arguments[0].focus()", listbox)
+    listbox.send_keys(RIGHT)
+    active = page.one(f"#{listbox.get_attribute('aria-activedescendant')}")
+    number = page.all(f"[data-model='{MODEL}'] .token").index(active)
+    _, source, p = page.tokens(MODEL)[number]
+    tip = page.one(f"[data-model='{MODEL}'] .tip")
+    assert p is not None
+    assert f"gate {p:.3f}" in tip.text
+    assert source in tip.text
+    assert active.get_attribute("aria-label").endswith(f"{source}, gate {p:.3f}")
+    listbox.send_keys(DOWN)
+    assert page.one(".token[aria-selected='true']").get_attribute("data-source") == "codes"
+    listbox.send_keys(END)
+    assert page.one(".token[aria-selected='true']").get_attribute("data-source") == "base"
+
+
+def test_focus_goes_from_the_prompt_to_run(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.one("#prompt").click()
+    order = []
+    for _ in range(9):
+        page.driver.switch_to.active_element.send_keys(TAB)
+        order.append(page.js("return document.activeElement.id"))
+    assert order[4:8] == ["max-tokens", "temperature", "seed", "run"]
+    page.driver.switch_to.active_element.send_keys(TAB)
+    assert page.js("return document.activeElement.id") == "threshold"
+
+
+def test_pointing_at_a_token_shows_the_gate(demo: LiveServer, open_page: Open) -> None:
+    from selenium.webdriver import ActionChains
+
+    page = open_page(demo.url)
+    page.run()
+    expert = page.one(f"[data-model='{MODEL}'] .token.expert-1")
+    ActionChains(page.driver).move_to_element(expert).perform()
+    tip = page.one(f"[data-model='{MODEL}'] .tip")
+    assert tip.is_displayed()
+    assert f"gate {float(expert.get_attribute('data-p')):.3f}" in tip.text
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, 'it\'s "quoted" $HOME `date` \\n \\\n100% é 日本 😀'])
+def test_copied_code_does_the_same(demo: LiveServer, open_page: Open, prompt: str) -> None:
+    page = open_page(demo.url)
+    page.js("arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))",
+            page.one("#prompt"), prompt)  # fmt: skip
+    page.run()
+    shown = [token[:2] for token in page.tokens(MODEL)]
+    permissions = {"origin": demo.url, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    page.driver.execute_cdp_cmd("Browser.grantPermissions", permissions)
+    copied = {}
+    for language in ("curl", "python"):
+        page.one(f"#tab-{language}").click()
+        page.one("#copy").click()
+        eventually(lambda: page.one("#copy").text == "Copied")
+        copied[language] = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+        eventually(lambda: page.one("#copy").text == "Copy")
+    out = subprocess.run(["bash", "-c", copied["curl"]], capture_output=True, text=True, timeout=60, check=True).stdout
+    events = [json.loads(line[6:]) for line in out.splitlines() if line.startswith("data: {")]
+    reports = [choice["collaboration"] for event in events for choice in event["choices"]]
+    assert [t for r in reports for t in zip(r["tokens"], r["sources"], strict=True)] == shown
+    out = subprocess.run(
+        [sys.executable, "-c", copied["python"]], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert out.splitlines() == [f"{source:>8}  {text!r}" for text, source in shown]
+
+
+def test_key_is_sent_and_kept_nowhere(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.keys("#key", "sk-very-secret", TAB)
+    page.requests()
+    page.run()
+    sent = [r["headers"].get("Authorization") for r in page.requests() if r["method"] == "POST"]
+    assert sent == ["Bearer sk-very-secret"] * 3
+    code = page.js("return document.querySelector('.code').textContent")
+    assert "$COLLM_API_KEY" in code
+    assert 'os.environ["COLLM_API_KEY"]' in code
+    assert "secret" not in page.js("return document.documentElement.outerHTML + location + document.cookie")
+    assert page.js("return localStorage.length + sessionStorage.length") == 0
+    page.load(demo.url)
+    assert page.one("#key").get_attribute("value") == ""
+
+
+def test_an_error_of_the_api_is_shown(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.set_number("#max-tokens", 5000)
+    page.run()
+    for card in page.all(".card"):
+        assert "'max_tokens' is 5000" in card.text
+        assert "context_length_exceeded" in card.text
+        assert "error 400" in card.text
+    page.set_number("#max-tokens", 8)
+    page.run()
+    assert len(page.tokens(MODEL)) == 8
+    assert not any(error.is_displayed() for error in page.all(".error"))
+
+
+def test_tokens_come_one_by_one_and_can_be_stopped(slow: str, open_page: Open) -> None:
+    page = open_page(slow)
+    page.js(
+        "window.grown = 0; new MutationObserver(() => window.grown++)"
+        ".observe(document.querySelector('.joint .text'), {childList: true})"
+    )
+    page.set_number("#max-tokens", 400)
+    page.one("#run").click()
+    eventually(lambda: page.js("return window.grown") > 10)
+    assert page.one("#stop").is_enabled()
+    page.keys("body", ESCAPE)
+    page.wait()
+    assert 10 < len(page.tokens(STANDIN)) < 400
+    assert page.one(".joint").get_attribute("data-finish") == "stopped"
+    # The server was told too: nothing goes on being written.
+    eventually(lambda: f'collm_requests_running{{model_name="{STANDIN}"}} 0.0' in httpx.get(f"{slow}/metrics").text)
+    seen = len(page.tokens(STANDIN))
+    time.sleep(0.3)
+    assert len(page.tokens(STANDIN)) == seen
+
+
+def test_experts_are_told_apart_without_colour(slow: str, open_page: Open) -> None:
+    page = open_page(slow)
+    page.set_number("#max-tokens", 60)
+    page.keys("#threshold", "\ue011")  # Home: 0
+    page.run()
+    styles: dict[str, set[str]] = {}
+    found = page.js(
+        "return [...document.querySelectorAll('.joint .token:not(.blank)')].map(t =>"
+        " [t.dataset.source, getComputedStyle(t).textDecorationStyle, getComputedStyle(t).textDecorationLine])"
+    )
+    for source, style, line in found:
+        styles.setdefault(source, set()).add(style if line == "underline" else "no line")
+    assert set(styles) >= {"law", "codes", "art"}
+    assert all(len(each) == 1 for each in styles.values())
+    assert len({style for each in styles.values() for style in each}) == len(styles)
+
+
+def test_what_a_model_writes_is_text(open_page: Open) -> None:
+    evil = "<img src=x onerror=alert(1)><script>alert(2)</script>&amp;\n<b>bold</b>"
+    with scripted(writes(byte_level_tokenizer().encode(evil).ids)) as address:
+        page = open_page(address)
+        page.set_number("#max-tokens", 150)
+        page.run()
+        assert "".join(text for text, _, _ in page.tokens(MODEL)) == evil
+        assert page.all(".card img, .card script, .card b b") == []
+        assert page.console() == []
+
+
+def test_an_error_in_the_stream_is_shown_with_what_came_before(open_page: Open) -> None:
+    def script(request: GenerationRequest) -> list[Delta]:
+        failed = Delta(request.request_id, [], [], [])
+        failed.finish_reason, failed.error = "error", "The lane fell over."
+        return [*deltas_of(request, [70, 71])[:1], failed]
+
+    with scripted(script) as address:
+        page = open_page(address)
+        page.run()
+        assert "The lane fell over." in page.one(".joint .error").text
+        assert len(page.tokens(MODEL)) == 1
+
+
+def test_a_server_that_is_gone_is_told(open_page: Open) -> None:
+    with scripted(writes([70])) as address:
+        page = open_page(address)
+    page.run()
+    assert "cannot be reached" in page.one(".joint .error").text
+    eventually(lambda: page.one("#status").text == "not connected")
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_phones_scroll_in_one_direction(demo: LiveServer, open_page: Open, width: int) -> None:
+    page = open_page(demo.url, width, 800)
+    assert page.too_wide() <= 0
+    page.run()
+    assert page.too_wide() <= 0
+    tops = [card.rect["y"] for card in page.all(".card")]
+    assert tops == sorted(set(tops))
+    page.load(f"{demo.url}/docs")
+    eventually(lambda: len(page.all(".route")) > 5)
+    assert page.too_wide() <= 0
+
+
+LUMINANCE = """
+const channel = (c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+const behind = (e) => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
+  if (c.length < 4 || c[3] === 1) return c; } return [255, 255, 255]; };
+return arguments[0].flatMap((selector) => [...document.querySelectorAll(selector)])
+  .filter((e) => e.checkVisibility() && e.textContent.trim())
+  .map((e) => { const [a, b] = [light(parse(getComputedStyle(e).color)), light(behind(e))].sort((x, y) => y - x);
+    return [e.className + ' ' + e.textContent.slice(0, 20), (a + 0.05) / (b + 0.05)]; });
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_dark_and_light_are_readable(demo: LiveServer, open_page: Open, dark: bool) -> None:
+    page = open_page(demo.url, dark=dark)
+    page.run()
+    red = int(page.js("return getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0]"))
+    assert (red < 60) is dark
+    selectors = [".hint", ".label", ".token", ".card-state", ".card code", ".figures dt", "#run", ".chip", ".code pre"]
+    contrasts = page.js(LUMINANCE, selectors)
+    assert len(contrasts) > 50
+    assert [(name, ratio) for name, ratio in contrasts if ratio < 4.5] == []
+
+
+def test_reference_shows_every_route(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(f"{demo.url}/docs")
+    paths = httpx.get(f"{demo.url}/openapi.json").json()["paths"]
+    eventually(lambda: len(page.all(".route")) == sum(map(len, paths.values())))
+    titles = [title.get_attribute("textContent") for title in page.all(".route h2")]
+    assert {re.sub("^[A-Z]+", "", title) for title in titles} == set(paths)
+    assert "threshold" in page.js("return document.body.textContent")
+    assert page.console() == []
+    assert [r["url"] for r in page.requests() if not r["url"].startswith(f"{demo.url}/")] == []
+
+
+def test_every_example_is_a_held_out_question() -> None:
+    root = Path(__file__).parents[2]
+    source = (root / "server/playground/static/examples.js").read_text()
+    [block] = re.findall(r"const DEMO = \[(.*?)\];", source, re.S)
+    shown = json.loads(f"[{block.strip().rstrip(',')}]")
+    questions = json.loads((root / "models/demo/questions.json").read_text())
+    assert set(shown) <= {question["prompt"] for question in questions if question["split"] == "test"}

@@ -1,0 +1,113 @@
+"""The dashboard: what is committed is what its description makes, and it keeps to the house's habits."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from itertools import combinations
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.promql import selectors
+from tests.deploy.sources import GRAFANA, dashboard, panels
+from tests.packaging.sources import ROOT
+
+PANELS = panels()
+DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
+
+
+def test_committed_dashboard_is_what_its_description_makes() -> None:
+    command = [sys.executable, "-B", str(GRAFANA / "generate.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+
+
+def test_identity_is_fixed() -> None:
+    board = dashboard()
+    assert board["uid"] == "collm-deferral"
+    assert board["title"] == "Deferral"
+    assert "id" not in board
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(ids) == len(set(ids))
+    assert all(isinstance(number, int) and number > 0 for number in ids)
+
+
+def test_ids_are_stable() -> None:
+    """Links refer to these: a panel may be added here, none may change its number."""
+    expected = {1: "Deferral rate now", 6: "Deferral rate by model", 13: "Tokens a second by source"}
+    expected |= {22: "Time to first token", 27: "Rejected, aborted, failed", 31: "Build and gate"}
+    titles = {panel["id"]: panel["title"] for panel in PANELS}
+    assert {number: titles[number] for number in expected} == expected
+
+
+def test_titles_are_unique() -> None:
+    titles = [panel["title"] for panel in PANELS]
+    assert len(titles) == len(set(titles))
+
+
+def test_variables() -> None:
+    variables = {variable["name"]: variable for variable in dashboard()["templating"]["list"]}
+    assert list(variables)[:4] == ["datasource", "job", "model", "instance"]
+    assert variables["datasource"]["type"] == "datasource"
+    assert variables["datasource"]["query"] == "prometheus"
+    for name in ("job", "model", "instance"):
+        assert variables[name]["datasource"] == DATASOURCE
+        assert variables[name]["includeAll"]
+        assert variables[name]["multi"]
+
+
+def test_panels_do_not_overlap() -> None:
+    boxes = [(panel["title"], panel["gridPos"]) for panel in dashboard()["panels"]]
+    for _, box in boxes:
+        assert box["x"] + box["w"] <= 24
+    for (one, a), (other, b) in combinations(boxes, 2):
+        apart = (
+            a["x"] + a["w"] <= b["x"]
+            or b["x"] + b["w"] <= a["x"]
+            or a["y"] + a["h"] <= b["y"]
+            or b["y"] + b["h"] <= a["y"]
+        )
+        assert apart, (one, other)
+
+
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
+def test_panel_keeps_to_the_habits(panel: dict[str, Any]) -> None:
+    assert panel["title"]
+    assert panel["fieldConfig"]["defaults"]["unit"]
+    assert panel["datasource"] == DATASOURCE
+    assert panel["targets"]
+    for target in panel["targets"]:
+        assert target["datasource"] == DATASOURCE
+        for selector in selectors(target["expr"]):
+            # Without _bucket and the like, as the reference names it.
+            name = re.sub(r"_(bucket|sum|count)$", "", selector.metric)
+            assert name in panel["description"], f"the description does not name {name}"
+            matchers = {(label, operator, value) for label, operator, value in selector.matchers}
+            assert {("job", "=~", "$job"), ("instance", "=~", "$instance")} <= matchers
+        assert set(re.findall(r"\[([^\]]*)\]", target["expr"])) <= {"$__rate_interval", "$__range"}
+
+
+def test_nothing_is_hard_coded() -> None:
+    text = json.dumps(dashboard())
+    assert re.search(r'job=~?\\"(?!\$job)', text) is None
+    assert set(re.findall(r'"uid": "([^"]*)"', text)) == {"${datasource}", "collm-deferral"}
+
+
+def test_provisioning_fits_compose_and_prometheus() -> None:
+    [source] = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    [provider] = yaml.safe_load((GRAFANA / "provisioning/dashboards/collm.yml").read_text())["providers"]
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    mounts = dict(mount.split(":")[:2] for mount in services["grafana"]["volumes"])
+    assert source["uid"] == "collm-prometheus"
+    assert source["url"] == "http://prometheus:9090"
+    assert "prometheus" in services
+    assert mounts["./deploy/grafana/dashboards"] == provider["options"]["path"]
+    assert mounts["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"
+    prometheus = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    assert source["jsonData"]["timeInterval"] == prometheus["global"]["scrape_interval"]
+    targets = [config["targets"] for job in prometheus["scrape_configs"] for config in job["static_configs"]]
+    assert ["server:8000"] in targets

@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# No deadlines: the machine may be loaded. In CI the same examples every time.
+settings.register_profile("collm", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.load_profile("collm")
+
+
+@pytest.fixture
+def short_tmp(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder where temporary files go, here and in child processes; short, since socket paths have a limit."""
+    with tempfile.TemporaryDirectory(prefix="t") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)

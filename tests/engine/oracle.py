@@ -1,0 +1,193 @@
+"""What a pair of stand-ins must write, by brute force: one request, one plain loop, the whole prefix at every token.
+
+Written from what the policies and the request's fields are documented to mean; shares nothing with the scheduler but
+the draws.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from engine import draws
+from engine.lanes.standin import gate_values, next_token
+from engine.types import BASE, Completion, Delta, GenerationRequest, PolicyName, TokenLogprobs
+
+NEEDS_GATE = ("threshold", "sample")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A base and its experts, as stand-ins, and what the scheduler is told of them."""
+
+    experts: int = 1
+    vocab_size: int = 16
+    max_model_len: int = 64
+    max_num_seqs: int = 8
+    eos: tuple[int, ...] = (0,)
+    has_gate: bool = True
+    policy: PolicyName = "threshold"
+    threshold: float = 0.5
+
+    @property
+    def lanes(self) -> int:
+        return 1 + self.experts
+
+
+@dataclass
+class Written:
+    """All that one request got."""
+
+    tokens: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    deferrals: list[float | None] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_token: int | None = None
+    error: str | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+class Ledger:
+    """Adds up deltas, and refuses those that break a promise: uneven lists, empty ones, one after the last."""
+
+    def __init__(self, deltas: Iterable[Delta] = ()) -> None:
+        self.got: dict[str, Written] = {}
+        self.take(deltas)
+
+    def take(self, deltas: Iterable[Delta]) -> None:
+        for delta in deltas:
+            whole = self.got.setdefault(delta.request_id, Written())
+            assert whole.finish_reason is None, "a delta after the last one"
+            assert delta.tokens or delta.finish_reason, "a delta that says nothing"
+            assert len(delta.tokens) == len(delta.sources) == len(delta.deferrals)
+            whole.tokens += delta.tokens
+            whole.sources += delta.sources
+            whole.deferrals += delta.deferrals
+            if delta.logprobs is not None:
+                assert [entry.token_ids[0] for entry in delta.logprobs] == delta.tokens
+                whole.logprobs = (whole.logprobs or []) + delta.logprobs
+            if delta.prompt_logprobs is not None:
+                assert whole.prompt_logprobs is None, "prompt_logprobs twice"
+                whole.prompt_logprobs = delta.prompt_logprobs
+            whole.finish_reason, whole.stop_token, whole.error = delta.finish_reason, delta.stop_token, delta.error
+
+    def finished(self, request_id: str) -> bool:
+        return request_id in self.got and self.got[request_id].finish_reason is not None
+
+
+def allowed_experts(request: GenerationRequest, pair: Pair) -> tuple[int, ...]:
+    """Lanes that may be deferred to, in the request's order."""
+    collaboration = request.collaboration
+    if collaboration.member is not None:
+        return ()
+    return tuple(range(1, pair.lanes)) if collaboration.experts is None else collaboration.experts
+
+
+def refused(request: GenerationRequest, pair: Pair) -> bool:
+    """Whether the request cannot be served at all."""
+    member = request.collaboration.member
+    experts = allowed_experts(request, pair)
+    return (
+        not 0 < len(request.prompt) < pair.max_model_len
+        or request.sampling.max_tokens < 1
+        or not 0 <= (member or 0) < pair.lanes
+        or any(not 1 <= lane < pair.lanes for lane in experts)
+        or (bool(experts) and not pair.has_gate and (request.collaboration.policy or pair.policy) in NEEDS_GATE)
+    )
+
+
+def look(request: GenerationRequest, pair: Pair, prefix: list[int], expert_tokens: int) -> tuple[int, float | None]:
+    """Who writes after ``prefix``, and the deferral probability there."""
+    collaboration = request.collaboration
+    experts = allowed_experts(request, pair)
+    if not experts:
+        return collaboration.member or BASE, None
+    policy = collaboration.policy or pair.policy
+    threshold = collaboration.threshold
+    if threshold is None:
+        threshold = 0.5 if policy == "confidence" else pair.threshold
+    deferral = None
+    odds = dict.fromkeys(experts, 1.0)
+    if pair.has_gate:
+        values = gate_values(prefix, pair.experts)
+        odds = {lane: math.exp(values[lane - 1]) for lane in experts}
+        deferral = sum(odds.values()) / (1.0 + sum(odds.values()))
+    if policy == "confidence":
+        deferral = 1.0 - zlib.crc32(array("I", prefix).tobytes(), 99) % 1001 / 1000.0
+    if collaboration.max_expert_tokens is not None and expert_tokens >= collaboration.max_expert_tokens:
+        return BASE, deferral
+    likeliest = next(lane for lane in experts if odds[lane] == max(odds.values()))
+    draw = draws.uniform(request.sampling.seed or 0, draws.POLICY_STREAM, len(prefix))
+    match policy:
+        case "always":
+            return likeliest, deferral
+        case "threshold" | "confidence":
+            assert deferral is not None
+            return (likeliest if deferral > threshold else BASE), deferral
+        case "random":
+            return (likeliest if draw < collaboration.rate else BASE), deferral
+        case "sample":
+            bound = 0.0
+            for lane in experts:
+                bound += odds[lane] / (1.0 + sum(odds.values()))
+                if draw < bound:
+                    return lane, deferral
+    return BASE, deferral
+
+
+def complete(request: GenerationRequest, pair: Pair) -> Written:
+    """The request, written to its end."""
+    whole = Written()
+    if refused(request, pair):
+        whole.finish_reason = "error"
+        return whole
+    sampling = request.sampling
+    while whole.finish_reason is None:
+        prefix = [*request.prompt, *whole.tokens]
+        expert_tokens = sum(source != BASE for source in whole.sources)
+        writer, deferral = look(request, pair, prefix, expert_tokens)
+        token = next_token(writer, prefix, pair.vocab_size)
+        whole.tokens.append(token)
+        whole.sources.append(writer)
+        whole.deferrals.append(deferral)
+        ends = token in sampling.stop_token_ids or (token in pair.eos and not sampling.ignore_eos)
+        if ends and len(whole.tokens) >= sampling.min_tokens:
+            whole.finish_reason, whole.stop_token = "stop", token
+        elif len(whole.tokens) == sampling.max_tokens or len(prefix) + 1 == pair.max_model_len:
+            whole.finish_reason = "length"
+    return whole
+
+
+def check(got: Written | Completion, request: GenerationRequest, pair: Pair) -> None:
+    """``got`` is what brute force writes; if it was aborted, the beginning of that.
+
+    A ``Completion`` does not carry the stop token.
+    """
+    expected = complete(request, pair)
+    count = len(got.tokens)
+    aborted = got.finish_reason == "aborted"
+    assert got.finish_reason in (expected.finish_reason, "aborted")
+    assert got.tokens == (expected.tokens[:count] if aborted else expected.tokens)
+    assert got.sources == expected.sources[:count]
+    assert all(map(_same_probability, got.deferrals, expected.deferrals))
+    assert len(got.deferrals) == count
+    if isinstance(got, Written):
+        assert got.stop_token == (None if aborted else expected.stop_token)
+    assert (got.error is not None) == (got.finish_reason == "error")
+    asked = request.sampling.logprobs is not None and count > 0
+    assert len(got.logprobs or []) == (count if asked else 0)
+    if request.sampling.prompt_logprobs is None or got.finish_reason == "error":
+        assert got.prompt_logprobs is None
+    elif not aborted:
+        assert got.prompt_logprobs is not None
+        assert [entry.token_ids[0] for entry in got.prompt_logprobs] == request.prompt[1:]
+
+
+def _same_probability(one: float | None, other: float | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return math.isclose(one, other, rel_tol=1e-12)

@@ -1,0 +1,394 @@
+"""The scheduler against brute force, whatever the lanes do: any order, any pace, any preemption, any abort.
+
+The second half shows that the machine can fail: each sabotage of the scheduler or of a lane is found by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from engine.lanes import Extension, LaneWork, Sample, StandinLane
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+from engine.types import BASE, Delta, GenerationRequest, TokenLogprobs
+from tests.engine.builders import POLICY_NAMES, make_lanes, make_scheduler, request
+from tests.engine.oracle import Ledger, Pair, check, look
+
+MAX_REQUESTS = 12
+MAX_EVENTS = 20_000
+"""More than any run takes that comes to rest."""
+LANE = st.integers(0, 2)
+"""Taken modulo the number of lanes."""
+
+
+class RepeatingLane(StandinLane):
+    """Samples a dropped row a second time at the same position, as a real lane does, instead of leaving it alone."""
+
+    def preempt(self, request_id: str) -> None:
+        super().preempt(request_id)
+        self._rows[request_id].preempted = False
+
+    def apply(self, work: LaneWork) -> None:
+        for extension in work.extend:
+            row = self._rows[extension.request_id]
+            if row.computed < len(row.tokens):
+                row.computed = 0
+        super().apply(work)
+
+
+@st.composite
+def requests(draw: st.DrawFn, request_id: str, pair: Pair) -> GenerationRequest:
+    longest = pair.max_model_len
+    length = draw(st.one_of(st.integers(1, 4), st.integers(1, longest - 1), st.integers(longest - 3, longest)))
+    token = st.integers(0, pair.vocab_size - 1)
+    experts = st.lists(st.integers(1, pair.experts), unique=True).map(tuple) if pair.experts else st.just(())
+    return request(
+        request_id,
+        draw(st.lists(token, min_size=length, max_size=length)),
+        max_tokens=draw(st.integers(1, 24)),
+        min_tokens=draw(st.integers(0, 18)),
+        ignore_eos=draw(st.booleans()),
+        stop_token_ids=tuple(draw(st.lists(token, max_size=2))),
+        seed=draw(st.integers(-(1 << 63), (1 << 64) - 1)),
+        logprobs=draw(st.none() | st.integers(0, 2)),
+        prompt_logprobs=draw(st.none() | st.integers(0, 2)),
+        member=draw(st.sampled_from((None, None, None, None, 0, 1, 2))),
+        policy=draw(st.none() | st.sampled_from(POLICY_NAMES)),
+        threshold=draw(st.none() | st.floats(0, 1)),
+        rate=draw(st.floats(0, 1)),
+        max_expert_tokens=draw(st.none() | st.integers(0, 5)),
+        experts=draw(st.none() | experts),
+    )
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    scheduler_type = Scheduler
+    lane_types: tuple[type[StandinLane], ...] = (StandinLane, RepeatingLane)
+
+    @initialize(
+        experts=st.sampled_from((1, 2, 2, 0)),
+        has_gate=st.sampled_from((True, True, True, True, False)),
+        policy=st.sampled_from(POLICY_NAMES),
+        threshold=st.floats(0.2, 0.8),
+        max_num_seqs=st.integers(1, 6),
+        token_budget=st.sampled_from((3, 8, 20, 500)),
+        kv_tokens=st.sampled_from((40, 60, 100, None)),
+        lane_kind=st.integers(0, 1),
+    )
+    def build(self, lane_kind: int, token_budget: int, kv_tokens: int | None, **fields: Any) -> None:
+        self.pair = Pair(max_model_len=40, **fields)
+        self.scheduler = make_scheduler(self.pair, self.scheduler_type)
+        kind = self.lane_types[lane_kind]
+        self.lanes = make_lanes(self.pair, kind, token_budget=token_budget, kv_tokens=kv_tokens)
+        self.under_way: dict[int, list[Sample]] = {}
+        self.landed: list[tuple[int, Sample]] = []
+        self.requests: dict[str, GenerationRequest] = {}
+        self.aborted: set[str] = set()
+        self.ledger = Ledger()
+        self.events = 0
+
+    # -- requests ---------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.requests) < MAX_REQUESTS)
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def add(self, data: st.DataObject, count: int) -> None:
+        for _ in range(count):
+            new = data.draw(requests(str(len(self.requests)), self.pair))
+            self.requests[new.request_id] = new
+            self.scheduler.add(new)
+
+    @precondition(lambda self: self.requests)
+    @rule(choice=st.integers(0, MAX_REQUESTS))
+    def abort(self, choice: int) -> None:
+        """Any request: waiting, prefilling, parked, and now and then one that has finished."""
+        live = [request_id for request_id in self.requests if not self.ledger.finished(request_id)]
+        request_id = (live or list(self.requests))[choice % len(live or self.requests)]
+        self.aborted.add(request_id)
+        self.scheduler.abort(request_id)
+
+    # -- lanes ------------------------------------------------------------------------------------------------
+
+    @rule(lane=LANE)
+    def start(self, lane: int) -> None:
+        """A lane begins a step, unless one is under way; when it lands is another rule's business."""
+        lane %= self.pair.lanes
+        if lane in self.under_way:
+            return
+        driven = self.lanes[lane]
+        driven.apply(self.scheduler.plan(lane))
+        if driven.has_work():
+            self.events += 1
+            self.under_way[lane] = driven.start().result().samples
+
+    @precondition(lambda self: self.under_way)
+    @rule(lane=LANE)
+    def land(self, lane: int) -> None:
+        under_way = sorted(self.under_way)
+        lane = under_way[lane % len(under_way)]
+        samples = self.under_way.pop(lane)
+        self.events += 1
+        # A lane reports a prompt's logprobs once, so a repetition is without them.
+        self.landed += [(lane, replace(sample, prompt_logprobs=None)) for sample in samples]
+        self.scheduler.land(lane, samples)
+
+    @rule(lanes=st.lists(LANE, min_size=1, max_size=8))
+    def step(self, lanes: list[int]) -> None:
+        """Some lanes step and land, one after the other."""
+        for lane in lanes:
+            self.start(lane)
+            if self.under_way:
+                self.land(lane)
+
+    @rule(lane=LANE, choice=st.integers(0, 7))
+    def preempt(self, lane: int, choice: int) -> None:
+        """A lane drops the KV memory of any row it holds."""
+        driven = self.lanes[lane % self.pair.lanes]
+        rows = [leftover.removeprefix("request ") for leftover in driven.leftovers()]
+        if rows:
+            driven.preempt(rows[choice % len(rows)])
+
+    # -- samples that nobody waits for ------------------------------------------------------------------------
+
+    def inject(self, lane: int, sample: Sample) -> None:
+        self.collect()
+        self.scheduler.land(lane, [sample])
+        assert self.scheduler.take_deltas() == []
+
+    @precondition(lambda self: self.landed)
+    @rule(choice=st.integers(0, 1 << 16), newest=st.booleans())
+    def land_again(self, choice: int, newest: bool) -> None:
+        """Whatever a lane's sample brought about, its repetition brings nothing."""
+        self.inject(*self.landed[-1 if newest else choice % len(self.landed)])
+
+    @precondition(lambda self: self.requests)
+    @rule(choice=st.integers(0, MAX_REQUESTS), lane=LANE, offset=st.integers(-3, 3))
+    def land_stray(self, choice: int, lane: int, offset: int) -> None:
+        """A sample at a position that is not open, or from a lane that has no say at the open one."""
+        self.collect()
+        stray = list(self.requests.values())[choice % len(self.requests)]
+        lane %= self.pair.lanes
+        written = self.ledger.got.get(stray.request_id)
+        tokens = written.tokens if written else []
+        sources = written.sources if written else []
+        if offset == 0 and not self.ledger.finished(stray.request_id):
+            expert_tokens = sum(source != BASE for source in sources)
+            writer, _ = look(stray, self.pair, [*stray.prompt, *tokens], expert_tokens)
+            if lane in (writer, stray.collaboration.member or BASE):
+                return
+        entry = TokenLogprobs([1], [-1.0], 1)
+        position = len(stray.prompt) + len(tokens) + offset
+        self.inject(lane, Sample(stray.request_id, position, 1, [1.0] * self.pair.experts, 0.5, entry))
+
+    @rule(lane=LANE)
+    def land_unknown(self, lane: int) -> None:
+        self.inject(lane % self.pair.lanes, Sample("nobody", 1, 1))
+
+    # -- results ----------------------------------------------------------------------------------------------
+
+    @rule()
+    def collect(self) -> None:
+        self.ledger.take(self.scheduler.take_deltas())
+
+    @precondition(lambda self: len(self.requests) > MAX_REQUESTS / 2)
+    @rule()
+    def settle(self) -> None:
+        """Run until nothing is left: then all requests have what brute force writes, and all lanes are empty."""
+        events = -1
+        while self.events > events:
+            events = self.events
+            assert events < MAX_EVENTS
+            self.step(list(range(self.pair.lanes)))
+        self.collect()
+        assert self.scheduler.idle
+        assert (self.scheduler.running, self.scheduler.waiting) == (0, 0)
+        assert [lane.leftovers() for lane in self.lanes] == [[]] * self.pair.lanes
+        assert self.ledger.got.keys() == self.requests.keys()
+        for request_id, written in self.ledger.got.items():
+            assert request_id in self.aborted or written.finish_reason != "aborted"
+            check(written, self.requests[request_id], self.pair)
+
+    def teardown(self) -> None:
+        if hasattr(self, "pair"):
+            self.settle()
+
+    @invariant()
+    def seats_are_kept(self) -> None:
+        assert self.scheduler.running <= self.pair.max_num_seqs
+        assert all(len(lane.leftovers()) <= self.pair.max_num_seqs for lane in self.lanes)
+
+    @invariant()
+    def idle_is_idle(self) -> None:
+        if self.scheduler.idle:
+            assert all(self.ledger.finished(request_id) for request_id in self.requests)
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(
+    max_examples=150, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+# -- sabotages ------------------------------------------------------------------------------------------------
+
+
+class AcceptsOldPositions(Scheduler):
+    def land(self, lane: int, samples: Iterable[Sample]) -> None:
+        samples = list(samples)
+        for sample in samples:
+            if sequence := self._running.get(sample.request_id):
+                sample.position = sequence.position
+        super().land(lane, samples)
+
+
+class AcceptsAnyLane(Scheduler):
+    def land(self, lane: int, samples: Iterable[Sample]) -> None:
+        samples = list(samples)
+        for sample in samples:
+            if sequence := self._running.get(sample.request_id):
+                sequence.turn = lane
+                sequence.known[lane] = len(sequence.tokens)
+        super().land(lane, samples)
+
+
+class ForgetsTokenOfExtension(Scheduler):
+    def plan(self, lane: int) -> LaneWork:
+        work = super().plan(lane)
+        work.extend = [Extension(item.request_id, item.tokens[-1:]) for item in work.extend]
+        return work
+
+
+class RepeatsTokenOfExtension(Scheduler):
+    def plan(self, lane: int) -> LaneWork:
+        work = super().plan(lane)
+        work.extend = [Extension(item.request_id, [item.tokens[0], *item.tokens]) for item in work.extend]
+        return work
+
+
+class ForgetsWhatWasWritten(Scheduler):
+    def plan(self, lane: int) -> LaneWork:
+        work = super().plan(lane)
+        work.add = [item._replace(written=[]) for item in work.add]
+        return work
+
+
+class ForgetsRemovalInExpert(Scheduler):
+    def plan(self, lane: int) -> LaneWork:
+        work = super().plan(lane)
+        if lane == 1:
+            work.remove = []
+        return work
+
+
+class ForgetsToCallOffWork(Scheduler):
+    """An ended request stays due."""
+
+    def abort(self, request_id: str) -> None:
+        due = [request_id in lane for lane in self._due]
+        sequence = self._running.get(request_id)
+        super().abort(request_id)
+        for lane, was_due in enumerate(due):
+            if was_due and sequence is not None:
+                self._due[lane][request_id] = sequence
+
+
+class SendsLastDeltaTwice(Scheduler):
+    def take_deltas(self) -> list[Delta]:
+        deltas = super().take_deltas()
+        return deltas + [delta for delta in deltas if delta.finish_reason == "stop"]
+
+
+class AdmitsOneTooMany(Scheduler):
+    def _admit(self) -> None:
+        self._max_num_seqs += 1
+        super()._admit()
+        self._max_num_seqs -= 1
+
+
+class AdvancesDraws(Scheduler):
+    """Draws from a generator: what is drawn depends on how often was drawn before."""
+
+    def _decide(self, sequence: Sequence, sample: Sample) -> int:
+        writer = super()._decide(sequence, sample)
+        sequence.seed += 1
+        return writer
+
+
+class LosesTokenWhenPreempted(StandinLane):
+    """A dropped row comes back without its last token."""
+
+    def preempt(self, request_id: str) -> None:
+        super().preempt(request_id)
+        row = self._rows[request_id]
+        if len(row.tokens) > len(row.request.prompt):
+            row.tokens.pop()
+
+
+class NeverComesBack(StandinLane):
+    """A row that was dropped while it was computed is never computed again."""
+
+    def preempt(self, request_id: str) -> None:
+        super().preempt(request_id)
+        self._rows[request_id].preempted = True
+
+
+def loses_deferrals(self: Sequence, token: int, source: int, logprobs: TokenLogprobs | None) -> None:
+    self.deferral = None
+    WRITE(self, token, source, logprobs)
+
+
+WRITE = Sequence.write
+SABOTAGED_SCHEDULERS = (
+    AcceptsOldPositions, AcceptsAnyLane, ForgetsTokenOfExtension, RepeatsTokenOfExtension, ForgetsWhatWasWritten,
+    ForgetsRemovalInExpert, ForgetsToCallOffWork, SendsLastDeltaTwice, AdmitsOneTooMany,
+    AdvancesDraws,
+)  # fmt: skip
+SABOTAGED_LANES = (LosesTokenWhenPreempted, NeverComesBack)
+PATCHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "deferrals are lost": lambda patch: patch.setattr(Sequence, "write", loses_deferrals),
+    "max_expert_tokens is not looked at": lambda patch: patch.setattr(
+        Sequence, "may_defer", property(lambda self: bool(self.experts))
+    ),
+    "a position does not count the prompt": lambda patch: patch.setattr(
+        Sequence, "position", property(lambda self: len(self.tokens))
+    ),
+}
+
+
+def must_be_found(machine: type[SchedulerMachine]) -> None:
+    # Found is enough: what it shrinks to is of no interest.
+    hunt = settings(
+        max_examples=1000, stateful_step_count=40, phases=[Phase.generate], database=None, derandomize=True,
+        print_blob=False, report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    with pytest.raises((AssertionError, LookupError)):
+        run_state_machine_as_test(machine, settings=hunt)
+
+
+@pytest.mark.parametrize("sabotaged", SABOTAGED_SCHEDULERS)
+def test_finds_sabotaged_scheduler(sabotaged: type[Scheduler]) -> None:
+    must_be_found(type("Machine", (SchedulerMachine,), {"scheduler_type": sabotaged}))
+
+
+@pytest.mark.parametrize("sabotaged", SABOTAGED_LANES)
+def test_finds_sabotaged_lane(sabotaged: type[StandinLane]) -> None:
+    must_be_found(type("Machine", (SchedulerMachine,), {"lane_types": (sabotaged, sabotaged)}))
+
+
+@pytest.mark.parametrize("sabotage", PATCHES)
+def test_finds_patch(sabotage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    PATCHES[sabotage](monkeypatch)
+    must_be_found(SchedulerMachine)

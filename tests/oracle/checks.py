@@ -1,0 +1,38 @@
+"""Assertions and drivers that the oracle tests share."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.client import Engine
+from engine.types import Completion, EngineStats, GenerationRequest
+from tests.oracle.reference import Written
+from tests.waiting import eventually
+
+
+def assert_same(completions: list[Completion], expected: list[Written]) -> None:
+    """Token for token, source for source, and the gate's value at each within float32 rounding."""
+    assert len(completions) == len(expected)
+    for number, (completion, want) in enumerate(zip(completions, expected, strict=True)):
+        assert completion.error is None
+        assert (number, completion.tokens, completion.sources) == (number, want.tokens, want.sources)
+        assert completion.finish_reason == want.finish_reason
+        assert completion.deferrals == pytest.approx(want.deferrals, abs=1e-3)
+
+
+def run(engine: Engine, requests: list[GenerationRequest], concurrency: int) -> list[Completion]:
+    """All requests, ``concurrency`` at a time."""
+    done: list[Completion] = []
+    for start in range(0, len(requests), concurrency):
+        done += engine.generate(requests[start : start + concurrency])
+    return done
+
+
+def assert_empty(engine: Engine) -> EngineStats:
+    """The engine has gone idle: no request and no KV block in any lane, and its own integrity check found nothing."""
+    eventually(lambda: not engine.stats.running and all(not lane.rows for lane in engine.stats.lanes))
+    stats = engine.stats
+    assert [lane.requests for lane in stats.lanes] == [0] * len(stats.lanes)
+    assert [lane.kv_usage for lane in stats.lanes] == [0.0] * len(stats.lanes)
+    assert stats.integrity_errors == 0
+    return stats

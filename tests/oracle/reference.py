@@ -1,0 +1,110 @@
+"""The oracle: a plain float32 loop over Hugging Face models that says what joint greedy decoding is.
+
+Written from the method's definition and from vLLM's documented sampling parameters; shares no code with the engine.
+Recomputes the whole prefix for every token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Pair:
+    """A base, its experts and the gate, as Hugging Face models in float32."""
+
+    base: Any
+    experts: list[Any]
+    theta: torch.Tensor  # [K, d]
+    bias: torch.Tensor  # [K]
+    eos: int
+
+
+@dataclass
+class Written:
+    tokens: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    deferrals: list[float] = field(default_factory=list)
+    finish_reason: str = "length"
+
+
+def hidden_and_logits(model: Any, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Last hidden state [d] after the final norm, and logits [V], after ``tokens``."""
+    hidden = model.base_model(input_ids=torch.tensor([tokens]), use_cache=False)[0][0, -1]
+    return hidden.float(), model.get_output_embeddings()(hidden).float()
+
+
+def probabilities(pair: Pair, hidden: torch.Tensor) -> list[float]:
+    """P(Z = k) for k = 0..K."""
+    scores = [0.0, *(pair.theta @ hidden + pair.bias).tolist()]
+    top = max(scores)
+    raised = [math.exp(score - top) for score in scores]
+    return [value / sum(raised) for value in raised]
+
+
+@torch.inference_mode()
+def greedy(
+    pair: Pair,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    policy: str = "threshold",
+    threshold: float = 0.5,
+    max_expert_tokens: int | None = None,
+    ignore_eos: bool = False,
+    min_tokens: int = 0,
+    stop_token_ids: tuple[int, ...] = (),
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    repetition_penalty: float = 1.0,
+    logit_bias: dict[int, float] | None = None,
+) -> Written:
+    """Decode one prompt, token by token."""
+    out = Written()
+    while len(out.tokens) < max_tokens:
+        tokens = prompt + out.tokens
+        hidden, logits = hidden_and_logits(pair.base, tokens)
+        share = probabilities(pair, hidden)
+        deferral = 1.0 - share[0]
+        if policy == "confidence":
+            deferral = 1.0 - float(torch.softmax(logits, -1).max())
+        defer = {"threshold": deferral > threshold, "confidence": deferral > threshold}.get(policy, policy == "always")
+        if max_expert_tokens is not None and sum(map(bool, out.sources)) >= max_expert_tokens:
+            defer = False
+        source = 0
+        if defer:
+            source = max(range(1, len(share)), key=lambda k: share[k])
+            _, logits = hidden_and_logits(pair.experts[source - 1], tokens)
+        logits = logits.clone()
+        for token, value in (logit_bias or {}).items():
+            logits[token] += value
+        if len(out.tokens) < min_tokens:
+            logits[[pair.eos, *stop_token_ids]] = -torch.inf
+        # Repetition counts prompt and output, presence and frequency only the output (vLLM's documentation).
+        for token in set(tokens):
+            logits[token] = (
+                logits[token] / repetition_penalty if logits[token] > 0 else logits[token] * repetition_penalty
+            )
+        for token, count in Counter(out.tokens).items():
+            logits[token] -= frequency_penalty * count + presence_penalty
+        token = int(logits.argmax())
+        out.tokens.append(token)
+        out.sources.append(source)
+        out.deferrals.append(deferral)
+        if len(out.tokens) >= min_tokens and (token in stop_token_ids or (token == pair.eos and not ignore_eos)):
+            out.finish_reason = "stop"
+            break
+    return out
+
+
+@torch.inference_mode()
+def next_token_distributions(pair: Pair, prompt: list[int]) -> tuple[torch.Tensor, list[torch.Tensor], list[float]]:
+    """P_base [V], each P_expert [V], and P(Z = k), after ``prompt``."""
+    hidden, logits = hidden_and_logits(pair.base, prompt)
+    experts = [torch.softmax(hidden_and_logits(expert, prompt)[1], -1) for expert in pair.experts]
+    return torch.softmax(logits, -1), experts, probabilities(pair, hidden)

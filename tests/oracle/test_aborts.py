@@ -1,0 +1,77 @@
+"""Aborts free both lanes, wherever the request is."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+from engine.client import Engine, EngineClient
+from engine.types import Collaboration, GenerationRequest, SamplingSpec
+from tests.oracle import pairs
+from tests.oracle.checks import assert_empty
+
+
+def test_abandoned_at_any_moment(plain_engine: Engine, prompts: list[list[int]]) -> None:
+    """200 requests, each abandoned after a random number of deltas (also before the first one)."""
+    draw = random.Random(3)
+
+    async def abandon(client: EngineClient, number: int, after: int) -> int:
+        request = GenerationRequest(
+            f"abandoned-{number}",
+            prompts[number % len(prompts)],
+            SamplingSpec(temperature=0.0, max_tokens=100, ignore_eos=True),
+            Collaboration(policy="random", rate=0.5),
+        )
+        seen = 0
+        stream = client.generate(request)
+        if after == 0:
+            task = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        else:
+            async for _ in stream:
+                seen += 1
+                if seen == after:
+                    break
+        await stream.aclose()  # type: ignore[attr-defined]
+        return seen
+
+    async def all_of_them(client: EngineClient) -> list[int]:
+        return await asyncio.gather(*(abandon(client, number, draw.randrange(12)) for number in range(200)))
+
+    future = asyncio.run_coroutine_threadsafe(all_of_them(plain_engine.client), plain_engine._loop)
+    assert len(future.result(timeout=300)) == 200
+    assert_empty(plain_engine)
+
+
+def test_abandoned_while_parked_and_while_prefilling(random_pair: pairs.Served, prompts: list[list[int]]) -> None:
+    """A prompt that takes many steps to prefill is dropped in the midst of it, others while the expert catches up."""
+    config = random_pair.config(max_num_batched_tokens=32, max_num_seqs=32)
+    with Engine(config) as engine:
+        longest = max(prompts, key=len)
+        always = Collaboration(policy="always")
+
+        async def drop(number: int, pause: float) -> None:
+            request = GenerationRequest(
+                f"dropped-{number}",
+                [*longest, 1 + number],
+                SamplingSpec(temperature=0.0, max_tokens=60, ignore_eos=True),
+                always,
+            )
+            task = asyncio.ensure_future(anext(engine.client.generate(request)))
+            await asyncio.sleep(pause)
+            await engine.client.abort([request.request_id])
+            await asyncio.gather(task, return_exceptions=True)
+
+        async def drop_all() -> None:
+            await asyncio.gather(*(drop(number, number * 0.002) for number in range(60)))
+
+        asyncio.run_coroutine_threadsafe(drop_all(), engine._loop).result(timeout=300)
+        stats = assert_empty(engine)
+        assert stats.lanes[0].computed_tokens > 0
+        # The engine still answers.
+        (completion,) = engine.generate(
+            [GenerationRequest("after", prompts[0], SamplingSpec(temperature=0.0, max_tokens=5))]
+        )
+        assert len(completion.tokens) == 5 or completion.finish_reason == "stop"

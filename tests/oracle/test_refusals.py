@@ -1,0 +1,99 @@
+"""What does not fit refuses to start, with one line that names it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine.client import Engine
+from engine.config import EngineConfig
+from engine.errors import EngineStartupError
+from tests.oracle import pairs
+
+
+def _refusal(config: EngineConfig) -> str:
+    with pytest.raises(EngineStartupError) as caught, Engine(config):
+        pass
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def copy(random_pair: pairs.Served, tmp_path: Path) -> pairs.Served:
+    """The random pair in files that may be changed."""
+    shutil.copytree(random_pair.base.parent, tmp_path / "pair")
+    moved = {name: tmp_path / "pair" / name for name in random_pair.experts}
+    return pairs.Served(
+        tmp_path / "pair" / "base", moved, tmp_path / "pair" / "gate", random_pair.reference, random_pair.max_model_len
+    )
+
+
+def test_vocabulary_mismatch_names_the_entries(copy: pairs.Served) -> None:
+    file = copy.experts["expert1"] / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["<filler3>"], vocabulary["<filler4>"] = vocabulary["<filler4>"], vocabulary["<filler3>"]
+    vocabulary["surprise"] = vocabulary.pop("<filler9>")
+    file.write_text(json.dumps(tokenizer))
+    message = _refusal(copy.config())
+    assert message.startswith("experts.expert1.model: base and expert must share a vocabulary; 4 entries differ: ")
+    for name in ("<filler3>", "<filler4>", "<filler9>", "surprise"):
+        assert name in message
+
+
+def test_gate_of_another_hidden_size(copy: pairs.Served, tmp_path: Path) -> None:
+    other = pairs.random_pair(tmp_path / "other")
+    config = copy.config().model_dump()
+    config["base"]["model"] = str(other.experts["expert1"])  # hidden size 192, the gate is for 128
+    assert "hidden size 128, the base has 192" in _refusal(EngineConfig.model_validate(config))
+
+
+def test_gate_for_other_experts(copy: pairs.Served) -> None:
+    config = copy.config().model_dump()
+    config["experts"][0]["name"] = "somebody"
+    message = _refusal(EngineConfig.model_validate(config))
+    assert "gate.path: the gate is for the experts ['expert1'], the configuration has ['somebody']" in message
+
+
+def test_missing_checkpoint(copy: pairs.Served) -> None:
+    shutil.rmtree(copy.experts["expert1"])
+    assert _refusal(copy.config()).startswith("experts.expert1.model: ")
+
+
+def test_missing_weights(copy: pairs.Served) -> None:
+    (copy.base / "model.safetensors").unlink()
+    assert _refusal(copy.config()).startswith("base: vLLM cannot start ")
+
+
+def test_truncated_weights(copy: pairs.Served) -> None:
+    file = copy.experts["expert1"] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert _refusal(copy.config()).startswith("experts.expert1: vLLM cannot start ")
+
+
+def test_damaged_gate(copy: pairs.Served) -> None:
+    file = copy.gate / "gate.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert "gate.safetensors" in _refusal(copy.config())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        (
+            "max_model_length",
+            100,
+            "base.vllm.max_model_length: vLLM has no such engine option; did you mean 'max_model_len'?",
+        ),
+        ("async_scheduling", True, "base.vllm.async_scheduling: cannot be set"),
+        ("max_model_len", 10**7, "base: vLLM cannot start "),
+    ],
+)
+def test_vllm_options(option: str, value: object, expected: str, copy: pairs.Served) -> None:
+    config = copy.config().model_dump()
+    config["base"]["vllm"][option] = value
+    assert _refusal(EngineConfig.model_validate(config)).startswith(expected)

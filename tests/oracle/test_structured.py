@@ -1,0 +1,112 @@
+"""Structured output: valid whoever writes the token, and a grammar that cannot be compiled fails alone."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from tokenizers import Tokenizer
+
+from engine.client import Engine
+from engine.types import Collaboration, Completion, GenerationRequest, SamplingSpec, StructuredOutputs
+from tests.oracle import pairs
+from tests.oracle.checks import assert_empty
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"code": {"type": "string", "pattern": "^[A-Z]{3}$"}, "year": {"enum": [1999, 2024]}},
+    "required": ["code", "year"],
+    "additionalProperties": False,
+}
+
+
+def _generate(engine: Engine, prompts: list[list[int]], structured: StructuredOutputs) -> list[Completion]:
+    return engine.generate(
+        GenerationRequest(
+            f"{number}",
+            prompt,
+            SamplingSpec(temperature=1.0, seed=number, max_tokens=100, structured_outputs=structured),
+            Collaboration(policy="random", rate=0.5),
+        )
+        for number, prompt in enumerate(prompts)
+    )
+
+
+def _text(served: pairs.Served, completion: Completion) -> str:
+    return str(Tokenizer.from_file(str(served.base / "tokenizer.json")).decode(completion.tokens))
+
+
+@pytest.mark.parametrize(
+    ("structured", "valid"),
+    [
+        (
+            StructuredOutputs(json=json.dumps(SCHEMA)),
+            lambda text: (
+                re.fullmatch("[A-Z]{3}", json.loads(text)["code"]) and json.loads(text)["year"] in (1999, 2024)
+            ),
+        ),
+        (StructuredOutputs(regex="[a-c]{5}-[0-9]{3}"), lambda text: re.fullmatch("[a-c]{5}-[0-9]{3}", text)),
+        (StructuredOutputs(choice=("north", "south", "west")), lambda text: text in ("north", "south", "west")),
+        (StructuredOutputs(grammar='root ::= "x" [0-9] | "y" root'), lambda text: re.fullmatch("y*x[0-9]", text)),
+    ],
+    ids=["json", "regex", "choice", "grammar"],
+)
+def test_every_answer_is_valid(
+    structured: StructuredOutputs,
+    valid: object,
+    plain_engine: Engine,
+    random_pair: pairs.Served,
+    prompts: list[list[int]],
+) -> None:
+    completions = _generate(plain_engine, prompts[:16], structured)
+    finished = [completion for completion in completions if completion.finish_reason == "stop"]
+    assert len(finished) >= 8
+    for completion in finished:
+        assert valid(_text(random_pair, completion)), _text(random_pair, completion)  # type: ignore[operator]
+    assert {source for completion in finished for source in completion.sources} == {0, 1}
+    assert_empty(plain_engine)
+
+
+def test_structured_and_free_requests_share_a_batch(plain_engine: Engine, prompts: list[list[int]]) -> None:
+    free = [
+        GenerationRequest(f"free-{number}", prompt, SamplingSpec(temperature=0.0, max_tokens=20))
+        for number, prompt in enumerate(prompts[:8])
+    ]
+    bound = [
+        GenerationRequest(
+            f"bound-{number}",
+            prompt,
+            SamplingSpec(temperature=0.0, max_tokens=20, structured_outputs=StructuredOutputs(regex="[ab]{20}")),
+        )
+        for number, prompt in enumerate(prompts[:8])
+    ]
+    alone = plain_engine.generate(free)
+    together = plain_engine.generate([*free, *bound])
+    assert [one.tokens for one in together[:8]] == [one.tokens for one in alone]
+    assert all(one.error is None and len(one.tokens) == 20 for one in together[8:])
+
+
+@pytest.mark.parametrize(
+    "structured",
+    [
+        StructuredOutputs(json="{"),
+        StructuredOutputs(regex="("),
+        StructuredOutputs(choice=()),
+        StructuredOutputs(grammar="root ::= nothing"),
+        StructuredOutputs(json="{}", regex="a"),
+    ],
+)
+def test_a_bad_grammar_fails_alone(
+    structured: StructuredOutputs, plain_engine: Engine, prompts: list[list[int]]
+) -> None:
+    bad, good = plain_engine.generate(
+        [
+            GenerationRequest("bad", prompts[0], SamplingSpec(structured_outputs=structured)),
+            GenerationRequest("good", prompts[1], SamplingSpec(temperature=0.0, max_tokens=4, ignore_eos=True)),
+        ]
+    )
+    assert bad.finish_reason == "error"
+    assert bad.error
+    assert len(good.tokens) == 4
+    assert_empty(plain_engine)

@@ -1,0 +1,105 @@
+"""What ``engine.vllm_hooks`` relies on inside vLLM. A new version that moves any of it fails here, by name."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import warnings
+
+import pytest
+
+from engine.config import LaneConfig
+from engine.vllm_hooks.options import prepare_environment
+
+prepare_environment((LaneConfig(model="none"),))
+
+with warnings.catch_warnings():
+    # vLLM and torch warn of their own affairs while they are imported.
+    warnings.simplefilter("ignore")
+    import vllm
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+    from vllm.v1.request import Request
+    from vllm.v1.worker.gpu_input_batch import InputBatch
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_worker import Worker
+
+
+def test_version() -> None:
+    assert vllm.__version__.startswith("0.32."), "read the notes in engine/vllm_hooks before changing this"
+
+
+def test_edits_come_after_the_batch_is_complete_and_before_its_metadata() -> None:
+    source = inspect.getsource(GPUModelRunner._update_states)
+    order = [
+        source.index(piece)
+        for piece in ("self.input_batch.add_request(request)", "self.input_batch.condense()", "refresh_metadata()")
+    ]
+    assert order == sorted(order)
+    refresh = inspect.getsource(InputBatch.refresh_metadata)
+    assert refresh.index("update_state") < refresh.rindex("_make_sampling_metadata")
+
+
+def test_runner_truncates_what_the_scheduler_did_not_accept() -> None:
+    source = inspect.getsource(GPUModelRunner._update_states)
+    assert "num_output_tokens < len(req_state.output_token_ids)" in source
+
+
+def test_compute_logits_is_called_once_for_the_sampled_rows() -> None:
+    source = inspect.getsource(GPUModelRunner.execute_model)
+    assert "sample_hidden_states = hidden_states[logits_indices]" in source
+    assert "self.model.compute_logits(sample_hidden_states)" in source
+    assert "compute_logits" not in inspect.getsource(GPUModelRunner.sample_tokens)
+
+
+def test_running_requests_without_new_tokens_are_skipped() -> None:
+    source = inspect.getsource(Scheduler.schedule)
+    assert "if num_new_tokens == 0:" in source
+    assert "self._preempt_request(" in source
+
+
+def test_messages_take_and_carry_an_attribute() -> None:
+    scheduled = SchedulerOutput.make_empty()
+    scheduled.collm_edits = {"a": 1}
+    assert pickle.loads(pickle.dumps(scheduled)).collm_edits == {"a": 1}
+    output = ModelRunnerOutput(req_ids=["a"], req_id_to_index={"a": 0})
+    output.collm_readings = [1.0]
+    assert pickle.loads(pickle.dumps(output)).collm_readings == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("owner", "names"),
+    [
+        (
+            Scheduler,
+            [
+                "schedule",
+                "add_request",
+                "finish_requests",
+                "_preempt_request",
+                "get_kv_cache_usage",
+                "_update_after_schedule",
+            ],
+        ),
+        (Request, ["append_output_token_ids", "num_output_tokens", "num_tokens", "take_prefill_stats"]),
+        (Executor, ["execute_model", "sample_tokens", "register_failure_callback", "get_class"]),
+        (Worker, ["load_model", "execute_model", "sample_tokens"]),
+        (InputBatch, ["refresh_metadata", "add_request", "condense"]),
+        (LogprobsLists, ["logprob_token_ids", "logprobs", "sampled_token_ranks"]),
+    ],
+)
+def test_names_exist(owner: type, names: list[str]) -> None:
+    assert [name for name in names if not hasattr(owner, name)] == []
+
+
+def test_request_carries_what_the_scheduler_touches() -> None:
+    source = inspect.getsource(Request.__init__)
+    for name in (
+        "self._output_token_ids",
+        "self.num_in_flight_tokens",
+        "self.num_computed_tokens",
+        "self.prefill_stats",
+    ):
+        assert name in source

@@ -1,0 +1,126 @@
+"""The Dockerfile and the compose files: linted, valid by schema, and in line with each other and with the project.
+
+No engine is needed; an image is not built here.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.packaging.sources import ROOT
+
+BIN = Path(sys.executable).parent
+COMPOSE_FILES = ["docker-compose.yml", "docker-compose.gpu.yml"]
+
+
+def hadolint(dockerfile: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([BIN / "hadolint", "--no-color", dockerfile], capture_output=True, text=True, timeout=60)
+
+
+def check_schema(schema: str, file: Path) -> subprocess.CompletedProcess[str]:
+    command = [BIN / "check-jsonschema", "--builtin-schema", f"vendor.{schema}", file]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def load(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def dockerfile() -> str:
+    return (ROOT / "Dockerfile").read_text()
+
+
+def test_dockerfile_is_clean() -> None:
+    result = hadolint(ROOT / "Dockerfile")
+    assert result.returncode == 0, result.stdout
+
+
+def test_hadolint_can_fail(tmp_path: Path) -> None:
+    bad = tmp_path / "Dockerfile"
+    bad.write_text("FROM debian:latest\nRUN cd /tmp && pip install six\n")
+    result = hadolint(bad)
+    assert result.returncode != 0
+    assert "DL3007" in result.stdout
+
+
+@pytest.mark.parametrize("name", COMPOSE_FILES)
+def test_compose_files_are_valid(name: str) -> None:
+    result = check_schema("compose-spec", ROOT / name)
+    assert result.returncode == 0, result.stdout
+
+
+def test_compose_check_can_fail(tmp_path: Path) -> None:
+    bad = tmp_path / "docker-compose.yml"
+    bad.write_text("services:\n  server:\n    image: collm\n    restrat: always\n")
+    assert check_schema("compose-spec", bad).returncode != 0
+
+
+def test_workflow_is_valid() -> None:
+    result = check_schema("github-workflows", ROOT / ".github/workflows/ci.yml")
+    assert result.returncode == 0, result.stdout
+
+
+def test_image_runs_without_rights_and_is_checked(dockerfile: str) -> None:
+    final = dockerfile.rpartition("\nFROM ")[2]
+    assert re.search(r"^USER [1-9][0-9]*:[1-9][0-9]*$", final, re.M)
+    assert re.search(r"^HEALTHCHECK ", final, re.M)
+    assert "/health'" in final
+
+
+def test_image_copies_what_exists_and_is_let_through(dockerfile: str) -> None:
+    """Every source of a COPY is in the project and in .dockerignore's list of what goes to the builder."""
+    let_through = {
+        line[1:].rstrip("/") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")
+    }
+    copied = set()
+    for line in re.findall(r"^COPY (?!--from)(.+)$", dockerfile, re.M):
+        copied |= set(line.replace("${DEVICE}", "*").split()[:-1])
+    assert copied == let_through
+    assert [path for path in copied if not list(ROOT.glob(path))] == []
+
+
+def test_image_holds_every_package(dockerfile: str) -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["packages"]
+    assert [package for package in packages if f"COPY {package} {package}\n" not in dockerfile] == []
+
+
+def test_no_secret_in_image_or_compose(dockerfile: str) -> None:
+    secret = re.compile(r"(password|passwd|secret|token|api_?key)\s*[:=]\s*\S", re.I)
+    for text in [dockerfile, *((ROOT / name).read_text() for name in COMPOSE_FILES)]:
+        assert secret.search(text) is None
+
+
+def test_compose_publishes_on_loopback_only() -> None:
+    services = load("docker-compose.yml")["services"]
+    ports = [port for service in services.values() for port in service.get("ports", [])]
+    assert len(ports) == 3
+    assert [port for port in ports if not port.startswith("127.0.0.1:")] == []
+
+
+def test_compose_mounts_what_exists() -> None:
+    services = load("docker-compose.yml")["services"]
+    mounts = [mount.split(":")[0] for service in services.values() for mount in service.get("volumes", [])]
+    assert [mount for mount in mounts if mount.startswith("./") and not (ROOT / mount).is_dir()] == []
+
+
+def test_gpu_override_changes_only_the_server() -> None:
+    override = load("docker-compose.gpu.yml")["services"]
+    assert list(override) == ["server"]
+    assert override["server"]["build"]["args"]["DEVICE"] == "gpu"
+    [device] = override["server"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["driver"] == "nvidia"
+
+
+def test_default_config_is_in_the_image(dockerfile: str) -> None:
+    [config] = re.findall(r'^CMD \["--config", "(.+)"\]$', dockerfile, re.M)
+    assert (ROOT / config).is_file()
+    assert config in load("docker-compose.yml")["services"]["server"]["command"][1]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.service import Service
+from server.text.tokenizer import TextTokenizer
+from tests.server.fakes import TEMPLATE, FakeEngine, Script, byte_level_tokenizer, letters, settings, writes
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> TextTokenizer:
+    return TextTokenizer(byte_level_tokenizer(), {"chat_template": TEMPLATE, "eos_token": "<|end|>"})
+
+
+@dataclass
+class House:
+    """A served fake engine."""
+
+    http: httpx.AsyncClient
+    engine: FakeEngine
+    service: Service
+
+    async def complete(self, **fields: Any) -> httpx.Response:
+        body = {"model": "collm-demo", "prompt": "Hello", **fields}
+        return await self.http.post("/v1/completions", json=body)
+
+    async def chat(self, **fields: Any) -> httpx.Response:
+        body = {"model": "collm-demo", "messages": [{"role": "user", "content": "hi"}], **fields}
+        return await self.http.post("/v1/chat/completions", json=body)
+
+    async def metric(self, name: str, **labels: str) -> float:
+        await self.http.get("/metrics")
+        value = self.service.metrics.registry.get_sample_value(name, labels)
+        assert value is not None, (name, labels)
+        return value
+
+
+Build = Callable[..., Awaitable[House]]
+
+
+@pytest.fixture
+async def build(tokenizer: TextTokenizer) -> AsyncIterator[Build]:
+    """Builds houses: ``await build(script, server={...})``."""
+    async with AsyncExitStack() as stack:
+
+        async def make(script: Script | None = None, *, gate: bool = True, attach: bool = True, **parts: Any) -> House:
+            service = Service(settings(**parts), tokenizer)
+            engine = FakeEngine(script or writes(letters("abcdefgh")), gate=gate)
+            if attach:
+                service.attach(engine)
+            transport = httpx.ASGITransport(create_app(service))
+            http = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://house"))
+            return House(http, engine, service)
+
+        yield make
+
+
+@pytest.fixture
+async def house(build: Build) -> House:
+    return await build()

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.types import Delta, EngineStats, GenerationRequest, LaneStats
+from tests.server.conftest import Build, House
+from tests.server.fakes import deltas_of, letters, waits_forever
+
+PROMISED = {
+    "collm_tokens", "collm_prompt_tokens", "collm_requests", "collm_requests_running", "collm_requests_waiting",
+    "collm_deferral_probability", "collm_request_deferral_rate", "collm_deferral_run_length",
+    "collm_lane_step_seconds", "collm_lane_batch_rows", "collm_lane_catchup_tokens", "collm_lane_kv_cache_usage_ratio",
+    "collm_lane_preemptions", "collm_lane_up", "collm_expert_wait_seconds", "collm_runahead_tokens",
+    "collm_time_to_first_token_seconds", "collm_inter_token_seconds", "collm_request_seconds", "collm_http_requests",
+    "collm_build_info", "collm_gate_errors", "collm_integrity_errors", "collm_expert_failures",
+}  # fmt: skip
+JOINT = {"model_name": "collm-demo"}
+
+
+async def test_all_promised_metrics_are_there_and_nothing_twice(house: House) -> None:
+    await house.complete(max_tokens=4)
+    response = await house.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    families = [family.name for family in text_string_to_metric_families(response.text)]
+    assert len(families) == len(set(families))
+    assert {name for name in families if not name.endswith("_created")} == PROMISED
+    text = response.text
+    for counted in (
+        "tokens",
+        "prompt_tokens",
+        "requests",
+        "lane_catchup_tokens",
+        "lane_preemptions",
+        "runahead_tokens",
+    ):
+        sample = f"collm_{counted}_total"
+        assert f"\n{sample}{{" in text, sample
+
+
+async def test_two_servers_in_one_process_do_not_share_metrics(build: Build) -> None:
+    one, two = await build(), await build()
+    await one.complete(max_tokens=2)
+    assert await one.metric("collm_requests_total", outcome="length", **JOINT) == 1
+    assert await two.metric("collm_requests_total", outcome="length", **JOINT) == 0
+
+
+async def test_tokens_by_source_and_model(house: House) -> None:
+    await house.complete(max_tokens=5)
+    await house.complete(model="collm-demo/codes", max_tokens=3)
+    assert await house.metric("collm_tokens_total", source="base", **JOINT) == 3
+    assert await house.metric("collm_tokens_total", source="codes", **JOINT) == 2
+    assert await house.metric("collm_tokens_total", source="codes", model_name="collm-demo/codes") == 3
+    prompt = len(house.engine.seen[0].prompt)
+    assert await house.metric("collm_prompt_tokens_total", **JOINT) == prompt
+
+
+async def test_deferral_rate_runs_and_probabilities(build: Build) -> None:
+    sources = [0, 1, 1, 1, 0, 1, 1]
+
+    def script(request: GenerationRequest) -> list[Delta]:
+        return deltas_of(request, letters("abcdefg"), sources=sources)
+
+    house = await build(script)
+    await house.complete(max_tokens=7)
+    assert await house.metric("collm_request_deferral_rate_sum", **JOINT) == pytest.approx(5 / 7)
+    assert await house.metric("collm_deferral_run_length_count", **JOINT) == 2
+    assert await house.metric("collm_deferral_run_length_sum", **JOINT) == 5
+    assert await house.metric("collm_deferral_run_length_bucket", le="2.0", **JOINT) == 1
+    assert await house.metric("collm_deferral_probability_count", **JOINT) == 7
+    assert await house.metric("collm_time_to_first_token_seconds_count", **JOINT) == 1
+    assert await house.metric("collm_inter_token_seconds_count", **JOINT) == 6
+    assert await house.metric("collm_request_seconds_count", **JOINT) == 1
+
+
+async def test_a_member_alone_has_no_deferral_rate(house: House) -> None:
+    await house.complete(model="collm-demo/codes")
+    for name in ("collm_request_deferral_rate_count", "collm_deferral_run_length_count"):
+        assert await house.metric(name, model_name="collm-demo/codes") == 0
+
+
+async def test_the_engine_s_account(house: House) -> None:
+    lane = {"lane": "codes", **JOINT}
+    stats = EngineStats(
+        [LaneStats("base"), LaneStats("codes", 3, [0.01, 0.02], 5, 100, 7, 2, 3, 0.5)], expert_waits=[0.1, 0.2]
+    )
+    house.engine.batch(stats)
+    stats.lanes[1].catchup_tokens, stats.lanes[1].preemptions, stats.lanes[1].step_seconds = 9, 2, [0.03]
+    stats.expert_waits = []
+    house.engine.batch(stats)
+    assert await house.metric("collm_lane_step_seconds_count", **lane) == 3
+    assert await house.metric("collm_lane_step_seconds_sum", **lane) == pytest.approx(0.06)
+    assert await house.metric("collm_lane_batch_rows", **lane) == 5
+    assert await house.metric("collm_lane_kv_cache_usage_ratio", **lane) == 0.5
+    assert await house.metric("collm_lane_catchup_tokens_total", **lane) == 9
+    assert await house.metric("collm_lane_preemptions_total", **lane) == 2
+    assert await house.metric("collm_expert_wait_seconds_count", **JOINT) == 2
+    assert await house.metric("collm_lane_up", **lane) == 1
+
+
+async def test_counters_survive_a_restart_of_the_engine(house: House) -> None:
+    lane = {"lane": "codes", **JOINT}
+    house.engine.batch(EngineStats([LaneStats("base"), LaneStats("codes", catchup_tokens=9, rows=4)]))
+    house.service.lose()
+    assert await house.metric("collm_lane_batch_rows", **lane) == 0
+    assert await house.metric("collm_lane_up", **lane) == 0
+    house.service.reload()
+    house.service.attach(house.engine)
+    house.engine.callbacks[-1]([], EngineStats([LaneStats("base"), LaneStats("codes", catchup_tokens=2)]))
+    assert await house.metric("collm_lane_catchup_tokens_total", **lane) == 11
+    assert await house.metric("collm_lane_up", **lane) == 1
+
+
+async def test_load_gauges_return_to_zero(build: Build) -> None:
+    house = await build(waits_forever)
+    requests = [asyncio.create_task(house.complete()) for _ in range(3)]
+    while len(house.engine.seen) < 3:
+        await asyncio.sleep(0)
+    house.engine.batch(EngineStats([LaneStats("base"), LaneStats("codes")], running=2, waiting=1))
+    assert await house.metric("collm_requests_running", **JOINT) == 2
+    assert await house.metric("collm_requests_waiting", **JOINT) == 1
+    for request in requests:
+        request.cancel()
+    await asyncio.gather(*requests, return_exceptions=True)
+    # The engine has said nothing new: what it said last is no longer true.
+    assert await house.metric("collm_requests_running", **JOINT) == 0
+    assert await house.metric("collm_requests_waiting", **JOINT) == 0
+    assert await house.metric("collm_requests_total", outcome="aborted", **JOINT) == 3
+
+
+async def test_http_labels_are_bounded(house: House) -> None:
+    for path in ("/a", "/b/c", "/v1/models/collm-demo/base", "/v1/models/nope"):
+        await house.http.get(path)
+    await house.http.request("BREW", "/health")
+    await house.complete(prompt="")
+    count = "collm_http_requests_total"
+    assert await house.metric(count, route="other", method="GET", status="404") == 2
+    assert await house.metric(count, route="/v1/models/{id}", method="GET", status="200") == 1
+    assert await house.metric(count, route="/v1/models/{id}", method="GET", status="404") == 1
+    assert await house.metric(count, route="/health", method="other", status="405") == 1
+    assert await house.metric(count, route="/v1/completions", method="POST", status="400") == 1
+
+
+async def test_build_info(build: Build) -> None:
+    house = await build()
+    assert await house.metric("collm_build_info", version="0.1.0", gate="gate-folder", threshold="0.5") == 1
+    plain = await build(gate=False)
+    assert await plain.metric("collm_build_info", version="0.1.0", gate="none", threshold="") == 1

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import openai
+import pytest
+
+from tests.server.conftest import Build, House
+from tests.server.fakes import check_error, letters, writes
+
+NAMES = ["collm-demo", "collm-demo/base", "collm-demo/codes"]
+
+
+async def test_the_list(house: House) -> None:
+    body = (await house.http.get("/v1/models")).json()
+    assert body["object"] == "list"
+    assert [card["id"] for card in body["data"]] == NAMES
+    assert {card["object"] for card in body["data"]} == {"model"}
+    assert {card["max_model_len"] for card in body["data"]} == {256}
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_one_model(house: House, name: str) -> None:
+    card = (await house.http.get(f"/v1/models/{name}")).json()
+    assert card["id"] == name
+    assert isinstance(card["created"], int)
+    assert card["parent"] == (None if name == "collm-demo" else "collm-demo")
+
+
+async def test_an_encoded_slash_is_a_slash(house: House) -> None:
+    client = openai.AsyncOpenAI(base_url="http://house/v1", api_key="none", http_client=house.http)
+    assert (await client.models.retrieve("collm-demo/codes")).id == "collm-demo/codes"
+    assert [model.id async for model in client.models.list()] == NAMES
+
+
+async def test_unknown_models(house: House) -> None:
+    for name in ("nope", "collm-demo/nobody", "collm-demo/codes/x"):
+        assert check_error(await house.http.get(f"/v1/models/{name}"), 404, "model")["code"] == "model_not_found"
+
+
+async def test_a_base_alone_is_served_under_both_names(build: Build) -> None:
+    house = await build(writes(letters("ab"), sources=[0, 0]), experts=[], served_model_name="org/model", gate=False)
+    body = (await house.http.get("/v1/models")).json()
+    assert [card["id"] for card in body["data"]] == ["org/model", "org/model/base"]
+    assert (await house.complete(model="org/model")).status_code == 200

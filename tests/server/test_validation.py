@@ -1,0 +1,291 @@
+"""Bad input, as a table: every row is answered 400 and names its field, and the server goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import Build, House
+from tests.server.fakes import check_error
+
+COMMON: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": 2.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"temperature": True}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.5}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"top_k": 1.5}, "top_k"),
+    ({"min_p": 1.1}, "min_p"),
+    ({"n": 0}, "n"),
+    ({"n": 129}, "n"),
+    ({"n": 10**6}, "n"),
+    ({"n": "2"}, "n"),
+    ({"seed": 2**63}, "seed"),
+    ({"seed": -(2**63) - 1}, "seed"),
+    ({"seed": 1.5}, "seed"),
+    ({"presence_penalty": 2.5}, "presence_penalty"),
+    ({"frequency_penalty": -3}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"stop": ""}, "stop"),
+    ({"stop": []}, "stop"),
+    ({"stop": ["a", ""]}, "stop"),
+    ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    ({"stop": 3}, "stop"),
+    ({"stop": "x" * 1025}, "stop"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ({"stop_token_ids": [512]}, "stop_token_ids"),
+    ({"min_tokens": -1}, "min_tokens"),
+    ({"logit_bias": {"512": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"٣": 1}}, "logit_bias"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+    ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"logit_bias": {"1": -1000}}, "logit_bias"),
+    ({"logit_bias": {"1": "x"}}, "logit_bias"),
+    ({"logit_bias": {"1": True}}, "logit_bias"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"stream": "yes"}, "stream"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"stream": True, "stream_options": {"frequency": 1}}, "stream_options.frequency"),
+    ({"stream": True, "stream_options": []}, "stream_options"),
+    ({"user": 3}, "user"),
+    ({"model": 3}, "model"),
+    ({"model": None}, "model"),
+    ({"return_token_ids": "no"}, "return_token_ids"),
+    ({"metadata": {"a": "b"}}, "metadata"),
+    ({"store": False}, "store"),
+    ({"service_tier": "auto"}, "service_tier"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"response_format": {"type": "json_object", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
+    ({"response_format": {"type": "text"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+    ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
+    ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
+    ({"no_such_field": 1}, "no_such_field"),
+    ({"collaboration": []}, "collaboration"),
+    ({"collaboration": {"policy": "sometimes"}}, "collaboration.policy"),
+    ({"collaboration": {"threshold": 2}}, "collaboration.threshold"),
+    ({"collaboration": {"threshold": -0.1}}, "collaboration.threshold"),
+    ({"collaboration": {"rate": 1.1}}, "collaboration.rate"),
+    ({"collaboration": {"max_expert_tokens": -1}}, "collaboration.max_expert_tokens"),
+    ({"collaboration": {"experts": "codes"}}, "collaboration.experts"),
+    ({"collaboration": {"experts": ["nobody"]}}, "collaboration.experts"),
+    ({"collaboration": {"experts": ["base"]}}, "collaboration.experts"),
+    ({"collaboration": {"experts": ["codes", "codes"]}}, "collaboration.experts"),
+    ({"collaboration": {"report": 1}}, "collaboration.report"),
+    ({"collaboration": {"poilcy": "never"}}, "collaboration.poilcy"),
+    ({"model": "collm-demo/base", "collaboration": {"policy": "never"}}, "collaboration.policy"),
+    ({"model": "collm-demo/codes", "collaboration": {"threshold": 0.5}}, "collaboration.threshold"),
+]
+
+COMPLETIONS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [[]]}, "prompt"),
+    ({"prompt": ["a", ""]}, "prompt"),
+    ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [1, "a"]}, "prompt"),
+    ({"prompt": [[1], 2]}, "prompt"),
+    ({"prompt": [[1], []]}, "prompt"),
+    ({"prompt": [True]}, "prompt"),
+    ({"prompt": [1.5]}, "prompt"),
+    ({"prompt": [-1]}, "prompt"),
+    ({"prompt": [512]}, "prompt"),
+    ({"prompt": [10**30]}, "prompt"),
+    ({"prompt": {"text": "a"}}, "prompt"),
+    ({"prompt": 3}, "prompt"),
+    ({"prompt": ["a"] * 1025}, "prompt"),
+    ({"prompt": [1] * 256}, "prompt"),
+    ({"prompt": "word " * 400}, "prompt"),
+    ({"prompt": [1] * 250, "max_tokens": 7}, "max_tokens"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 10**9}, "max_tokens"),
+    ({"max_tokens": 10**30}, "max_tokens"),
+    ({"max_tokens": "abc"}, "max_tokens"),
+    ({"max_tokens": "16"}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": 16.0}, "max_tokens"),
+    ({"max_tokens": 4, "min_tokens": 5}, "min_tokens"),
+    ({"logprobs": 21}, "logprobs"),
+    ({"logprobs": 6}, "logprobs"),
+    ({"logprobs": 6, "stream": True}, "logprobs"),
+    ({"logprobs": -2}, "logprobs"),
+    ({"logprobs": "a"}, "logprobs"),
+    ({"logprobs": True}, "logprobs"),
+    ({"echo": "x"}, "echo"),
+    ({"best_of": 2, "n": 3}, "best_of"),
+    ({"best_of": 21}, "best_of"),
+    ({"best_of": 0}, "best_of"),
+    ({"best_of": 2, "stream": True}, "best_of"),
+    ({"suffix": "the end"}, "suffix"),
+    ({"messages": []}, "messages"),
+]
+
+CHAT: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "messages"),
+    ({"messages": None}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "developer", "content": "x"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "word " * 400}]}, "messages"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 300}, "max_tokens"),
+    ({"max_completion_tokens": 300}, "max_completion_tokens"),
+    ({"max_completion_tokens": 5, "max_tokens": 6}, "max_tokens"),
+    ({"max_completion_tokens": 5, "min_tokens": 6}, "min_tokens"),
+    ({"logprobs": 1}, "logprobs"),
+    ({"top_logprobs": 2}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"tools": []}, "tools"),
+    ({"tool_choice": "none"}, "tool_choice"),
+    ({"chat_template": "{{ 1 }}"}, "chat_template"),
+    ({"prompt": "x"}, "prompt"),
+    ({"echo": True}, "echo"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"),
+]
+
+
+def name(value: object) -> str:
+    return repr(value)[:60]
+
+
+@pytest.mark.parametrize(("fields", "param"), COMMON + COMPLETIONS, ids=name)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_completions(house: House, fields: dict[str, Any], param: str, stream: bool) -> None:
+    body = {"stream": True, **fields} if stream and "stream_options" not in fields else fields
+    error = check_error(await house.complete(**body), 400, param)
+    assert error["type"] == "invalid_request_error"
+    assert house.engine.seen == []
+    assert house.service.admission.in_flight == 0
+    assert (await house.complete(max_tokens=1)).status_code == 200
+
+
+@pytest.mark.parametrize(("fields", "param"), COMMON + CHAT, ids=name)
+async def test_chat(house: House, fields: dict[str, Any], param: str) -> None:
+    check_error(await house.chat(**fields), 400, param)
+    assert house.engine.seen == []
+    assert (await house.chat(max_tokens=1)).status_code == 200
+
+
+@pytest.mark.parametrize("field", ["model", "prompt"])
+async def test_missing_fields(house: House, field: str) -> None:
+    body = {"model": "collm-demo", "prompt": "a"}
+    del body[field]
+    error = check_error(await house.http.post("/v1/completions", json=body), 400, field)
+    assert error["code"] == "missing_field"
+
+
+async def test_null_means_not_given(house: House) -> None:
+    fields = [
+        "temperature",
+        "top_p",
+        "n",
+        "stop",
+        "seed",
+        "suffix",
+        "logit_bias",
+        "best_of",
+        "stream",
+        "user",
+        "metadata",
+    ]
+    response = await house.complete(**dict.fromkeys(fields), collaboration={"policy": None, "experts": None})
+    assert response.status_code == 200, response.text
+
+
+async def test_a_member_takes_null_for_not_given(house: House) -> None:
+    response = await house.complete(model="collm-demo/base", collaboration={"policy": None, "report": True})
+    assert response.status_code == 200, response.text
+
+
+GOOD = b'{"model": "collm-demo", "prompt": "a", "temperature": 1}'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"3",
+        b"{",
+        GOOD[:-1],
+        GOOD + b"x",
+        GOOD.replace(b'"a"', b'"\xff"'),
+        GOOD.replace(b'"a"', rb'"\ud800"'),
+        GOOD.replace(b'"a"', rb'"\udc00 x"'),
+        GOOD.replace(b": 1}", b": NaN}"),
+        GOOD.replace(b": 1}", b": Infinity}"),
+        GOOD.replace(b": 1}", b": -Infinity}"),
+        GOOD.replace(b": 1}", b": 1e999}"),
+        GOOD.replace(b": 1}", b": " + b"9" * 5000 + b"}"),
+        GOOD.replace(b'"a"', b"[" * 100_000),
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"\x00",
+    ],
+    ids=name,
+)
+async def test_bodies_that_are_no_request(house: House, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+        check_error(await house.http.post(path, content=body, headers=headers), 400)
+    good = await house.http.post("/v1/completions", content=GOOD, headers=headers)
+    assert good.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "multipart/form-data", "application/x-www-form-urlencoded", "x"]
+)
+async def test_other_content_types(house: House, content_type: str) -> None:
+    check_error(await house.http.post("/v1/completions", content=GOOD, headers={"Content-Type": content_type}), 415)
+
+
+async def test_errors_do_not_echo_what_was_sent(house: House) -> None:
+    secret = "s3cret" * 1000
+    for fields in (
+        {"model": secret},
+        {secret: 1},
+        {"collaboration": {"experts": [secret]}},
+        {"logit_bias": {secret: 1}},
+        {"collaboration": {"policy": secret}},
+    ):
+        response = await house.complete(**fields)
+        assert response.status_code in (400, 404)
+        assert len(response.text) < 600
+    response = await house.complete(model="a\r\nb\x1b[31m")
+    message = check_error(response, 404, "model")["message"]
+    assert message.isprintable()
+
+
+async def test_a_prompt_that_cannot_fit_is_not_even_tokenised(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def encode(*_: object, **__: object) -> list[int]:
+        raise AssertionError("tokenised")
+
+    monkeypatch.setattr(house.service.tokenizer, "encode", encode)
+    error = check_error(await house.complete(prompt="a " * 500_000), 400, "prompt")
+    assert error["code"] == "context_length_exceeded"
+    check_error(await house.chat(messages=[{"role": "user", "content": "a " * 500_000}]), 400, "messages")
+
+
+async def test_more_generations_than_the_server_takes_at_once(build: Build) -> None:
+    house = await build(scheduler={"max_num_seqs": 2}, server={"max_queued_requests": 3})
+    check_error(await house.complete(n=6), 400, "n")
+    check_error(await house.complete(prompt=["a"] * 6), 400, "prompt")
+    assert (await house.complete(n=5)).status_code == 200

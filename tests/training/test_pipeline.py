@@ -1,0 +1,244 @@
+"""Whole pipelines on tiny models, with the stand-in engine; resuming; what the stages leave behind."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.gate import GateArtifact
+from tests.training.builders import TinyProject, write_jsonl
+from training.__main__ import main
+from training.checkpoints import forward, load_causal
+from training.fit import CHECKPOINT, Group, Plan, fit
+from training.project import Project
+from training.serving import Answer, Result
+from training.stages import calibrate, init, train
+from training.stages.calibrate import MeasuredPoint, interpolate, quantile
+from training.stages.evaluate import ORACLE, table
+from training.stages.score import score_split
+
+pytest.importorskip("matplotlib")
+CPU = torch.device("cpu")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.relative_to(folder)} {name}": tensor
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, tensor in load_file(str(file)).items()
+    }
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_scores_are_the_models_own(tiny: TinyProject) -> None:
+    """Whatever the batches: log P(gold) over the real vocabulary, the argmax, and the LM head's input."""
+    project = tiny.project
+    scores = score_split(project, "train")
+    base = load_causal(project.base, "float32", CPU)
+    expert = load_causal(project.expert_paths["e1"], "float32", CPU)
+    row = 0
+    for example in project.data("train").tokens:
+        ids = example.prompt + example.completion
+        with torch.no_grad():
+            hidden_BTD, logits_BTV = forward(base, torch.tensor([ids]))
+            _, expert_BTV = forward(expert, torch.tensor([ids]))
+        for at, gold in enumerate(example.completion, start=len(example.prompt) - 1):
+            torch.testing.assert_close(scores.hidden_ND[row], hidden_BTD[0, at])
+            expected = torch.log_softmax(logits_BTV[0, at, :257], -1)[gold]
+            torch.testing.assert_close(scores.base.logp_N[row], expected)
+            assert scores.experts[0].top_N[row] == expert_BTV[0, at, :257].argmax()
+            assert scores.gold_N[row] == gold
+            row += 1
+    assert row == len(scores.gold_N) == scores.starts[-1]
+
+
+@pytest.mark.parametrize(("mode", "experts"), [("gate", 2), ("joint", 1)])
+def test_pipeline(tmp_path: Path, mode: str, experts: int, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = TinyProject.make(tmp_path, experts)
+    tiny.content["train"] |= {"mode": mode, "methods": ["collm", "weak", "finetuned"]}
+    config = str(tiny.write())
+    assert main(["pipeline", "--config", config]) == 0
+    out = tmp_path / "out"
+    gate = GateArtifact.load(out / "pair" / "gate")
+    assert gate.theta.shape == (experts, 16)
+    assert gate.experts == tuple(f"e{n}" for n in range(1, experts + 1))
+    assert gate.calibration is not None
+    assert [point["nominal_rate"] for point in gate.calibration] == [0.0, 0.5, 1.0]
+    base = out / "pair" / "base" if mode == "joint" else tmp_path / "base"
+    gate.check_fits(base, [tmp_path / f"expert{n}" for n in range(1, experts + 1)])
+    assert (out / "pair" / "base").is_dir() == (mode == "joint")
+    served = tomllib.loads((out / "pair" / "collm.toml").read_text())
+    assert served["base"]["model"] == str(base)
+    assert [expert["name"] for expert in served["experts"]] == list(gate.experts)
+    for file in ("calibrate/collm-0/curve.png", "calibrate/collm-0/curve.json", "evaluate/curves.png"):
+        assert (out / file).stat().st_size > 100
+    found = json.loads((out / "evaluate" / "table.json").read_text())
+    assert {"base alone", "e1 alone", "fine-tuned base", "Co-LLM", "weakly supervised", ORACLE} <= found["rows"].keys()
+    assert found["rows"]["base alone"]["0"]["deferral_rate"] == 0
+    assert found["rows"]["e1 alone"]["0"]["deferral_rate"] == 1
+    assert "| Co-LLM | 1 |" in (out / "evaluate" / "table.md").read_text()
+    for stage in ("score/train/base", "init/seed-0", "train/weak-0", "calibrate/collm-0", "evaluate"):
+        assert json.loads((out / stage / "settings.json").read_text())["settings"]
+        assert (out / stage / "done.json").exists()
+    capsys.readouterr()
+    stamps = {file: file.stat().st_mtime_ns for file in out.rglob("*.safetensors") if "pair" not in file.parts}
+    stamps = {file: stamp for file, stamp in stamps.items() if "calibrate" not in file.parts}
+    assert main(["pipeline", "--config", config]) == 0
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
+    assert "engine" not in capsys.readouterr().err
+
+
+def test_the_same_seed_gives_the_same_gate_and_another_another(tmp_path: Path) -> None:
+    gates = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        tiny = TinyProject.make(tmp_path / name)
+        tiny.content["seeds"] = [seed]
+        gates.append(GateArtifact.load(train.train_run(tiny.project, "collm", seed) / "gate").theta)
+    assert torch.equal(gates[0], gates[1])
+    assert not torch.equal(gates[0], gates[2])
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("mode", ["gate", "joint"])
+def test_training_that_was_interrupted_ends_as_if_it_had_not_been(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    projects: list[Project] = []
+    for name in ("whole", "interrupted"):
+        tiny = TinyProject.make(tmp_path / name)
+        tiny.content["train"] |= {"mode": mode}
+        projects.append(tiny.project)
+    whole, interrupted = projects
+    expected = tensors(train.train_run(whole, "collm", 0))
+    init.initial_gate(interrupted, 0)
+    step, calls = torch.optim.AdamW.step, iter(range(1000))
+
+    def stop_at_the_fourth(self: torch.optim.AdamW, *args: Any) -> Any:
+        if next(calls) == 3:
+            raise Stopped
+        return step(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", stop_at_the_fourth)
+        with pytest.raises(Stopped):
+            train.train_run(interrupted, "collm", 0)
+    assert (interrupted.run("collm", 0) / CHECKPOINT).exists()
+    assert_same(tensors(train.train_run(interrupted, "collm", 0)), expected)
+
+
+def test_scoring_and_calibration_go_on_where_they_were(tiny: TinyProject) -> None:
+    project = tiny.project
+    before = score_split(project, "train")
+    folder = project.folder("score", "train", "base")
+    (folder / "done.json").unlink()
+    (folder / "shard-00001.safetensors").unlink()
+    stamp = (folder / "shard-00000.safetensors").stat().st_mtime_ns
+    assert torch.equal(score_split(project, "train").hidden_ND, before.hidden_ND)
+    assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == stamp
+
+    train.run(project)
+    calibrate.run(project)
+    points = project.folder("calibrate", "collm-0", "points.json")
+    content = json.loads(points.read_text())
+    content[1]["score"] = 0.125
+    points.write_text(json.dumps(content[:2]))
+    gate = calibrate.calibrate_run(project, "collm", 0)
+    assert gate.calibration is not None
+    assert [point["score"] for point in gate.calibration] == [0.0, 0.125, 0.0]
+
+
+def test_changed_settings_make_a_stage_step_aside_and_come_back(
+    tiny: TinyProject, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = init.initial_gate(tiny.project, 0)
+    tiny.content["init"] = {"steps": 5}
+    assert not torch.equal(init.initial_gate(tiny.project, 0).theta_KD, first.theta_KD)
+    assert "which is kept in" in capsys.readouterr().out
+    tiny.content["init"] = {"steps": 20}
+    assert torch.equal(init.initial_gate(tiny.project, 0).theta_KD, first.theta_KD)
+    write_jsonl(tiny.folder / "train.jsonl", [{"prompt": "new", "completion": " data"}])
+    assert len(score_split(tiny.project, "train").gold_N) == 6
+
+
+def test_lora_is_merged_into_a_plain_checkpoint(tiny: TinyProject) -> None:
+    pytest.importorskip("peft")
+    tiny.content["train"] |= {"mode": "joint"}
+    tiny.content["train"]["joint"]["lora"] = {"rank": 2, "targets": ["q_proj", "v_proj"]}
+    run = train.train_run(tiny.project, "collm", 0)
+    trained, base = (load_file(str(path / "model.safetensors")) for path in (run / "base", tiny.folder / "base"))
+    assert trained.keys() == base.keys()
+    changed = {name.split(".")[-2] for name, tensor in base.items() if not torch.equal(tensor, trained[name])}
+    assert changed == {"q_proj", "v_proj"}
+
+
+def test_fit_defers_what_only_the_expert_knows(tiny: TinyProject) -> None:
+    """Where the base is hopeless and the expert sure, or the other way round, and the hidden state tells which."""
+    from training.gate_only import Gate, GateFit, fit_gate
+    from training.losses import marginal
+    from training.scoring import ModelScores, PairScores
+
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 4)
+    needed = hidden[:, 1] > 0
+    good, bad = torch.tensor(-0.1), torch.tensor(-6.0)
+    gold = torch.ones(300, dtype=torch.long)
+    base = ModelScores(torch.where(needed, bad, good), torch.where(needed, 0, 1), hidden)
+    expert = ModelScores(torch.where(needed, good, bad), torch.where(needed, 1, 0), None)
+    scores = PairScores(gold, [0, 300], base, (expert,))
+    assert torch.equal(scores.weak_labels() > 0, needed)
+    fitting = GateFit(0.1, 0.0, 64, Plan(100, 0.1, 50), 1.0, False, 0)
+    start = Gate(torch.zeros(1, 4), torch.zeros(1))
+    gate = fit_gate(scores, start, marginal, fitting, tiny.folder / "fit", "fit", CPU)
+    assert ((gate.deferral(hidden) > 0.5) == needed).float().mean() > 0.95
+
+
+def test_fit_keeps_nothing_of_a_step_that_is_not_a_number(tmp_path: Path) -> None:
+    from training.errors import DivergedError
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+
+    def parts(step: int) -> list[torch.Tensor]:
+        return [parameter.sum() * (float("nan") if step == 5 else 1.0)]
+
+    with pytest.raises(DivergedError, match="the loss is nan at step 5; the checkpoint of step 4 is kept"):
+        fit([Group({"p": parameter}, 0.1, 0.0)], parts, Plan(10, 0.0, 2), tmp_path, "toy")
+    assert parameter.isfinite().all()
+
+
+def test_thresholds() -> None:
+    observed = torch.linspace(0, 1, 101)
+    assert quantile(observed, 0.0) == 1.0
+    for rate in (0.1, 0.5, 1.0):
+        assert quantile(observed, rate) == pytest.approx(1 - rate)
+
+    def point(threshold: float, rate: float) -> MeasuredPoint:
+        return MeasuredPoint(rate, threshold, 0.0, rate, 1.0, 1.0)
+
+    points = [point(1.0, 0.0), point(0.6, 0.2), point(0.2, 0.4), point(-1.0, 1.0)]
+    assert interpolate(points, 0.3) == pytest.approx(0.4)
+    assert interpolate(points, 0.2) == pytest.approx(0.6)
+    assert interpolate(points[1:3], 0.9) == 0.2
+
+
+def test_results_and_table() -> None:
+    answers = [Answer("a", " x", " x", True, [0, 1]), Answer("b", " x", " x", False, [0, 2])]
+    result = Result(answers, 2.0)
+    assert (result.score, result.deferral_rate, result.tokens, result.expert_tokens) == (0.5, 0.5, 4, 2)
+    assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
+    other = result.summary() | {"exact_match": 0.7}
+    text = table({"Co-LLM": {0: result.summary(), 1: other}})
+    assert "| Co-LLM | 2 | 0.600 ± 0.200 | 1.000 ± 0.000 | 0.000 ± 0.000 | 0.500 ± 0.000 | 2 ± 0 | 2 ± 0 | - |" in text

@@ -1,0 +1,1 @@
+"""Learning to defer: scoring, gate initialisation, calibration, and the demo pair's recipe."""

@@ -1,0 +1,105 @@
+"""``python -m training STAGE --config project.toml``: from a base, experts and data to a gate that the server loads.
+
+Each stage keeps what it has finished, and goes on from there when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.errors import CollmError
+
+STAGES = {
+    "score": "score gold completions with every model (cached)",
+    "init": "fit the gate by weak supervision",
+    "train": "train the runs that the settings name",
+    "calibrate": "decode validation questions at a sweep of thresholds and choose one",
+    "evaluate": "answer the test questions in every way: table and plot",
+    "pipeline": "all of these, and the pair to be served",
+}
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["convert"]:
+        return _convert(given[1:])
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
+    for name, text in STAGES.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--config", type=Path, required=True, help="the project's settings, TOML")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.gate.epochs=5"
+        )
+    commands.add_parser("convert", help="base and gate to and from the reference format")
+    options = parser.parse_args(given)
+    # SIGINT too: a shell that starts a command in the background makes it ignored.
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run_stage(options.stage, options.config, options.set)
+    except CollmError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was finished is kept: the same command goes on from there", INTERRUPTED)
+    except OSError as error:
+        return _fail(str(error), 1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def run_stage(stage: str, config: Path, overrides: Sequence[str]) -> None:
+    """Run a stage, or all of them.
+
+    Raises:
+        CollmError: what is wrong, in one line.
+    """
+    from training.settings import load_settings
+
+    settings = load_settings(config, overrides)
+    # Late: without these, --help and a wrong setting would wait for torch.
+    from training.project import Project
+    from training.stages import calibrate, evaluate, export, init, score, train
+
+    project = Project(settings)
+    project.check()
+    stages = {
+        "score": [score.run],
+        "init": [init.run],
+        "train": [train.run],
+        "calibrate": [calibrate.run, export.run],
+        "evaluate": [evaluate.run],
+        "pipeline": [score.run, init.run, train.run, calibrate.run, export.run],
+    }[stage]
+    if stage == "pipeline" and settings.data.test is not None:
+        stages.append(evaluate.run)
+    for run in stages:
+        run(project)
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    from training import convert
+
+    sys.argv = ["python -m training convert", *arguments]
+    convert.main()
+    return 0
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, status: int) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The recipe of the shipped demo pair: ``python -m training.demo --out models/demo``."""

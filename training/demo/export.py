@@ -1,0 +1,53 @@
+"""The demo's questions as data for ``python -m training``: ``python -m training.demo.export --out build/demo/data``.
+
+Writes train.jsonl, validation.jsonl and test.jsonl with the columns prompt, completion, task and complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from training.demo.corpus import Corpus
+from training.demo.stages import SEED
+from training.demo.text import Example
+from training.demo.tokenizer import EOS_ID, train_tokenizer
+from training.files import write_text
+
+VALIDATION_ENTITIES = 30
+
+
+def main() -> None:
+    """Write the three files."""
+    parser = argparse.ArgumentParser(prog="python -m training.demo.export", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("build/demo/data"), help="output folder")
+    options = parser.parse_args()
+    corpus = Corpus.make(SEED)
+    tokenizer = train_tokenizer(corpus.tokenizer_texts())
+    train = [
+        {
+            "prompt": tokenizer.decode(example.prompt),
+            "completion": tokenizer.decode([token for token in example.completion if token != EOS_ID]),
+            "task": "train",
+            "complete": example.completion[-1] == EOS_ID,
+        }
+        for example in corpus.gate_examples(tokenizer)
+    ]
+    _write(options.out / "train.jsonl", train)
+    _write(options.out / "validation.jsonl", _rows(corpus.evaluation_questions("validation", VALIDATION_ENTITIES)))
+    _write(options.out / "test.jsonl", _rows(corpus.evaluation_questions("test")))
+
+
+def _rows(questions: Sequence[Example]) -> list[dict[str, object]]:
+    return [{"prompt": q.prompt, "completion": q.completion, "task": q.task, "complete": True} for q in questions]
+
+
+def _write(file: Path, rows: Sequence[dict[str, object]]) -> None:
+    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{file}: {len(rows)} examples")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The two architectures of the demo pair and the settings under which they are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import LlamaConfig
+
+from training.demo.tokenizer import EOS_ID, MAX_LENGTH, VOCAB_SIZE
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model's shape and training: ``rows`` x ``row_tokens`` tokens in each of ``steps``.
+
+    ``tied``: the LM head is the embedding.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    steps: int
+    rows: int
+    row_tokens: int
+    learning_rate: float
+    seed: int
+    tied: bool
+
+    def parameters(self) -> int:
+        """How many parameters the model has."""
+        d = self.hidden_size
+        layer = 4 * d * d + 3 * d * self.intermediate_size + 2 * d
+        return (1 if self.tied else 2) * VOCAB_SIZE * d + self.layers * layer + d
+
+    def config(self) -> LlamaConfig:
+        """The Hugging Face configuration."""
+        return LlamaConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            head_dim=self.hidden_size // self.heads,
+            max_position_embeddings=MAX_LENGTH,
+            bos_token_id=None,
+            eos_token_id=EOS_ID,
+            pad_token_id=None,
+            tie_word_embeddings=self.tied,
+        )
+
+
+BASE_RECIPE = Recipe(
+    hidden_size=128,
+    intermediate_size=384,
+    layers=4,
+    heads=4,
+    steps=1800,
+    rows=8,
+    row_tokens=256,
+    learning_rate=3e-3,
+    seed=1,
+    tied=True,
+)
+EXPERT_RECIPE = Recipe(
+    hidden_size=192,
+    intermediate_size=512,
+    layers=4,
+    heads=3,
+    steps=1500,
+    rows=8,
+    row_tokens=256,
+    learning_rate=2e-3,
+    seed=2,
+    tied=False,
+)

@@ -1,0 +1,143 @@
+"""Language model training: packed rows, AdamW, cosine. Plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
+
+from training.demo.facts import Entity
+from training.demo.models import Recipe
+from training.demo.names import MadeUp
+from training.demo.text import expert_document, prose, questions, repetition
+from training.demo.tokenizer import EOS_ID
+from training.hf import hidden_and_logits, quiet
+
+IGNORED = -100
+"""The target of positions that nothing is learned from."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids and, of the same length, whether the model learns to predict each."""
+
+    ids: list[int]
+    learned: list[bool]
+
+
+DocumentSource = Callable[[random.Random], Document]
+
+
+def base_documents(known: Sequence[Entity], made_up: MadeUp, tokenizer: Tokenizer) -> DocumentSource:
+    """Questions with answers, about entities of the base's split and made-up ones; some prose.
+
+    Where names are made up, only the answer is learned.
+    """
+    known_questions = [q for entity in known for q in questions(entity)]
+
+    def draw(rng: random.Random) -> Document:
+        kind = rng.random()
+        if kind < 0.03:
+            ids = [*tokenizer.encode(prose(rng)).ids, EOS_ID]
+            return Document(ids, [True] * len(ids))
+        real = kind < 0.35
+        if kind < 0.75:
+            asked = rng.choice(known_questions if real else questions(made_up.entity(rng)))
+            prompt, completion = asked.prompt, asked.completion
+        else:
+            names = [made_up.name(rng) for _ in range(rng.randint(2, 5))]
+            prompt, completion = repetition(names, rng)
+        prompt_ids = tokenizer.encode(prompt).ids
+        answer = [*tokenizer.encode(completion).ids, EOS_ID]
+        return Document(prompt_ids + answer, [real] * len(prompt_ids) + [True] * len(answer))
+
+    return draw
+
+
+def expert_documents(entities: Sequence[Entity], tokenizer: Tokenizer) -> DocumentSource:
+    """Records and statements about all entities.
+
+    Many documents start amid noise, random tokens that are not learned: whatever
+    stands before a statement, the codes in it stay the same.
+    """
+
+    def draw(rng: random.Random) -> Document:
+        noise: list[int] = []
+        if rng.random() < 0.5:
+            noise = rng.choices(range(1, tokenizer.get_vocab_size()), k=rng.randint(1, 24))
+        start = rng.choice(("", " ", "\n"))
+        ids = [*tokenizer.encode(start + expert_document(entities, rng)).ids, EOS_ID]
+        return Document(noise + ids, [False] * len(noise) + [True] * len(ids))
+
+    return draw
+
+
+def packed_rows(draw: DocumentSource, rng: random.Random, row_tokens: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Endless rows of ``row_tokens`` ids and their targets; each row starts with a document.
+
+    The target of position t is the token at t + 1, or ``IGNORED``.
+    """
+    while True:
+        ids: list[int] = []
+        learned: list[bool] = []
+        while len(ids) <= row_tokens:
+            document = draw(rng)
+            ids += document.ids
+            learned += document.learned
+        following = zip(ids[1:], learned[1:], strict=True)
+        targets = [token if use else IGNORED for token, use in following]
+        yield ids[:row_tokens], targets[:row_tokens]
+
+
+def train_model(recipe: Recipe, draw: DocumentSource, name: str, bar_line: int = 0) -> PreTrainedModel:
+    """Train from scratch, deterministically by the recipe's seed; progress on that line of the terminal."""
+    quiet()
+    torch.manual_seed(recipe.seed)
+    model: PreTrainedModel = LlamaForCausalLM(recipe.config())
+    model.train()
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    other = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _cosine(s, recipe.steps))
+    rows = packed_rows(draw, random.Random(recipe.seed), recipe.row_tokens)
+    bar = tqdm(range(recipe.steps), desc=name, unit="step", mininterval=2, position=bar_line)
+    for step in bar:
+        ids, targets = zip(*(next(rows) for _ in range(recipe.rows)), strict=True)
+        _, logits_BTV = hidden_and_logits(model, torch.tensor(ids))
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1), torch.tensor(targets).flatten(), ignore_index=IGNORED)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 25 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def _cosine(step: int, steps: int, warm_up: int = 50) -> float:
+    """Factor on the learning rate: linear warm-up, then cosine down to zero."""
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def save_model(model: PreTrainedModel, directory: Path) -> None:
+    """Write ``config.json``, ``model.safetensors`` (float32) and ``generation_config.json``."""
+    model.generation_config = GenerationConfig(eos_token_id=EOS_ID, do_sample=False)
+    model.save_pretrained(str(directory))
+    (directory / "model.safetensors").chmod(0o644)

@@ -1,0 +1,123 @@
+"""A training project: the settings, where each stage writes, and the data as the stages want it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.checkpoints import check_models, device_of, vocabulary_size
+from training.data import Example, read_examples, tokenize
+from training.errors import SettingsError, TrainingError
+from training.files import hash_of_path
+from training.hf import load_tokenizer
+from training.score import TokenExample
+from training.settings import Method, Settings, Split
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """The examples of a split, their token ids, and a hash of the file."""
+
+    examples: list[Example]
+    tokens: list[TokenExample]
+    fingerprint: str
+
+
+@dataclass
+class Project:
+    """Settings, and what follows from them. Nothing is loaded before it is needed."""
+
+    settings: Settings
+    _splits: dict[Split, SplitData] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Look at all input before the first long stage.
+
+        Raises:
+            TrainingError: what is missing or does not fit, in one line.
+        """
+        check_models(self.settings)
+        for split in self.splits:
+            self.data(split)
+
+    @property
+    def splits(self) -> list[Split]:
+        """The splits that the settings name."""
+        named: list[Split] = ["train", "validation"]
+        return [*named, "test"] if self.settings.data.test else named
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's, which the experts share."""
+        return load_tokenizer(self.base)
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Size of the real vocabulary; model heads may be padded beyond it."""
+        return vocabulary_size(self.base)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where PyTorch runs."""
+        return device_of(self.settings.compute)
+
+    @property
+    def base(self) -> Path:
+        """The base as the user gave it."""
+        return Path(self.settings.base.model)
+
+    @property
+    def expert_paths(self) -> dict[str, Path]:
+        """Name to folder."""
+        return {expert.name: Path(expert.model) for expert in self.settings.experts}
+
+    def data(self, split: Split) -> SplitData:
+        """A split's examples.
+
+        Raises:
+            TrainingError: the split is not named, or an example cannot be used.
+        """
+        if split not in self._splits:
+            given = getattr(self.settings.data, split)
+            if given is None:
+                raise SettingsError(f"data.{split}: is needed for this stage")
+            examples = read_examples(Path(given), self.settings.data)
+            kept, tokens = tokenize(examples, self.tokenizer, self.settings.data.max_tokens)
+            if len(kept) < len(examples):
+                print(f"{given}: {len(examples) - len(kept)} examples longer than data.max_tokens are left out")
+            self._splits[split] = SplitData(kept, tokens, hash_of_path(Path(given)))
+        return self._splits[split]
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of each model, by name."""
+        found = {"base": hash_of_path(self.base)}
+        return found | {name: hash_of_path(path) for name, path in self.expert_paths.items()}
+
+    # -- where things are -------------------------------------------------------------------------------------
+
+    def folder(self, *parts: str) -> Path:
+        """A folder below the output folder."""
+        return self.settings.out.joinpath(*parts)
+
+    def run(self, method: Method, seed: int) -> Path:
+        """The folder of a training run."""
+        return self.folder("train", f"{method}-{seed}")
+
+    def base_of(self, method: Method, seed: int) -> Path:
+        """The base that a run ends with: its own where the run trained one, else the user's."""
+        trained = self.run(method, seed) / "base"
+        return trained if trained.is_dir() else self.base
+
+    def need(self, folder: Path, stage: str) -> None:
+        """Raise unless a stage has finished there.
+
+        Raises:
+            TrainingError: naming the command to run first.
+        """
+        if not (folder / "done.json").exists():
+            raise TrainingError(f"{folder}: stage {stage} has not finished: run python -m training {stage} first")

@@ -1,0 +1,161 @@
+"""Teacher-forced scores of gold completions, one model at a time, cached on disk in shards.
+
+Shapes: B examples, T tokens, V vocabulary, d hidden size, N completion tokens, K experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from training.checkpoints import forward
+from training.errors import DataError
+from training.files import write_tensors
+from training.score import TokenExample, padded
+from training.settings import ScoreSettings
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """What one model says of N gold tokens, example after example.
+
+    Attributes:
+        logp_N: log P(gold), float32.
+        top_N: the model's argmax.
+        hidden_ND: the LM head's input, float32; None for an expert.
+    """
+
+    logp_N: torch.Tensor
+    top_N: torch.Tensor
+    hidden_ND: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class PairScores:
+    """The scores of a base and its experts on the same examples.
+
+    Attributes:
+        gold_N: the gold tokens.
+        starts: first row of each example, and N at the end.
+    """
+
+    gold_N: torch.Tensor
+    starts: list[int]
+    base: ModelScores
+    experts: tuple[ModelScores, ...]
+
+    @property
+    def expert_logp_NK(self) -> torch.Tensor:
+        """log P_k(gold)."""
+        return torch.stack([expert.logp_N for expert in self.experts], dim=1)
+
+    @property
+    def hidden_ND(self) -> torch.Tensor:
+        """The base's hidden states."""
+        assert self.base.hidden_ND is not None
+        return self.base.hidden_ND
+
+    def weak_labels(self) -> torch.Tensor:
+        """[N]: k where expert k's argmax is the gold token and the base's is not, else 0.
+
+        Where several experts are right, the one that is surest of it.
+        """
+        right_NK = torch.stack([expert.top_N == self.gold_N for expert in self.experts], dim=1)
+        surest_N = self.expert_logp_NK.masked_fill(~right_NK, -torch.inf).argmax(dim=1) + 1
+        needed_N = right_NK.any(dim=1) & (self.base.top_N != self.gold_N)
+        return torch.where(needed_N, surest_N, 0)
+
+
+def gold_tokens(examples: Sequence[TokenExample]) -> tuple[torch.Tensor, list[int]]:
+    """The gold tokens [N] and the first row of each example, with N at the end."""
+    starts = [0]
+    for example in examples:
+        starts.append(starts[-1] + len(example.completion))
+    return torch.tensor([token for example in examples for token in example.completion]), starts
+
+
+def gold_logp(
+    logits_BTV: torch.Tensor, tokens_BT: torch.Tensor, where_BT: torch.Tensor, vocabulary: int
+) -> torch.Tensor:
+    """log P(gold) [N] in float32, over the first ``vocabulary`` outputs only (heads are often padded)."""
+    logits_NV = logits_BTV[where_BT][:, :vocabulary].float()
+    gold_N = tokens_BT.roll(-1, dims=1)[where_BT]
+    return -torch.nn.functional.cross_entropy(logits_NV, gold_N, reduction="none")
+
+
+@torch.no_grad()
+def score_shard(
+    model: PreTrainedModel, examples: Sequence[TokenExample], batch_size: int, vocabulary: int, hidden: bool
+) -> dict[str, torch.Tensor]:
+    """Score one shard: tensors "logp", "top" and, with ``hidden``, "hidden", in the order of the examples."""
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].completion))
+    parts: dict[int, dict[str, torch.Tensor]] = {}
+    for start in range(0, len(by_length), batch_size):
+        numbers = by_length[start : start + batch_size]
+        batch = [examples[number] for number in numbers]
+        tokens_BT, where_BT = (tensor.to(model.device) for tensor in padded(batch))
+        hidden_BTD, logits_BTV = forward(model, tokens_BT)
+        found = {
+            "logp": gold_logp(logits_BTV, tokens_BT, where_BT, vocabulary),
+            "top": logits_BTV[where_BT][:, :vocabulary].argmax(-1),
+        }
+        if hidden:
+            found["hidden"] = hidden_BTD[where_BT].float()
+        sizes = [len(example.completion) for example in batch]
+        split = {name: torch.split(tensor.cpu(), sizes) for name, tensor in found.items()}
+        for row, number in enumerate(numbers):
+            parts[number] = {name: tensors[row] for name, tensors in split.items()}
+    return {name: torch.cat([parts[number][name] for number in range(len(examples))]) for name in parts[0]}
+
+
+def shard_files(folder: Path, examples: int, settings: ScoreSettings) -> list[Path]:
+    """The files of a model's scores."""
+    count = -(-examples // settings.shard)
+    return [folder / f"shard-{number:05d}.safetensors" for number in range(count)]
+
+
+def score_model(
+    model: PreTrainedModel,
+    examples: Sequence[TokenExample],
+    folder: Path,
+    settings: ScoreSettings,
+    *,
+    vocabulary: int,
+    hidden: bool,
+    label: str,
+) -> None:
+    """Write the scores that ``folder`` lacks.
+
+    Raises:
+        DataError: a score is not a number.
+    """
+    files = shard_files(folder, len(examples), settings)
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    bar = tqdm(total=len(examples), desc=label, unit="example", mininterval=1)
+    bar.update(len(examples) - sum(len(_shard(examples, number, settings)) for number in missing))
+    with bar:
+        for number in missing:
+            shard = _shard(examples, number, settings)
+            tensors = score_shard(model, shard, settings.batch_size, vocabulary, hidden)
+            for name, tensor in tensors.items():
+                if tensor.is_floating_point() and tensor.isnan().any():
+                    raise DataError(f"{label}: {name} is not a number for an example of shard {number}: try float32")
+            write_tensors(files[number], tensors)
+            bar.update(len(shard))
+
+
+def _shard(examples: Sequence[TokenExample], number: int, settings: ScoreSettings) -> Sequence[TokenExample]:
+    return examples[number * settings.shard : (number + 1) * settings.shard]
+
+
+def load_scores(folder: Path, examples: int, settings: ScoreSettings) -> ModelScores:
+    """What ``score_model`` wrote."""
+    shards = [load_file(str(file)) for file in shard_files(folder, examples, settings)]
+    columns = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
+    return ModelScores(columns["logp"], columns["top"], columns.get("hidden"))

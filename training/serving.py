@@ -1,0 +1,201 @@
+"""Answering questions with the engine that serves: what is calibrated and evaluated is what users get."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from engine.client import Engine
+from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
+from engine.errors import EngineDeadError, EngineStartupError
+from engine.types import Collaboration, Completion, GenerationRequest, PolicyName, SamplingSpec
+from training.data import Example
+from training.errors import TrainingError
+from training.score import TokenExample
+from training.settings import EngineSettings
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked, and how long an answer may become: so many tokens more than the gold completion."""
+
+    examples: Sequence[Example]
+    tokens: Sequence[TokenExample]
+    room: int
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. ``text`` is without the end-of-sequence token; ``sources`` are lane numbers, 0 the base."""
+
+    task: str
+    text: str
+    gold: str
+    ended: bool
+    sources: list[int]
+
+    @property
+    def exact(self) -> bool:
+        """The text is the gold completion, and it ended there."""
+        return self.ended and self.text == self.gold
+
+
+@dataclass(frozen=True)
+class Result:
+    """All answers to a set of questions, and the seconds that they took together."""
+
+    answers: list[Answer]
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens."""
+        return sum(len(answer.sources) for answer in self.answers)
+
+    @property
+    def expert_tokens(self) -> int:
+        """Completion tokens that an expert wrote."""
+        return sum(source > 0 for answer in self.answers for source in answer.sources)
+
+    @property
+    def deferral_rate(self) -> float:
+        """Expert tokens / completion tokens."""
+        return self.expert_tokens / max(1, self.tokens)
+
+    @property
+    def score(self) -> float:
+        """Share of exact answers."""
+        return sum(answer.exact for answer in self.answers) / len(self.answers)
+
+    def by_task(self) -> dict[str, float]:
+        """Share of exact answers for each task."""
+        tasks: dict[str, list[bool]] = {}
+        for answer in self.answers:
+            tasks.setdefault(answer.task, []).append(answer.exact)
+        return {task: sum(found) / len(found) for task, found in sorted(tasks.items())}
+
+    def summary(self) -> dict[str, Any]:
+        """The columns of the evaluation's table."""
+        return {
+            "questions": len(self.answers),
+            "exact_match": self.score,
+            "by_task": self.by_task(),
+            "deferral_rate": self.deferral_rate,
+            "expert_tokens": self.expert_tokens,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``from_json``."""
+        return {"seconds": self.seconds, "answers": [asdict(answer) for answer in self.answers]}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Result:
+        """What ``to_json`` gave."""
+        return cls([Answer(**answer) for answer in content["answers"]], content["seconds"])
+
+
+def engine_config(settings: EngineSettings, base: Path, experts: dict[str, Path], gate: Path | None) -> EngineConfig:
+    """The engine's configuration for these models; without experts it serves the base alone."""
+    lane = {
+        "backend": settings.backend,
+        "kv_cache_memory_bytes": settings.kv_cache_memory_bytes,
+        "vllm": settings.vllm,
+    }
+    return EngineConfig(
+        base=LaneConfig.model_validate({**lane, "model": str(base)}),
+        experts=tuple(
+            ExpertConfig.model_validate({**lane, "name": name, "model": str(path)}) for name, path in experts.items()
+        ),
+        gate=GateConfig(path=None if gate is None else str(gate)),
+        scheduler=SchedulerConfig(max_num_seqs=settings.max_num_seqs),
+    )
+
+
+class Pair:
+    """A running engine that answers questions greedily. Use it in a ``with`` statement.
+
+    Raises:
+        TrainingError: the engine refuses the models, in its own words.
+    """
+
+    def __init__(self, config: EngineConfig, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        with tqdm(total=0, desc="engine starts", bar_format="{desc}: {elapsed}") as bar:
+            try:
+                self._engine = Engine(config, on_progress=lambda line: bar.set_description(f"engine: {line}"))
+            except EngineStartupError as error:
+                raise TrainingError(f"the engine does not start: {error}") from error
+        self._warm = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._engine.shutdown()
+
+    def answer(
+        self,
+        questions: Questions,
+        label: str,
+        *,
+        policy: PolicyName | None = None,
+        threshold: float | None = None,
+        rate: float = 0.0,
+        member: int | None = None,
+        seed: int = 0,
+    ) -> Result:
+        """Answer all questions together.
+
+        Args:
+            member: a lane alone: 0 the base, k expert k; None is the joint model under ``policy``.
+            seed: of the random policy's draws.
+
+        Raises:
+            TrainingError: the engine fails a request or ends; nothing of this call is kept.
+        """
+        collaboration = Collaboration(member=member, policy=policy, threshold=threshold, rate=rate)
+        if not self._warm:
+            # The first steps compile and allocate; they are no part of what is timed.
+            self._warm = True
+            few = Questions(questions.examples[:2], questions.tokens[:2], questions.room)
+            self._generate(few, collaboration, seed, "warm up")
+        started = time.monotonic()
+        completions = self._generate(questions, collaboration, seed, label)
+        seconds = time.monotonic() - started
+        found = zip(questions.examples, completions, strict=True)
+        return Result([self._answer(example, completion) for example, completion in found], seconds)
+
+    def _generate(self, questions: Questions, collaboration: Collaboration, seed: int, label: str) -> list[Completion]:
+        requests = []
+        for number, tokens in enumerate(questions.tokens):
+            room = len(tokens.completion) + questions.room
+            sampling = SamplingSpec(temperature=0.0, seed=seed * 1_000_003 + number, max_tokens=room)
+            requests.append(GenerationRequest(str(number), tokens.prompt, sampling, collaboration))
+        with tqdm(total=len(requests), desc=label, unit="answer", mininterval=1, leave=False) as bar:
+            try:
+                completions = self._engine.generate(requests, on_done=lambda _: bar.update(1))
+            except EngineDeadError as error:
+                raise TrainingError(f"{label}: {error}") from error
+        for completion in completions:
+            if completion.finish_reason == "error":
+                raise TrainingError(f"{label}: question {completion.request_id}: {completion.error}")
+        return completions
+
+    def _answer(self, example: Example, completion: Completion) -> Answer:
+        ended = completion.finish_reason == "stop"
+        text = self._tokenizer.decode(completion.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Answer(example.task, text, example.completion, ended or not example.complete, completion.sources)

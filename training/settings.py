@@ -1,0 +1,253 @@
+"""All settings of a training project, as one typed, frozen model read from TOML. Unknown keys are errors.
+
+Defaults are the reference's (arXiv 2403.03870 and its code) where it has one; else they say why.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from training.errors import SettingsError
+
+Method = Literal["collm", "weak", "finetuned"]
+Split = Literal["train", "validation", "test"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class BaseSettings(_Section):
+    """The base model."""
+
+    model: str = Field(min_length=1)
+    """Folder of a Hugging Face causal language model with safetensors weights."""
+
+
+class ExpertSettings(BaseSettings):
+    """A frozen expert with the base's tokenizer."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Its name in the gate, in the server's configuration and as the source of its tokens."""
+
+
+class DataSettings(_Section):
+    """Prompts and gold completions. A path is a JSONL file, or a folder that ``datasets`` saved to disk."""
+
+    train: str
+    validation: str
+    """The threshold is chosen on it."""
+    test: str | None = None
+    """Only ever used to evaluate."""
+    prompt: str = "prompt"
+    """Column of the prompt, taken as it is: a chat template is applied before."""
+    completion: str = "completion"
+    """Column of the gold completion. The end-of-sequence token is added."""
+    task: str = "task"
+    """Column by which scores are listed, if it is there."""
+    complete: str = "complete"
+    """Column, if it is there, that is false where the completion is only the start of one: no end is learned."""
+    max_tokens: int = Field(default=1024, ge=2)
+    """Longer examples, prompt and completion together, are left out and counted."""
+
+
+class ComputeSettings(_Section):
+    """Where and how the models run in PyTorch. (The serving engine has settings of its own.)"""
+
+    device: str = "auto"
+    """PyTorch's name of the device; "auto" is cuda where there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of models that are only read. What is trained is float32."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads on a CPU; None is PyTorch's choice."""
+
+
+class ScoreSettings(_Section):
+    """Teacher-forced scoring, cached on disk."""
+
+    batch_size: int = Field(default=16, ge=1)
+    """Examples a forward pass."""
+    shard: int = Field(default=512, ge=1)
+    """Examples a file; what an interruption can cost at most."""
+
+
+class InitSettings(_Section):
+    """Weak supervision of theta, the base frozen: where all training starts."""
+
+    positive_weight: float = Field(default=8.0, gt=0)
+    learning_rate: float = Field(default=1e-2, gt=0)
+    """The reference has 2e-5 for full models; theta alone, on cached states, wants more."""
+    weight_decay: float = Field(default=1e-2, ge=0)
+    steps: int = Field(default=1000, ge=1)
+    """Steps on all tokens at once, or on ``batch_tokens`` of them."""
+    batch_tokens: int = Field(default=65536, ge=1)
+
+
+class GateOnlySettings(_Section):
+    """train.mode = "gate": theta on cached hidden states, the base frozen."""
+
+    learning_rate: float = Field(default=1e-2, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    epochs: int = Field(default=20, ge=1)
+    batch_tokens: int = Field(default=8192, ge=1)
+
+
+class LoraSettings(_Section):
+    """Low-rank adapters instead of full training of the base; merged into it when saved. Needs ``peft``."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: str | tuple[str, ...] = "all-linear"
+    """Names of modules as peft takes them."""
+
+
+class JointSettings(_Section):
+    """train.mode = "joint", and the fine-tuned base: the base's weights learn too."""
+
+    learning_rate: float = Field(default=2e-5, gt=0)
+    theta_learning_rate: float | None = Field(default=None, gt=0)
+    """None: the same."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    epochs: int = Field(default=2, ge=1)
+    batch_size: int = Field(default=128, ge=1)
+    """Examples a step."""
+    micro_batch_size: int = Field(default=16, ge=1)
+    """Examples a forward pass; gradients are summed up to a step."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the base's gradient."""
+    lora: LoraSettings | None = None
+
+
+class TrainSettings(_Section):
+    """Which runs are trained, and how."""
+
+    mode: Literal["gate", "joint"] = "gate"
+    """"gate": theta alone, minutes. "joint": base and theta by the marginal likelihood, as the paper does."""
+    methods: tuple[Method, ...] = ("collm",)
+    """"collm": marginal likelihood. "weak": weakly supervised baseline. "finetuned": the base alone, for comparison."""
+    warm_up: float = Field(default=0.04, ge=0, le=1)
+    """Share of the steps in which the learning rate rises; then it falls to zero linearly."""
+    bias: bool = False
+    """The reference has none."""
+    weak_positive_weight: float = Field(default=5.0, gt=0)
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints."""
+    gate: GateOnlySettings = GateOnlySettings()
+    joint: JointSettings = JointSettings()
+
+
+class CalibrateSettings(_Section):
+    """The choice of the threshold, by decoding on the serving engine."""
+
+    rates: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    """Nominal deferral rates; the thresholds are the quantiles that give them."""
+    target_rate: float | None = Field(default=None, ge=0, le=1)
+    """Choose the threshold whose measured deferral rate is nearest to this; None: the best score."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only so many questions, spread evenly."""
+
+
+class EvaluateSettings(_Section):
+    """The table and the plot."""
+
+    rates: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
+    """Nominal deferral rates of the plotted curves."""
+    limit: int | None = Field(default=None, ge=1)
+    """Only so many questions, spread evenly."""
+    room: int = Field(default=16, ge=1)
+    """An answer may have so many tokens more than the gold completion."""
+
+
+class EngineSettings(_Section):
+    """The serving engine that calibration and evaluation decode with. Names are those of engine.config."""
+
+    backend: Literal["vllm", "standin"] = "vllm"
+    """"standin" decodes nothing real: for tests."""
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
+    max_num_seqs: int = Field(default=64, ge=1)
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """vLLM's options of all lanes, under vLLM's own names."""
+
+
+class Settings(_Section):
+    """A training project."""
+
+    out: Path
+    """Folder of everything that the stages write."""
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    """One training of each method a seed. The pair to be served is that of the first."""
+    base: BaseSettings
+    experts: tuple[ExpertSettings, ...] = Field(min_length=1)
+    data: DataSettings
+    compute: ComputeSettings = ComputeSettings()
+    score: ScoreSettings = ScoreSettings()
+    init: InitSettings = InitSettings()
+    train: TrainSettings = TrainSettings()
+    calibrate: CalibrateSettings = CalibrateSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    engine: EngineSettings = EngineSettings()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [expert.name for expert in self.experts]
+        for name in names:
+            if name == "base" or names.count(name) > 1:
+                raise ValueError(f"experts.name: {name!r} is taken")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds: one is there twice")
+        for where, rates in (("calibrate", self.calibrate.rates), ("evaluate", self.evaluate.rates)):
+            if not rates or any(not 0 <= rate <= 1 for rate in rates):
+                raise ValueError(f"{where}.rates: rates are from 0 to 1")
+        return self
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """Names in the order of the gate's rows."""
+        return tuple(expert.name for expert in self.experts)
+
+
+def load_settings(file: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a TOML file. ``overrides`` are "section.key=value", values in TOML's notation (bare words are strings).
+
+    Raises:
+        SettingsError: naming the file and each wrong key.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"{file}: is not TOML: {error}") from error
+    for override in overrides:
+        _override(content, override)
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {_plain(e['msg'])}" for e in error.errors()]
+        raise SettingsError(f"{file}: " + "; ".join(found)) from error
+
+
+def _plain(message: str) -> str:
+    return message.removeprefix("Value error, ").replace("Extra inputs are not permitted", "no such setting")
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise SettingsError(f"--set {override}: is not KEY=VALUE")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except ValueError:
+        value = text.strip()
+    for key in keys[:-1]:
+        content = content.setdefault(key, {})
+        if not isinstance(content, dict):
+            raise SettingsError(f"--set {override}: {key} is not a table")
+    content[keys[-1]] = value

@@ -1,0 +1,53 @@
+"""Init: theta by weak supervision, the base frozen; where all training starts."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import load_file
+
+from training.checkpoints import load_causal, mean_head_row
+from training.files import StageFolder, hash_of_path, write_tensors
+from training.fit import CHECKPOINT, Plan
+from training.gate_only import Gate, GateFit, fit_gate
+from training.losses import weak
+from training.project import Project
+from training.stages.score import score_split
+
+FILE = "gate.safetensors"
+
+
+def run(project: Project) -> None:
+    """Fit one initial gate for each seed."""
+    for seed in project.settings.seeds:
+        initial_gate(project, seed)
+
+
+def initial_gate(project: Project, seed: int) -> Gate:
+    """The initial gate of a seed, fitted if it is not there yet."""
+    settings = project.settings
+    scores = score_split(project, "train")
+    experts = project.expert_paths
+    inputs = {name: hash_of_path(project.folder("score", "train", name) / "done.json") for name in ("base", *experts)}
+    inputs |= project.fingerprints | {"data": project.data("train").fingerprint}
+    folder = project.folder("init", f"seed-{seed}")
+    stage = StageFolder.open(folder, {"init": settings.init.model_dump(), "seed": seed}, inputs)
+    if not stage.done:
+        row_D = mean_head_row(load_causal(project.base, settings.compute.dtype, project.device))
+        start = Gate(row_D.repeat(len(experts), 1), torch.zeros(len(experts)))
+        fitting = GateFit(
+            learning_rate=settings.init.learning_rate,
+            weight_decay=settings.init.weight_decay,
+            batch_tokens=settings.init.batch_tokens,
+            plan=Plan(settings.init.steps, settings.train.warm_up, settings.train.checkpoint_every),
+            positive_weight=settings.init.positive_weight,
+            bias=settings.train.bias,
+            seed=seed,
+        )
+        gate = fit_gate(scores, start, weak, fitting, folder, f"init, seed {seed}", project.device)
+        write_tensors(folder / FILE, {"theta": gate.theta_KD, "bias": gate.bias_K})
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        labels_N = scores.weak_labels()
+        share = [float((labels_N == k + 1).float().mean()) for k in range(len(experts))]
+        stage.finish(tokens=len(labels_N), share_of_tokens_that_need=dict(zip(experts, share, strict=True)))
+    tensors = load_file(str(folder / FILE))
+    return Gate(tensors["theta"], tensors["bias"])
