@@ -54,6 +54,7 @@ def mixed_requests(count: int, pair: Pair, seed: int = 0) -> list[GenerationRequ
             rate=dice.random(),
             max_expert_tokens=maybe(dice.randrange(6)),
             experts=maybe(tuple(dice.sample(range(1, pair.lanes), dice.randrange(pair.lanes)))),
+            run_ahead=dice.choice((None, "auto", "off", 1, 3, 9)),
         )
 
     return [one(number) for number in range(count)]

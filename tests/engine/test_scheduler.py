@@ -188,16 +188,16 @@ def test_a_lane_is_told_all_since_its_last_visit() -> None:
     assert it.plan(0).add[0].written == []
     for position in (3, 4):
         it.land(0, [sample(position=position, token=position, gate=BASE_WRITES)])
-        assert it.plan(0).extend == [Extension("a", [position])]
+        assert it.plan(0).extend == [Extension("a", position - 3, [position], position - 2)]
     it.land(0, [sample(position=5, gate=EXPERT_WRITES)])
     assert not it.plan(0)
     assert it.plan(1).add[0].written == [3, 4]
     it.land(1, [sample(position=5, token=9)])
-    assert it.plan(0).extend == [Extension("a", [9])]
+    assert it.plan(0).extend == [Extension("a", 2, [9], 3)]
     it.land(0, [sample(position=6, token=6, gate=BASE_WRITES)])
     it.plan(0)
     it.land(0, [sample(position=7, gate=EXPERT_WRITES)])
-    assert it.plan(1).extend == [Extension("a", [9, 6])]
+    assert it.plan(1).extend == [Extension("a", 2, [9, 6], 4)]
     delta = only(it.take_deltas())
     assert (delta.tokens, delta.sources) == ([3, 4, 9, 6], [0, 0, 1, 0])
 
