@@ -85,7 +85,8 @@ class SchedulerConfig(_Config):
     overlapped where every expert has ``devices`` of its own, else lockstep."""
 
     max_num_seqs: int = Field(default=64, ge=1)
-    """Most requests in the lanes at once; the rest wait in order."""
+    """Most requests in the lanes at once. The rest wait: in order of arrival within a client (an API key, else an
+    address), and between clients so that whoever got the fewest tokens is next."""
 
     step_timeout_seconds: float = Field(default=60.0, gt=0)
     """A lane whose step takes longer counts as lost until the step ends. Requests that wait for it end with an error,

@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from engine import draws
+from engine.fair_queue import PROMPT_TOKEN_COST, WRITTEN_TOKEN_COST, FairQueue
 from engine.lanes.interface import Extension, LaneRequest, LaneWork, Sample
 from engine.policies import POLICIES, Position, read_gate
 from engine.sequence import ABSENT, Sequence
@@ -29,7 +30,7 @@ LOST = "the step of a lane timed out"
 
 
 class Scheduler:
-    """Queues requests, admits them, routes every token, ends requests.
+    """Queues requests, admits them (fairly between clients), routes every token, ends requests.
 
     Args:
         lanes: number of lanes; 0 is the base, the others are experts.
@@ -72,7 +73,7 @@ class Scheduler:
         self._refusal = refusal
         self._expert_failure = expert_failure
         self._clock = clock
-        self._waiting: dict[str, Sequence] = {}
+        self._waiting: FairQueue[Sequence] = FairQueue()
         self._running: dict[str, Sequence] = {}
         # Per lane: sequences the lane must be told about, in the order in which they became due.
         self._due: list[dict[str, Sequence]] = [{} for _ in range(lanes)]
@@ -105,7 +106,8 @@ class Scheduler:
         )
         problem = self._problem(sequence)
         if problem is None:
-            self._waiting[request.request_id] = sequence
+            cost = PROMPT_TOKEN_COST * len(request.prompt)
+            self._waiting.push(request.request_id, sequence, client=request.client, cost=cost)
         else:
             sequence.finish("error", error=problem, refused=True)
             self._changed[sequence] = None
@@ -131,7 +133,7 @@ class Scheduler:
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is. Unknown ids are ignored: it may have finished meanwhile."""
-        sequence = self._running.get(request_id) or self._waiting.pop(request_id, None)
+        sequence = self._running.get(request_id) or self._waiting.remove(request_id)
         if sequence is not None:
             self._end(sequence, "aborted")
 
@@ -243,8 +245,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_num_seqs:
-            request_id, sequence = next(iter(self._waiting.items()))
-            del self._waiting[request_id]
+            request_id, sequence = self._waiting.pop()
             if sequence.timeline is not None:
                 sequence.timeline.append(self._clock())
             if sequence.home in self._lost:
@@ -292,6 +293,7 @@ class Scheduler:
                 sequence.timeline.append(now)
             sequence.parked_at = None
         sequence.write(token, lane, logprobs)
+        self._waiting.charge(sequence.request.client, WRITTEN_TOKEN_COST)
         self._changed[sequence] = None
         sampling = sequence.request.sampling
         written = len(sequence.tokens)
