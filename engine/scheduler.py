@@ -8,6 +8,7 @@ comes from the lane whose turn it is, at the position that is open.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ import msgspec
 from engine import draws
 from engine.fair_queue import PROMPT_TOKEN_COST, WRITTEN_TOKEN_COST, FairQueue
 from engine.lanes.interface import Extension, LaneRequest, LaneWork, Sample
-from engine.policies import POLICIES, Position, read_gate
+from engine.policies import NOT_FINITE, POLICIES, Position, read_gate
 from engine.sequence import ABSENT, Sequence
 from engine.types import BASE, Delta, FinishReason, GenerationRequest, PolicyName, TokenLogprobs
 
@@ -259,8 +260,13 @@ class Scheduler:
         collaboration = sequence.request.collaboration
         policy = POLICIES[sequence.policy]
         experts = sequence.experts
+        deferral: float | None
         if sample.gate is not None:
             deferral, weights = read_gate(sample.gate, experts)
+            if math.isnan(deferral):
+                if policy.needs == "gate":
+                    raise ValueError(NOT_FINITE)
+                deferral = None
         else:
             deferral, weights = None, [(lane, 1.0 / len(experts)) for lane in experts]
         if policy.needs == "top_probability":
