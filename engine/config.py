@@ -85,7 +85,8 @@ class SchedulerConfig(_Config):
     overlapped where every expert has ``devices`` of its own, else lockstep."""
 
     max_num_seqs: int = Field(default=64, ge=1)
-    """Most requests in the lanes at once; the rest wait in order."""
+    """Most requests in the lanes at once. The rest wait: in order of arrival within a client (an API key, else an
+    address), and between clients so that whoever got the fewest tokens is next."""
 
     gather: Literal["auto", "off"] | Annotated[int, Field(ge=1)] = "auto"
     """Lockstep only: how many deferred requests an expert's step waits for, while the base goes on with the others.

@@ -14,6 +14,7 @@ for token, what would have been written without: greedy or sampled. That is spec
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -22,9 +23,10 @@ from typing import Literal
 import msgspec
 
 from engine import draws
+from engine.fair_queue import PROMPT_TOKEN_COST, WRITTEN_TOKEN_COST, FairQueue
 from engine.lanes.interface import Extension, LaneRequest, LaneWork, Sample
 from engine.pacing import Agreement, Outlook
-from engine.policies import POLICIES, Position, read_gate
+from engine.policies import NOT_FINITE, POLICIES, Position, read_gate
 from engine.sequence import ABSENT, Draft, Sequence
 from engine.types import BASE, Delta, FinishReason, GenerationRequest, PolicyName, RunAhead, TokenLogprobs
 
@@ -38,7 +40,7 @@ LOST = "the step of a lane timed out"
 
 
 class Scheduler:
-    """Queues requests, admits them, routes every token, ends requests.
+    """Queues requests, admits them (fairly between clients), routes every token, ends requests.
 
     Args:
         lanes: number of lanes; 0 is the base, the others are experts.
@@ -87,7 +89,7 @@ class Scheduler:
         self._run_ahead: RunAhead = run_ahead
         self._worth_drafting = worth_drafting
         self._clock = clock
-        self._waiting: dict[str, Sequence] = {}
+        self._waiting: FairQueue[Sequence] = FairQueue()
         self._running: dict[str, Sequence] = {}
         # Per lane: sequences the lane must be told about, in the order in which they became due.
         self._due: list[dict[str, Sequence]] = [{} for _ in range(lanes)]
@@ -129,7 +131,8 @@ class Scheduler:
         )
         problem = self._problem(sequence)
         if problem is None:
-            self._waiting[request.request_id] = sequence
+            cost = PROMPT_TOKEN_COST * len(request.prompt)
+            self._waiting.push(request.request_id, sequence, client=request.client, cost=cost)
         else:
             sequence.finish("error", error=problem, refused=True)
             self._changed[sequence] = None
@@ -155,7 +158,7 @@ class Scheduler:
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is. Unknown ids are ignored: it may have finished meanwhile."""
-        sequence = self._running.get(request_id) or self._waiting.pop(request_id, None)
+        sequence = self._running.get(request_id) or self._waiting.remove(request_id)
         if sequence is not None:
             self._end(sequence, "aborted")
 
@@ -258,8 +261,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_num_seqs:
-            request_id, sequence = next(iter(self._waiting.items()))
-            del self._waiting[request_id]
+            request_id, sequence = self._waiting.pop()
             if sequence.timeline is not None:
                 sequence.timeline.append(self._clock())
             if sequence.home in self._lost:
@@ -317,8 +319,13 @@ class Scheduler:
         collaboration = sequence.request.collaboration
         policy = POLICIES[sequence.policy]
         experts = sequence.experts
+        deferral: float | None
         if sample.gate is not None:
             deferral, weights = read_gate(sample.gate, experts)
+            if math.isnan(deferral):
+                if policy.needs == "gate":
+                    raise ValueError(NOT_FINITE)
+                deferral = None
         else:
             deferral, weights = None, [(lane, 1.0 / len(experts)) for lane in experts]
         if policy.needs == "top_probability":
@@ -430,6 +437,7 @@ class Scheduler:
     ) -> bool:
         """Append one token; False if it ended the request."""
         sequence.write(token, lane, logprobs, deferral)
+        self._waiting.charge(sequence.request.client, WRITTEN_TOKEN_COST)
         self._changed[sequence] = None
         if len(sequence.tokens) >= sequence.request.sampling.min_tokens and self._is_stop(sequence, token):
             self._end(sequence, "stop", stop_token=token)

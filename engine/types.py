@@ -100,6 +100,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         request_id: unique among the requests in flight.
         prompt: token ids, at least one.
         timeline: the last delta tells when the request was where, for tracing.
+        client: whose request it is; requests that wait are admitted fairly between clients, see
+            :mod:`engine.fair_queue`. Any stable text that is no secret.
     """
 
     request_id: str
@@ -107,6 +109,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     sampling: SamplingSpec = SamplingSpec()
     collaboration: Collaboration = Collaboration()
     timeline: bool = False
+    client: str = ""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

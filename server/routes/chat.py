@@ -9,6 +9,7 @@ import uuid
 from fastapi import APIRouter, Request, Response
 
 from engine.types import EngineInfo, GenerationRequest
+from server.auth import client_of
 from server.engine_port import Engine
 from server.errors import invalid, shown
 from server.generation import Choice
@@ -39,18 +40,22 @@ async def create_chat_completion(request: Request) -> Response:
     body = await read_body(request, ChatRequest)
     member = service.models.member(body.model)
     engine = service.ready_engine()
+    client = client_of(request.scope)
     job = Job(
         engine=engine,
+        client=client,
         meter=service.metrics.model(body.model),
         places=body.n or 1,
         places_param="n",
-        prepare=lambda: _prepare(service, engine, body, member, started),
+        prepare=lambda: _prepare(service, engine, body, member, client, started),
         stream=bool(body.stream),
     )
     return await respond(request, service, job)
 
 
-async def _prepare(service: Service, engine: Engine, body: ChatRequest, member: int | None, started: float) -> Answer:
+async def _prepare(
+    service: Service, engine: Engine, body: ChatRequest, member: int | None, client: str, started: float
+) -> Answer:
     info = engine.info
     collaboration = service.models.collaboration(member, body.collaboration, info)
     sampling = sampling_of(body, info, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
@@ -64,7 +69,7 @@ async def _prepare(service: Service, engine: Engine, body: ChatRequest, member: 
             index=index,
             prompt_index=0,
             request=GenerationRequest(
-                f"{response_id}-{index}", prompt, for_choice(sampling, index, limit), collaboration
+                f"{response_id}-{index}", prompt, for_choice(sampling, index, limit), collaboration, client=client
             ),
             builder=PieceBuilder(
                 service.tokenizer.detokenizer(),

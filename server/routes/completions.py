@@ -8,6 +8,7 @@ import uuid
 from fastapi import APIRouter, Request, Response
 
 from engine.types import EngineInfo, GenerationRequest
+from server.auth import client_of
 from server.engine_port import Engine
 from server.generation import Choice
 from server.metrics import RequestMeter
@@ -39,19 +40,21 @@ async def create_completion(request: Request) -> Response:
     body = await read_body(request, CompletionRequest)
     member = service.models.member(body.model)
     engine = service.ready_engine()
+    client = client_of(request.scope)
     job = Job(
         engine=engine,
+        client=client,
         meter=service.metrics.model(body.model),
         places=len(body.prompts) * body.candidates,
         places_param="n" if len(body.prompts) <= service.admission.capacity else "prompt",
-        prepare=lambda: _prepare(service, engine, body, member, started),
+        prepare=lambda: _prepare(service, engine, body, member, client, started),
         stream=bool(body.stream),
     )
     return await respond(request, service, job)
 
 
 async def _prepare(
-    service: Service, engine: Engine, body: CompletionRequest, member: int | None, started: float
+    service: Service, engine: Engine, body: CompletionRequest, member: int | None, client: str, started: float
 ) -> Answer:
     info = engine.info
     collaboration = service.models.collaboration(member, body.collaboration, info)
@@ -79,6 +82,7 @@ async def _prepare(
                 prompt,
                 for_choice(sampling, candidate, 1 if echo_only else limits[prompt_index]),
                 collaboration,
+                client=client,
             )
             choices.append(
                 Choice(

@@ -18,13 +18,17 @@ BASE_WRITES, EXPERT_WRITES = -2.0, 2.0
 POLICY_NAMES = ("threshold", "sample", "always", "never", "random", "confidence")
 
 
-def request(request_id: str = "a", prompt: Iterable[int] = (1, 2, 3), **fields: Any) -> GenerationRequest:
+def request(
+    request_id: str = "a", prompt: Iterable[int] = (1, 2, 3), client: str = "", **fields: Any
+) -> GenerationRequest:
     """A request; ``fields`` are those of SamplingSpec and Collaboration. Four tokens and no EOS unless said."""
     sampling = {"max_tokens": 4, "ignore_eos": True, "seed": 1}
     collaboration = {}
     for name, value in fields.items():
         (collaboration if name in Collaboration.__struct_fields__ else sampling)[name] = value
-    return GenerationRequest(request_id, list(prompt), SamplingSpec(**sampling), Collaboration(**collaboration))
+    return GenerationRequest(
+        request_id, list(prompt), SamplingSpec(**sampling), Collaboration(**collaboration), client=client
+    )
 
 
 def mixed_requests(count: int, pair: Pair, seed: int = 0) -> list[GenerationRequest]:

@@ -59,6 +59,7 @@ def requests(draw: st.DrawFn, request_id: str, pair: Pair) -> GenerationRequest:
     return request(
         request_id,
         draw(st.lists(token, min_size=length, max_size=length)),
+        client=draw(st.sampled_from("xyz")),
         max_tokens=draw(st.integers(1, 24)),
         min_tokens=draw(st.integers(0, 18)),
         ignore_eos=draw(st.booleans()),

@@ -24,6 +24,25 @@ def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServe
         yield server
 
 
+@pytest.mark.parametrize("policy", ["always", "never", "random", "confidence"])
+def test_23_policies_that_need_no_gate_go_on(overflowing: FaultServer, policy: str) -> None:
+    """What the gate would have said is reported as null, and is no observation of the histogram."""
+    errors = overflowing.metric("collm_gate_errors_total{}")
+    observed = overflowing.metric("collm_deferral_probability_count{}")
+    response = overflowing.complete(
+        max_tokens=8, ignore_eos=True, seed=1, collaboration={"policy": policy, "report": True}
+    )
+    assert response.status_code == 200, response.text
+    (choice,) = response.json()["choices"]
+    values = choice["collaboration"]["deferral_probabilities"]
+    needs_no_more = policy == "confidence"  # reports the base's own probability
+    assert [value is not None for value in values] == [needs_no_more] * 8
+    expected = {"always": {"codes"}, "never": {"base"}}.get(policy, {"base", "codes"})
+    assert set(choice["collaboration"]["sources"]) <= expected
+    assert overflowing.metric("collm_gate_errors_total{}") == errors
+    assert overflowing.metric("collm_deferral_probability_count{}") - observed == 8 * needs_no_more
+
+
 def _check_alive(server: FaultServer) -> None:
     """Members alone ask no gate; they go on."""
     for member in ("base", "codes"):
