@@ -28,7 +28,7 @@ def create_app(service: Service) -> FastAPI:
     """
     app = FastAPI(title="Co-LLM", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, service.models.name)  # type: ignore[method-assign]
     for router in (completions.router, chat.router, tokenize.router, models.router, ops.router):
         app.include_router(router)
     config = service.settings.server

@@ -59,6 +59,9 @@ class ChatRenderer:
         chunks = []
         if choice.index not in self._begun:
             role = ChatChunkChoice(choice.index, ChatDelta("assistant", ""), None, None)
+            if self._body.report:
+                # Empty, so that clients may count on it in every chunk.
+                role.collaboration = report(Piece(), self._lane_names)
             chunks.append(self._chunk([role], shown))
             if self._body.return_token_ids and not self._begun:
                 chunks[0].prompt_token_ids = self._prompt_ids

@@ -28,7 +28,18 @@ from server.text.pieces import PieceBuilder
 router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/chat/completions", **operation(ChatRequest, ChatResponse, GENERATION_ERRORS, stream=True))
+_EXAMPLE = {
+    "messages": [{"role": "user", "content": "What is the alpha-3 code of Liberia?"}],
+    "max_tokens": 40,
+    "temperature": 0,
+    "collaboration": {"report": True},
+}
+
+
+@router.post(
+    "/v1/chat/completions",
+    **operation(ChatRequest, ChatResponse, GENERATION_ERRORS, stream=True, example=_EXAMPLE),
+)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, by the chat template of the base model's tokenizer.
 

@@ -28,7 +28,18 @@ DEFAULT_MAX_TOKENS = 16
 router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/completions", **operation(CompletionRequest, CompletionResponse, GENERATION_ERRORS, stream=True))
+_EXAMPLE = {
+    "prompt": "Question: What is the alpha-3 code of Liberia?\nAnswer:",
+    "max_tokens": 40,
+    "temperature": 0,
+    "collaboration": {"report": True},
+}
+
+
+@router.post(
+    "/v1/completions",
+    **operation(CompletionRequest, CompletionResponse, GENERATION_ERRORS, stream=True, example=_EXAMPLE),
+)
 async def create_completion(request: Request) -> Response:
     """Continue one or more prompts.
 

@@ -13,7 +13,8 @@ ROUTES = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"),
     ("GET", "/v1/models/collm-demo"),
     ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/metrics"), ("GET", "/version"), ("GET", "/docs"),
-    ("GET", "/openapi.json"), ("GET", "/"), ("GET", "/static/app.js"), ("GET", "/nope"), ("OPTIONS", "/v1/completions"), ("HEAD", "/health/"),
+    ("GET", "/openapi.json"), ("GET", "/"), ("GET", "/static/app.js"), ("GET", "/nope"),
+    ("OPTIONS", "/v1/completions"), ("HEAD", "/health/"),
     ("GET", "//health"), ("GET", "/ready/x"),
 ]  # fmt: skip
 
