@@ -82,7 +82,7 @@ test-slow: $(DEV) ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 .PHONY: test-browser
-test-browser: $(DEV) ## Run the tests that drive a real browser (Debian's chromium)
+test-browser: $(DEV) ## Run the tests that drive a real browser (Debian's chromium, chromium-driver)
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
 .PHONY: soak

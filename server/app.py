@@ -28,16 +28,17 @@ def create_app(service: Service) -> FastAPI:
     """
     app = FastAPI(title="Co-LLM", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, service.models.name)  # type: ignore[method-assign]
     for router in (completions.router, chat.router, tokenize.router, models.router, ops.router):
         app.include_router(router)
-    mount_playground(app)
+    config = service.settings.server
+    if config.playground != "off":
+        mount_playground(app)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
-    config = service.settings.server
     # The last one added is the outermost.
     if keys := config.keys():
-        app.add_middleware(ApiKeys, keys=keys)
+        app.add_middleware(ApiKeys, keys=keys, open_pages=config.playground == "open")
     app.add_middleware(
         RequestLimits,
         max_headers=config.max_headers,

@@ -11,9 +11,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.context import route_path, send_error
 from server.errors import ApiError
+from server.playground import is_page
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
-"""What probes need; everything else asks for a key."""
+"""What probes need; everything else asks for a key, but for the pages where they are configured to be open."""
 
 
 class ApiKeys:
@@ -23,10 +24,12 @@ class ApiKeys:
 
     Args:
         keys: at least one.
+        open_pages: the playground and the API reference are served without one.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], *, open_pages: bool = False) -> None:
         self._app = app
+        self._open_pages = open_pages
         # Digests have one length, so that comparing takes the same time whatever is sent.
         self._digests = [_digest(key.encode()) for key in keys]
 
@@ -35,17 +38,24 @@ class ApiKeys:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path = route_path(scope)
         scope["api_key"] = number = self._number(scope)
-        if number is not None or route_path(scope) in OPEN_PATHS:
+        if number is not None or self._is_open(path):
             await self._app(scope, receive, send)
             return
+        message = "An API key is required: send 'Authorization: Bearer KEY'."
+        if is_page(path):
+            message += ' A browser cannot send one for a page; with server.playground = "open" pages need none.'
         error = ApiError(
             401,
-            "An API key is required: send 'Authorization: Bearer KEY'.",
+            message,
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
         await send_error(error, scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return path in OPEN_PATHS or (self._open_pages and is_page(path))
 
     def _number(self, scope: Scope) -> int | None:
         """Which of the keys was sent; None if it was none."""

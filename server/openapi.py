@@ -43,6 +43,7 @@ def operation(
     errors: tuple[int, ...],
     *,
     stream: bool = False,
+    example: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a route's decorator needs to be described well.
 
@@ -51,6 +52,7 @@ def operation(
         response: struct of the response.
         errors: statuses that the route answers, beside 200.
         stream: whether it may answer with server-sent events.
+        example: of the body, but for the model's name, which depends on what is served.
     """
     _responses.add(response)
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": _REF.format(name=response.__name__)}}}
@@ -67,14 +69,23 @@ def operation(
         described["openapi_extra"] = {
             "requestBody": {
                 "required": True,
-                "content": {"application/json": {"schema": {"$ref": _REF.format(name=body.__name__)}}},
+                "content": {
+                    "application/json": {
+                        "schema": {"$ref": _REF.format(name=body.__name__)},
+                        "example": example or {},
+                    }
+                },
             }
         }
     return described
 
 
-def document(app: FastAPI) -> dict[str, Any]:
-    """The whole document; made once."""
+def document(app: FastAPI, model_name: str) -> dict[str, Any]:
+    """The whole document; made once.
+
+    Args:
+        model_name: what is served, for the examples.
+    """
     if app.openapi_schema is None:
         schema = get_openapi(
             title="Co-LLM",
@@ -96,6 +107,12 @@ def document(app: FastAPI) -> dict[str, Any]:
             for described in path.values():
                 # The framework announces its own validation error wherever there is a parameter; we never send it.
                 described["responses"].pop("422", None)
+                if "requestBody" in described:
+                    content = described["requestBody"]["content"]["application/json"]
+                    content["example"] = {"model": model_name, **content["example"]}
+                for parameter in described.get("parameters", ()):
+                    if parameter["name"] == "id":
+                        parameter["example"] = model_name
         components = schema.setdefault("components", {})
         components["schemas"] = dict(sorted((responses | requests.get("$defs", {})).items()))
         components["securitySchemes"] = {"apiKey": {"type": "http", "scheme": "bearer"}}

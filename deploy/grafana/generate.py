@@ -73,10 +73,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "table": {"showHeader": True, "cellHeight": "sm", "frameIndex": 0},
 }
 
+# Of the panel types that have any.
 CUSTOM: dict[str, dict[str, Any]] = {
     "timeseries": {"drawStyle": "line", "lineWidth": 1, "fillOpacity": 10, "showPoints": "never", "spanNulls": False},
     "heatmap": {"hideFrom": {"legend": False, "tooltip": False, "viz": False}, "scaleDistribution": {"type": "linear"}},
-    "table": {"align": "auto", "cellOptions": {"type": "auto"}},
+    "table": {"align": "auto", "cellOptions": {"type": "auto"}, "inspect": False},
 }
 
 
@@ -102,8 +103,9 @@ def panel_json(panel: Panel, x: int, y: int) -> dict[str, Any]:
         "color": {"mode": "thresholds" if panel.kind in ("stat", "bargauge") else "palette-classic"},
         "mappings": [],
         **panel.custom,
-        "custom": {**CUSTOM.get(panel.kind, {}), **panel.custom.get("custom", {})},
     }
+    if panel.kind in CUSTOM:
+        defaults["custom"] = {**CUSTOM[panel.kind], **panel.custom.get("custom", {})}
     width, height = panel.size
     return {
         "id": panel.id,

@@ -23,6 +23,11 @@ HEADERS = {
 """Of both pages: nothing but this server's own files is loaded, and nobody else is called."""
 
 
+def is_page(path: str) -> bool:
+    """Whether a path belongs to the pages: what is served there is the same for everybody."""
+    return path in ("/", "/docs") or path.startswith("/static/")
+
+
 def mount_playground(app: FastAPI) -> None:
     """Serve the pages. A build without them answers / with 404, like any other path that does not exist."""
     if not (STATIC / "index.html").is_file():

@@ -13,6 +13,7 @@ from server.protocol.common import GenerationFields
 MAX_PROMPTS = 1024
 MAX_LOGPROBS = 5
 MAX_BEST_OF = 20
+DEFAULT_MAX_TOKENS = 16
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[list[TokenId], Field(min_length=1)]
@@ -61,7 +62,7 @@ class CompletionRequest(GenerationFields):
                 raise FieldError("best_of", "must not be less than n")
             if self.best_of > 1 and self.stream:
                 raise FieldError("best_of", "cannot be used with stream")
-        if (self.min_tokens or 0) > (16 if self.max_tokens is None else self.max_tokens):
+        if (self.min_tokens or 0) > (DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens):
             raise FieldError("min_tokens", "must not be greater than max_tokens")
         return self
 

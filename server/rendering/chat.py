@@ -20,7 +20,7 @@ from server.protocol.responses import (
     TopLogprob,
     Usage,
 )
-from server.rendering.common import finite, most_probable, report
+from server.rendering.common import Head, finite, most_probable, report
 from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer
 
@@ -38,18 +38,14 @@ class ChatRenderer:
         tokenizer: TextTokenizer,
         lane_names: Sequence[str],
         *,
+        head: Head,
         prompt_ids: list[int],
-        response_id: str,
-        created: int,
-        fingerprint: str,
     ) -> None:
         self._body = body
         self._tokenizer = tokenizer
         self._lane_names = lane_names
         self._prompt_ids = prompt_ids
-        self._id = response_id
-        self._created = created
-        self._fingerprint = fingerprint
+        self._head = head
         self._begun: set[int] = set()
         self._no_usage = None if body.include_usage else UNSET
 
@@ -59,6 +55,9 @@ class ChatRenderer:
         chunks = []
         if choice.index not in self._begun:
             role = ChatChunkChoice(choice.index, ChatDelta("assistant", ""), None, None)
+            if self._body.report:
+                # Empty, so that clients may count on it in every chunk.
+                role.collaboration = report(Piece(), self._lane_names)
             chunks.append(self._chunk([role], shown))
             if self._body.return_token_ids and not self._begun:
                 chunks[0].prompt_token_ids = self._prompt_ids
@@ -82,17 +81,15 @@ class ChatRenderer:
             one = ChatChoice(choice.index, message, self._logprobs(piece), piece.finish_reason)
             self._add_extras(one, piece)
             rendered.append(one)
-        response = ChatResponse(
-            self._id, "chat.completion", self._created, self._body.model, rendered, self._fingerprint, usage
-        )
+        head = self._head
+        response = ChatResponse(head.id, "chat.completion", head.created, head.model, rendered, head.fingerprint, usage)
         if self._body.return_token_ids:
             response.prompt_token_ids = self._prompt_ids
         return response
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
-        return ChatChunk(
-            self._id, "chat.completion.chunk", self._created, self._body.model, choices, self._fingerprint, usage
-        )
+        head = self._head
+        return ChatChunk(head.id, "chat.completion.chunk", head.created, head.model, choices, head.fingerprint, usage)
 
     def _add_extras(self, rendered: ChatChoice | ChatChunkChoice, piece: Piece) -> None:
         if self._body.report:

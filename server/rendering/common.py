@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -14,6 +15,22 @@ from server.text.pieces import Piece
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every chunk of a response, and the whole one, says of itself.
+
+    Attributes:
+        created: seconds since 1970.
+        model: as the client named it.
+        fingerprint: of the served models and gate.
+    """
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
 
 
 class Renderer(Protocol):

@@ -11,7 +11,7 @@ from engine.types import TokenLogprobs
 from server.generation import Choice
 from server.protocol.completions import CompletionRequest
 from server.protocol.responses import CompletionChoice, CompletionResponse, LegacyLogprobs, Usage
-from server.rendering.common import finite, mean_logprob, most_probable, report
+from server.rendering.common import Head, finite, mean_logprob, most_probable, report
 from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer
 
@@ -29,10 +29,8 @@ class CompletionRenderer:
     """Renders one request.
 
     Args:
-        body: the request.
-        prompts: the prompts to be echoed, or None.
         prompt_ids: token ids of the prompts.
-        head: id, created, model and fingerprint of the response.
+        prompts: the prompts to be echoed, or None.
     """
 
     def __init__(
@@ -41,20 +39,16 @@ class CompletionRenderer:
         tokenizer: TextTokenizer,
         lane_names: Sequence[str],
         *,
+        head: Head,
         prompt_ids: Sequence[list[int]],
         prompts: Sequence[EchoedPrompt] | None,
-        response_id: str,
-        created: int,
-        fingerprint: str,
     ) -> None:
         self._body = body
         self._tokenizer = tokenizer
         self._lane_names = lane_names
         self._prompt_ids = prompt_ids
         self._prompts = prompts
-        self._id = response_id
-        self._created = created
-        self._fingerprint = fingerprint
+        self._head = head
         self._begun: set[int] = set()
         # With usage asked for, chunks before the last say null; without, they don't mention it.
         self._no_usage = None if body.include_usage else UNSET
@@ -83,14 +77,9 @@ class CompletionRenderer:
         return self._wrap(rendered, usage)
 
     def _wrap(self, choices: list[CompletionChoice], usage: Usage | UnsetType | None) -> CompletionResponse:
+        head = self._head
         return CompletionResponse(
-            self._id,
-            "text_completion",
-            self._created,
-            self._body.model,
-            choices,
-            self._fingerprint,
-            usage,
+            head.id, "text_completion", head.created, head.model, choices, head.fingerprint, usage
         )
 
     def _choice(self, choice: Choice, piece: Piece, index: int, *, first: bool) -> CompletionChoice:

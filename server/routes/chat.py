@@ -3,97 +3,58 @@
 from __future__ import annotations
 
 import asyncio
-import time
-import uuid
 
 from fastapi import APIRouter, Request, Response
 
-from engine.types import EngineInfo, GenerationRequest
-from server.auth import client_of
-from server.engine_port import Engine
+from engine.types import EngineInfo
 from server.errors import invalid, shown
-from server.generation import Choice
-from server.metrics import RequestMeter
 from server.openapi import GENERATION_ERRORS, operation
 from server.protocol.chat import ChatRequest
-from server.protocol.common import read_body
 from server.protocol.responses import ChatResponse
 from server.rendering.chat import ChatRenderer
-from server.routes import service_of
+from server.routes.generation import Call, receive
 from server.sampling import check_length, check_prompt, fit, for_choice, sampling_of
 from server.service import Service
-from server.stream import Answer, Job, respond
+from server.stream import Answer
 from server.text.chat_template import ChatTemplateError
-from server.text.pieces import PieceBuilder
 
 router = APIRouter(tags=["generation"])
 
 
-@router.post("/v1/chat/completions", **operation(ChatRequest, ChatResponse, GENERATION_ERRORS, stream=True))
+_EXAMPLE = {
+    "messages": [{"role": "user", "content": "What is the alpha-3 code of Liberia?"}],
+    "max_tokens": 40,
+    "temperature": 0,
+    "collaboration": {"report": True},
+}
+
+
+@router.post(
+    "/v1/chat/completions",
+    **operation(ChatRequest, ChatResponse, GENERATION_ERRORS, stream=True, example=_EXAMPLE),
+)
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, by the chat template of the base model's tokenizer.
 
     With ``stream`` the response is a series of server-sent events, ``data: {...}``, ended by ``data: [DONE]``.
     """
-    service = service_of(request)
-    started = time.perf_counter()
-    body = await read_body(request, ChatRequest)
-    member = service.models.member(body.model)
-    engine = service.ready_engine()
-    client = client_of(request.scope)
-    job = Job(
-        engine=engine,
-        client=client,
-        meter=service.metrics.model(body.model),
-        places=body.n or 1,
-        places_param="n",
-        prepare=lambda: _prepare(service, engine, body, member, client, started),
-        stream=bool(body.stream),
-    )
-    return await respond(request, service, job)
+    call = await receive(request, ChatRequest, "chatcmpl")
+    return await call.respond(call.body.n or 1, "n", lambda: _prepare(call))
 
 
-async def _prepare(
-    service: Service, engine: Engine, body: ChatRequest, member: int | None, client: str, started: float
-) -> Answer:
-    info = engine.info
-    collaboration = service.models.collaboration(member, body.collaboration, info)
+async def _prepare(call: Call[ChatRequest]) -> Answer:
+    service, body, info = call.service, call.body, call.info
+    collaboration = call.collaboration()
     sampling = sampling_of(body, info, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     prompt = await _prompt_ids(service, body, info)
     check_prompt(prompt, info.vocab_size, "messages")
     limit = fit(len(prompt), body.limit, None, info.max_model_len, "messages", body.limit_name)
-    response_id = f"chatcmpl-{uuid.uuid4().hex}"
-    meter = service.metrics.model(body.model)
     choices = [
-        Choice(
-            index=index,
-            prompt_index=0,
-            request=GenerationRequest(
-                f"{response_id}-{index}", prompt, for_choice(sampling, index, limit), collaboration, client=client
-            ),
-            builder=PieceBuilder(
-                service.tokenizer.detokenizer(),
-                stop=body.stop_strings,
-                include_stop=bool(body.include_stop_str_in_output),
-                min_tokens=body.min_tokens or 0,
-            ),
-            meter=RequestMeter(meter, joint=member is None, started=started),
-            refusal_param=body.grammar_param,
-        )
+        call.choice(index, call.to_generate(index, prompt, for_choice(sampling, index, limit), collaboration))
         for index in range(body.n or 1)
     ]
-    renderer = ChatRenderer(
-        body,
-        service.tokenizer,
-        service.models.lane_names,
-        prompt_ids=prompt,
-        response_id=response_id,
-        created=int(time.time()),
-        fingerprint=service.fingerprint,
-    )
-    return Answer(
-        choices, renderer, len(prompt), include_usage=body.include_usage, continuous_usage=body.continuous_usage
-    )
+    renderer = ChatRenderer(body, service.tokenizer, service.models.lane_names, head=call.head(), prompt_ids=prompt)
+    return call.answer(choices, renderer, len(prompt))
 
 
 async def _prompt_ids(service: Service, body: ChatRequest, info: EngineInfo) -> list[int]:

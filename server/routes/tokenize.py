@@ -17,7 +17,10 @@ from server.service import Service
 router = APIRouter(tags=["tokens"])
 
 
-@router.post("/tokenize", **operation(TokenizeRequest, TokenizeResponse, (*BODY_ERRORS, 503)))
+@router.post(
+    "/tokenize",
+    **operation(TokenizeRequest, TokenizeResponse, (*BODY_ERRORS, 503), example={"prompt": "Hello there!"}),
+)
 async def tokenize(request: Request) -> Response:
     """Text to token ids."""
     service = service_of(request)
@@ -31,7 +34,10 @@ async def tokenize(request: Request) -> Response:
     return Response(encode(response), media_type="application/json")
 
 
-@router.post("/detokenize", **operation(DetokenizeRequest, DetokenizeResponse, (*BODY_ERRORS, 503)))
+@router.post(
+    "/detokenize",
+    **operation(DetokenizeRequest, DetokenizeResponse, (*BODY_ERRORS, 503), example={"tokens": [40, 41, 42]}),
+)
 async def detokenize(request: Request) -> Response:
     """Token ids to text; special tokens are skipped."""
     service = service_of(request)

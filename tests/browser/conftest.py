@@ -59,6 +59,17 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield address
 
 
+KEY = "sk-very-secret"
+
+
+@pytest.fixture(scope="package")
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Stand-in lanes with two experts behind an API key, with pages that open without it."""
+    folder = tmp_path_factory.mktemp("keyed")
+    with standins(folder, experts=("codes", "arithmetic"), keys=[KEY], playground="open") as address:
+        yield address
+
+
 @pytest.fixture
 def open_page(tmp_path: Path) -> Iterator[Open]:
     """Opens pages: ``open_page(address, width=390, dark=True)``. Every one has a browser with an empty profile."""

@@ -14,7 +14,8 @@ import httpx
 import pytest
 
 from engine.types import Delta, GenerationRequest
-from tests.browser.conftest import Open, scripted
+from tests.browser.conftest import KEY, Open, scripted
+from tests.browser.page import Page
 from tests.cli.servers import MODEL as STANDIN
 from tests.integration.conftest import LiveServer
 from tests.server.fakes import byte_level_tokenizer, deltas_of, writes
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.browser
 
 MODEL = "collm-demo"
 PROMPT = "Question: Which currency codes does Iceland Krona have?\nAnswer:"
-CTRL, ENTER, ESCAPE, END, RIGHT, DOWN, TAB = "\ue009", "\ue007", "\ue00c", "\ue010", "\ue014", "\ue015", "\ue004"
+CTRL, ENTER, ESCAPE, HOME, END = "\ue009", "\ue007", "\ue00c", "\ue011", "\ue010"
+RIGHT, DOWN, TAB = "\ue014", "\ue015", "\ue004"
 
 
 def reported(address: str, model: str, **collaboration: Any) -> list[tuple[str, str, float | None]]:
@@ -192,20 +194,105 @@ def test_copied_code_does_the_same(demo: LiveServer, open_page: Open, prompt: st
     assert out.splitlines() == [f"{source:>8}  {text!r}" for text, source in shown]
 
 
-def test_key_is_sent_and_kept_nowhere(demo: LiveServer, open_page: Open) -> None:
-    page = open_page(demo.url)
-    page.keys("#key", "sk-very-secret", TAB)
+def authorized(page: Page) -> set[str | None]:
+    """The Authorization headers of the requests to /v1 since the last look."""
+    return {request["headers"].get("Authorization") for request in page.requests() if "/v1/" in request["url"]}
+
+
+def test_a_key_opens_a_server_that_asks_for_one(keyed: str, open_page: Open) -> None:
+    page = open_page(keyed)
+    assert page.one("#status").text == "needs a key"
+    assert "asks for an API key" in page.one("#notice").text
+    assert page.js("return document.activeElement.id") == "key"
+    assert page.all(".card") == []
+    page.keys("#key", "wrong", TAB)
+    eventually(lambda: page.one("#status").text == "wrong key")
+    assert page.js("return sessionStorage.length") == 0
+    page.one("#key").clear()
     page.requests()
+    page.keys("#key", KEY, TAB)
+    eventually(lambda: page.one("#status").text.startswith("ready"))
+    assert not page.one("#notice").is_displayed()
+    assert not page.one("#metrics").is_displayed()
     page.run()
-    sent = [r["headers"].get("Authorization") for r in page.requests() if r["method"] == "POST"]
-    assert sent == ["Bearer sk-very-secret"] * 3
+    assert [card.get_attribute("data-finish") for card in page.all(".card")] == ["length"] * 4
+    assert authorized(page) == {f"Bearer {KEY}"}
+
+
+def test_a_key_is_kept_in_the_tab_alone(keyed: str, open_page: Open) -> None:
+    page = open_page(keyed)
+    page.keys("#key", KEY, TAB)
+    eventually(lambda: page.one("#status").text.startswith("ready"))
     code = page.js("return document.querySelector('.code').textContent")
     assert "$COLLM_API_KEY" in code
     assert 'os.environ["COLLM_API_KEY"]' in code
-    assert "secret" not in page.js("return document.documentElement.outerHTML + location + document.cookie")
-    assert page.js("return localStorage.length + sessionStorage.length") == 0
-    page.load(demo.url)
+    assert KEY not in page.js("return document.documentElement.outerHTML + location + document.cookie")
+    assert page.js("return localStorage.length") == 0
+    assert page.js("return Object.values(sessionStorage)") == [KEY]
+    page.load(keyed)
+    assert page.one("#status").text.startswith("ready")
+    page.load(f"{keyed}/docs")
+    eventually(lambda: len(page.all(".route")) > 5)
+    page.driver.switch_to.new_window("tab")
+    page.load(keyed)
+    assert page.one("#status").text == "needs a key"
     assert page.one("#key").get_attribute("value") == ""
+
+
+def test_the_reference_asks_for_the_key_too(keyed: str, open_page: Open) -> None:
+    page = open_page(f"{keyed}/docs")
+    eventually(lambda: page.one("#key").is_displayed())
+    assert page.all(".route") == []
+    page.keys("#key", KEY, ENTER)
+    eventually(lambda: len(page.all(".route")) > 5)
+    assert not page.one("#key").is_displayed()
+    answer = try_out(page, "GET", "/version")
+    assert "version" in json.loads(answer)
+
+
+def test_two_experts_stand_side_by_side(keyed: str, open_page: Open) -> None:
+    page = open_page(keyed)
+    page.keys("#key", KEY, TAB)
+    eventually(lambda: page.one("#status").text.startswith("ready"))
+    titles = [title.text for title in page.all(".card h2")]
+    assert titles == ["Together", "base alone", "codes alone", "arithmetic alone"]
+    page.keys("#threshold", HOME)
+    page.run()
+    sources = [source for _, source, _ in page.tokens(STANDIN)]
+    assert {"codes", "arithmetic"} <= set(sources) <= {"base", "codes", "arithmetic"}
+    legend = page.one(".joint .legend").text
+    for source in ("base", "codes", "arithmetic"):
+        assert f"{sources.count(source)} {source}" in legend
+    assert page.figure(STANDIN, "rate") == f"{100 * (1 - sources.count('base') / len(sources)):.0f} %"
+    for name in ("base", "codes", "arithmetic"):
+        assert {source for _, source, _ in page.tokens(f"{STANDIN}/{name}")} == {name}
+    # The joint model in a row of its own, its members in the next.
+    joint, *members = (card.rect for card in page.all(".card"))
+    assert joint["width"] > 2 * members[0]["width"]
+    assert len({member["y"] for member in members}) == 1
+
+
+def test_chat_is_the_same_question(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.all("#examples button")[0].click()
+    page.wait()
+    completed = page.tokens(MODEL)
+    page.one("input[value='chat']").click()
+    assert page.one("#prompt").get_attribute("value") == "Which currency codes does Iceland Krona have?"
+    page.requests()
+    page.run()
+    bodies = [json.loads(r["postData"]) for r in page.requests() if r["method"] == "POST"]
+    question = {"role": "user", "content": "Which currency codes does Iceland Krona have?"}
+    assert [body["messages"] for body in bodies] == [[question]] * 3
+    check_same(page.tokens(MODEL), completed)
+    code = page.one("#code-python").get_attribute("textContent")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert out.splitlines() == [f"{source:>8}  {text!r}" for text, source, _ in completed]
+    curl = page.one("#code-curl").get_attribute("textContent")
+    out = subprocess.run(["bash", "-c", curl], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert out.endswith("data: [DONE]\n\n")
+    page.one("input[value='text']").click()
+    assert page.one("#prompt").get_attribute("value").endswith("\nAnswer:")
 
 
 def test_an_error_of_the_api_is_shown(demo: LiveServer, open_page: Open) -> None:
@@ -246,7 +333,7 @@ def test_tokens_come_one_by_one_and_can_be_stopped(slow: str, open_page: Open) -
 def test_experts_are_told_apart_without_colour(slow: str, open_page: Open) -> None:
     page = open_page(slow)
     page.set_number("#max-tokens", 60)
-    page.keys("#threshold", "\ue011")  # Home: 0
+    page.keys("#threshold", HOME)
     page.run()
     styles: dict[str, set[str]] = {}
     found = page.js(
@@ -338,6 +425,45 @@ def test_reference_shows_every_route(demo: LiveServer, open_page: Open) -> None:
     assert {re.sub("^[A-Z]+", "", title) for title in titles} == set(paths)
     assert "threshold" in page.js("return document.body.textContent")
     assert page.console() == []
+    assert [r["url"] for r in page.requests() if not r["url"].startswith(f"{demo.url}/")] == []
+
+
+def try_out(page: Page, method: str, path: str, body: dict[str, Any] | None = None) -> str:
+    """Send a route's form, with another body where one is given; gives the answer that is shown."""
+    [section] = [
+        each
+        for each in page.all(".route")
+        if each.find_element("css selector", "h2").get_attribute("textContent") == f"{method}{path}"
+    ]
+
+    def part(selector: str) -> Any:
+        return section.find_element("css selector", f".try {selector}")
+
+    page.js("arguments[0].open = true", part("summary").find_element("xpath", ".."))
+    if body is not None:
+        page.js("arguments[0].value = arguments[1]", part("textarea"), json.dumps(body))
+    part("button[type=submit]").click()
+    eventually(lambda: part(".answer-status").text.endswith("ms"))
+    return str(part(".answer").get_attribute("textContent"))
+
+
+def test_routes_can_be_tried_out(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(f"{demo.url}/docs")
+    eventually(lambda: len(page.all(".route")) > 5)
+    answer = json.loads(try_out(page, "POST", "/v1/completions"))
+    assert answer["model"] == MODEL
+    assert answer["usage"]["completion_tokens_details"]["expert_tokens"] > 0
+    question = [{"role": "user", "content": "Which currency codes does Iceland Krona have?"}]
+    stream = try_out(
+        page, "POST", "/v1/chat/completions", {"model": MODEL, "messages": question, "stream": True, "temperature": 0}
+    )
+    assert stream.startswith("data: {")
+    assert stream.endswith("data: [DONE]\n\n")
+    assert json.loads(try_out(page, "GET", "/v1/models/{id}"))["id"] == MODEL
+    assert try_out(page, "GET", "/metrics").startswith("# HELP")
+    assert json.loads(try_out(page, "POST", "/detokenize"))["prompt"]
+    refused = json.loads(try_out(page, "POST", "/v1/completions", {"model": "nobody", "prompt": ""}))
+    assert set(refused["error"]) == {"message", "type", "param", "code"}
     assert [r["url"] for r in page.requests() if not r["url"].startswith(f"{demo.url}/")] == []
 
 

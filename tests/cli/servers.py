@@ -29,6 +29,7 @@ port = 0
 max_queued_requests = {queued}
 access_log = false
 api_keys = [{keys}]
+playground = "{playground}"
 """
 
 
@@ -40,6 +41,7 @@ def standins(
     experts: Sequence[str] = ("codes",),
     keys: Sequence[str] = (),
     queued: int = 64,
+    playground: str = "key",
 ) -> Iterator[str]:
     """A server of stand-in lanes, for as long as the context; gives its address."""
     tokenizer = byte_level_tokenizer()
@@ -47,7 +49,7 @@ def standins(
     lane = LANE.format(vocabulary=tokenizer.get_vocab_size(), step_seconds=step_seconds)
     parts = [f'served_model_name = "{MODEL}"\ntokenizer = "{folder}"\n', f"[base]\n{lane}"]
     parts += [f'[[experts]]\nname = "{name}"\n{lane}' for name in experts]
-    parts += [SERVER.format(queued=queued, keys=", ".join(f'"{key}"' for key in keys))]
+    parts += [SERVER.format(queued=queued, keys=", ".join(f'"{key}"' for key in keys), playground=playground)]
     config = folder / "collm.toml"
     config.write_text("\n".join(parts))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COLLM_")}

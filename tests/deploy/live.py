@@ -1,4 +1,4 @@
-"""A live server on stand-in lanes, load on it, and a real Prometheus that scrapes it."""
+"""Live servers, on stand-in lanes and on the demo pair, load on them, and a real Prometheus that scrapes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ from tests.deploy.sources import PROMETHEUS, need
 from tests.packaging.sources import ROOT
 from tests.server.fakes import byte_level_tokenizer
 
-MODEL = "collm-live"
 CONFIG = """
-served_model_name = "{model}"
+served_model_name = "collm-live"
 tokenizer = "{folder}"
 
 [base]
@@ -88,14 +87,25 @@ def end(process: subprocess.Popen[str], signum: int = signal.SIGTERM) -> None:
         process.wait()
 
 
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """A server of two stand-in lanes; gives its address."""
+def standin_pair(folder: Path) -> list[str]:
+    """Arguments of a server of two stand-in lanes."""
     tokenizer = byte_level_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     config = folder / "collm.toml"
-    config.write_text(CONFIG.format(model=MODEL, folder=folder, vocabulary=tokenizer.get_vocab_size()))
-    command = [sys.executable, "-m", "server", "--config", str(config)]
+    config.write_text(CONFIG.format(folder=folder, vocabulary=tokenizer.get_vocab_size()))
+    return ["--config", str(config)]
+
+
+def demo_pair() -> list[str]:
+    """Arguments of a server of the demo pair on vLLM, with so few places that some of the load is turned away."""
+    places = ["--scheduler.max_num_seqs", "8", "--server.max_queued_requests", "8"]
+    return ["--config", str(ROOT / "deploy/config/demo.toml"), "--port", "0", *places, "--no-server.access_log"]
+
+
+@contextlib.contextmanager
+def served(folder: Path, arguments: Sequence[str]) -> Iterator[str]:
+    """A running server; gives its address."""
+    command = [sys.executable, "-m", "server", *arguments]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COLLM_")}
     log = (folder / "server.log").open("w+")
     with log, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True) as process:
@@ -108,7 +118,7 @@ def served(folder: Path) -> Iterator[str]:
                 address[:] = re.findall(r"^ready at (\S+)$", said, re.M)
                 return bool(address)
 
-            wait_until("the server is ready", ready)
+            wait_until("the server is ready", ready, 240)
             yield address[0]
         finally:
             # Twice: not to wait for what is in flight.
@@ -124,9 +134,10 @@ class Load:
         statuses: how many responses had which status; 0 are those that were given up.
     """
 
-    def __init__(self, address: str, clients: int = 20) -> None:
+    def __init__(self, address: str, model: str, clients: int = 20) -> None:
         self.statuses: dict[int, int] = {}
         self._address = address
+        self._model = model
         self._clients = clients
         self._stop = threading.Event()
         self._numbers = itertools.count()
@@ -163,7 +174,7 @@ class Load:
 
     async def _request(self, http: httpx.AsyncClient, number: int) -> int:
         body: dict[str, Any] = {
-            "model": MODEL,
+            "model": self._model,
             "prompt": f"Request number {number}: hello world, hello there!",
             "max_tokens": 20 + number * 7 % 60,
         }
@@ -171,7 +182,7 @@ class Load:
         if kind == 0:
             body["temperature"] = 9
         elif kind == 1:
-            body["model"] = f"{MODEL}/{('base', 'codes')[number // 12 % 2]}"
+            body["model"] = f"{self._model}/{('base', 'codes')[number // 12 % 2]}"
         elif (policy := POLICIES[number % len(POLICIES)]) is not None:
             body["collaboration"] = policy
         if kind in (2, 3, 4):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
@@ -17,6 +19,11 @@ from tests.deploy.sources import GRAFANA, dashboard, panels
 from tests.packaging.sources import ROOT
 
 PANELS = panels()
+BEYOND_THE_SCHEMA = {
+    # What Grafana's Prometheus data source adds to annotations, and the editor's copy of a variable's query.
+    "annotations.list[].titleFormat", "annotations.list[].textFormat", "annotations.list[].tagKeys",
+    "templating.list[].definition",
+}  # fmt: skip
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 
 
@@ -24,6 +31,48 @@ def test_committed_dashboard_is_what_its_description_makes() -> None:
     command = [sys.executable, "-B", str(GRAFANA / "generate.py"), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+def lost_in_the_schema(board: dict[str, Any]) -> set[str]:
+    """Paths of what does not survive Grafana's own data model: fields that it does not know, values that it changes.
+
+    Fields of panel options, field configurations and queries are those of their panel type and data source.
+    """
+    pytest.importorskip("grafana_foundation_sdk", reason="grafana-foundation-sdk is not installed")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    register_default_plugins()
+    known = json.loads(JSONEncoder().encode(Dashboard.from_json(copy.deepcopy(board))))
+
+    def differences(ours: Any, theirs: Any, path: str) -> Iterator[str]:
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            for name, value in ours.items():
+                yield from differences(value, theirs.get(name, ...), f"{path}.{name}" if path else name)
+        elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+            for value, other in zip(ours, theirs, strict=True):
+                yield from differences(value, other, f"{path}[]")
+        elif ours != theirs:
+            yield path
+
+    return set(differences(board, known, ""))
+
+
+def test_grafana_knows_every_field() -> None:
+    assert lost_in_the_schema(dashboard()) == BEYOND_THE_SCHEMA
+
+
+@pytest.mark.parametrize("kind", sorted({panel["type"] for panel in PANELS}))
+@pytest.mark.parametrize("place", ["", "options", "fieldConfig.defaults"])
+def test_fields_that_grafana_does_not_know_are_found(kind: str, place: str) -> None:
+    board = dashboard()
+    node = next(panel for panel in board["panels"] if panel["type"] == kind)
+    for name in filter(None, place.split(".")):
+        node = node[name]
+    node["colourMode"] = "value"
+    path = ".".join(filter(None, ["panels[]", place, "colourMode"]))
+    assert lost_in_the_schema(board) == BEYOND_THE_SCHEMA | {path}
 
 
 def test_identity_is_fixed() -> None:

@@ -13,7 +13,8 @@ ROUTES = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"),
     ("GET", "/v1/models/collm-demo"),
     ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/metrics"), ("GET", "/version"), ("GET", "/docs"),
-    ("GET", "/openapi.json"), ("GET", "/"), ("GET", "/nope"), ("OPTIONS", "/v1/completions"), ("HEAD", "/health/"),
+    ("GET", "/openapi.json"), ("GET", "/"), ("GET", "/static/app.js"), ("GET", "/nope"),
+    ("OPTIONS", "/v1/completions"), ("HEAD", "/health/"),
     ("GET", "//health"), ("GET", "/ready/x"),
 ]  # fmt: skip
 
@@ -21,12 +22,12 @@ ROUTES = [
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 async def test_every_route_but_the_probes_asks_for_a_key(build: Build, method: str, path: str) -> None:
     house = await build(server={"api_keys": KEYS})
-    response = await house.http.request(method, path)
+    response = await house.http.request(method, f"http://house{path}")
     if method != "HEAD":
         assert check_error(response, 401)["code"] == "invalid_api_key"
     assert response.status_code == 401
     assert response.headers["www-authenticate"] == "Bearer"
-    good = await house.http.request(method, path, headers={"Authorization": "Bearer second-key"})
+    good = await house.http.request(method, f"http://house{path}", headers={"Authorization": "Bearer second-key"})
     assert good.status_code != 401
 
 
@@ -65,6 +66,43 @@ async def test_probes_are_open(build: Build) -> None:
     house = await build(server={"api_keys": KEYS})
     assert (await house.http.get("/health")).status_code == 200
     assert (await house.http.get("/ready")).status_code == 200
+
+
+PAGES = ["/", "/docs", "/static/app.js", "/static/style.css"]
+
+
+@pytest.mark.parametrize("path", PAGES)
+async def test_pages_can_be_opened_to_everybody(build: Build, path: str) -> None:
+    house = await build(server={"api_keys": KEYS, "playground": "open"})
+    response = await house.http.get(path)
+    assert response.status_code == 200
+    assert not any(key in response.text for key in KEYS)
+
+
+@pytest.mark.parametrize(("method", "path"), [route for route in ROUTES if route[1] not in PAGES])
+async def test_open_pages_open_nothing_else(build: Build, method: str, path: str) -> None:
+    house = await build(server={"api_keys": KEYS, "playground": "open"})
+    assert (await house.http.request(method, f"http://house{path}")).status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/static", "/docs/", "//", "/static/../v1/models", "/static/%2e%2e/metrics"])
+async def test_what_looks_like_a_page_is_none(build: Build, path: str) -> None:
+    house = await build(server={"api_keys": KEYS, "playground": "open"})
+    response = await house.http.get(f"http://house{path}")
+    assert response.status_code in (401, 404)
+    check_error(response, response.status_code)
+
+
+async def test_a_browser_without_a_key_is_told_what_to_do(build: Build) -> None:
+    house = await build(server={"api_keys": KEYS})
+    assert 'server.playground = "open"' in check_error(await house.http.get("/"), 401)["message"]
+    assert "playground" not in check_error(await house.http.get("/v1/models"), 401)["message"]
+
+
+@pytest.mark.parametrize("path", PAGES)
+async def test_pages_can_be_switched_off(build: Build, path: str) -> None:
+    house = await build(server={"playground": "off"})
+    check_error(await house.http.get(path), 404)
 
 
 async def test_every_key_is_compared_in_constant_time(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

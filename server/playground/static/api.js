@@ -1,6 +1,8 @@
 // Talking to the server: models, defaults, and streams of tokens. Addresses are relative to the page, so that the page
 // works behind a proxy that serves it under a prefix.
 
+import { authorization } from "./key.js";
+
 /** An answer that is not the one hoped for: the server's error object, or no server at all. */
 export class ApiError extends Error {
   constructor(message, { status = 0, code = null, param = null } = {}) {
@@ -15,18 +17,21 @@ export function address(path) {
   return new URL(path, document.baseURI).href;
 }
 
-function headers(key) {
-  return key ? { Authorization: `Bearer ${key}` } : {};
-}
-
-async function send(path, options, signal) {
-  let response;
+/**
+ * The response, of whatever status.
+ * @throws {ApiError} the server cannot be reached.
+ */
+export async function request(path, options, signal) {
   try {
-    response = await fetch(address(path), { ...options, signal, credentials: "same-origin" });
+    return await fetch(address(path), { ...options, signal, credentials: "same-origin" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The server cannot be reached.");
   }
+}
+
+async function send(path, options, signal) {
+  const response = await request(path, options, signal);
   if (!response.ok) throw await failure(response);
   return response;
 }
@@ -44,7 +49,7 @@ async function failure(response) {
 
 /** What is served: the joint model and its members, joint first. */
 export async function models(key) {
-  const { data } = await (await send("v1/models", { headers: headers(key) })).json();
+  const { data } = await (await send("v1/models", { headers: authorization(key) })).json();
   const joint = data.find((model) => model.parent === null);
   if (!joint) throw new ApiError("The server names no joint model.");
   const members = data
@@ -65,7 +70,7 @@ export async function readiness() {
 
 /** The gate's name and default threshold and the server's version, as the metrics tell them. */
 export async function defaults(key) {
-  const text = await (await send("metrics", { headers: headers(key) })).text();
+  const text = await (await send("metrics", { headers: authorization(key) })).text();
   const line = text.split("\n").find((each) => each.startsWith("collm_build_info{")) ?? "";
   const label = (name) => new RegExp(`[{,]${name}="((?:[^"\\\\]|\\\\.)*)"`).exec(line)?.[1] ?? "";
   const threshold = label("threshold");
@@ -76,16 +81,21 @@ export async function defaults(key) {
   };
 }
 
+/** Where a body belongs. */
+export function route(body) {
+  return "messages" in body ? "v1/chat/completions" : "v1/completions";
+}
+
 /**
- * Runs a completion.
- * @yields {{text: string, tokens: {text: string, source: string, p: number|null}[], finish: string|null}}
+ * Streams an answer, of a completion or of a chat.
+ * @yields {{tokens: {text: string, source: string, p: number|null}[], finish: string|null}}
  */
-export async function* complete(body, key, signal) {
+export async function* answer(body, key, signal) {
   const response = await send(
-    "v1/completions",
+    route(body),
     {
       method: "POST",
-      headers: { "Content-Type": "application/json", ...headers(key) },
+      headers: { "Content-Type": "application/json", ...authorization(key) },
       body: JSON.stringify(body),
     },
     signal,
@@ -99,7 +109,6 @@ export async function* complete(body, key, signal) {
       const { tokens, sources, deferral_probabilities: values } = choice.collaboration;
       finished ||= choice.finish_reason !== null;
       yield {
-        text: choice.text,
         tokens: tokens.map((text, i) => ({ text, source: sources[i], p: values[i] })),
         finish: choice.finish_reason,
       };

@@ -5,6 +5,7 @@ import { Card } from "./card.js";
 import { asCurl, asPython } from "./code.js";
 import { byId, el } from "./dom.js";
 import { examplesFor } from "./examples.js";
+import { savedKey, saveKey } from "./key.js";
 
 const POLICIES = {
   threshold: { label: "The gate, by threshold", hint: "An expert writes where the gate's probability is above the threshold.", gate: true },
@@ -19,7 +20,7 @@ const RETRY_MS = 2000;
 const ui = Object.fromEntries(
   ["form", "prompt", "examples", "run", "stop", "policy", "policy-hint", "threshold", "threshold-field", "threshold-value",
     "threshold-reset", "rate", "rate-field", "rate-value", "auto", "max-tokens", "temperature", "seed", "models", "key",
-    "answers", "status", "notice", "announce", "copy", "tab-curl", "tab-python", "code-curl", "code-python",
+    "answers", "metrics", "status", "notice", "announce", "copy", "tab-curl", "tab-python", "code-curl", "code-python",
   ].map((id) => [id, byId(id)]),
 );
 
@@ -36,9 +37,13 @@ const state = {
 
 async function connect() {
   clearTimeout(state.retry);
+  const key = typedKey();
+  // An address that is opened by a click is sent without a key.
+  ui.metrics.hidden = key !== "";
   try {
-    const served = await api.models(ui.key.value.trim());
-    state.defaults = await api.defaults(ui.key.value.trim());
+    const served = await api.models(key);
+    state.defaults = await api.defaults(key);
+    saveKey(key);
     ui.notice.hidden = true;
     if (JSON.stringify(served) !== JSON.stringify(state.served)) show(served);
     setDefaults();
@@ -46,12 +51,24 @@ async function connect() {
     setStatus(ready ? "ready" : "waiting", ready ? `ready · version ${state.defaults.version}` : reason);
     if (!ready) state.retry = setTimeout(connect, RETRY_MS);
   } catch (error) {
-    setStatus("failed", error.status === 401 ? "needs a key" : "not connected");
-    ui.notice.textContent = error.status === 401 ? "This server asks for an API key: enter it below." : error.message;
+    const refused = error.status === 401;
+    setStatus("failed", refused ? (key ? "wrong key" : "needs a key") : "not connected");
+    ui.notice.textContent = refused ? refusal(key) : error.message;
     ui.notice.hidden = false;
-    if (error.status === 401) ui.key.focus();
-    else state.retry = setTimeout(connect, RETRY_MS);
+    if (refused) {
+      saveKey("");
+      ui.metrics.hidden = true;
+      ui.key.focus();
+    } else state.retry = setTimeout(connect, RETRY_MS);
   }
+}
+
+function typedKey() {
+  return ui.key.value.trim();
+}
+
+function refusal(key) {
+  return key ? "The server does not take this API key." : "This server asks for an API key: enter it under the settings.";
 }
 
 function setStatus(kind, text) {
@@ -78,11 +95,11 @@ function show(served) {
   );
   showSelected();
   ui.examples.replaceChildren(
-    ...examplesFor(served.joint).map(({ title, prompt }) =>
-      el("button", { type: "button", class: "chip", onclick: () => choosePrompt(prompt) }, title),
+    ...examplesFor(served.joint).map((example) =>
+      el("button", { type: "button", class: "chip", onclick: () => choose(example) }, example.chat),
     ),
   );
-  if (!ui.prompt.value) ui.prompt.value = examplesFor(served.joint)[0].prompt;
+  if (!ui.prompt.value) ui.prompt.value = examplesFor(served.joint)[0][kind()];
 }
 
 function setDefaults() {
@@ -96,10 +113,23 @@ function setDefaults() {
   settingsChanged();
 }
 
-function choosePrompt(prompt) {
-  ui.prompt.value = prompt;
+function choose(example) {
+  ui.prompt.value = example[kind()];
   showCode();
   run();
+}
+
+/** What the prompt is: "text" to continue, or a "chat" message. */
+function kind() {
+  return ui.form.elements.kind.value;
+}
+
+/** An example that nobody has changed goes along when the kind of prompt changes. */
+function kindChanged() {
+  if (!state.served) return;
+  const before = kind() === "chat" ? "text" : "chat";
+  const example = examplesFor(state.served.joint).find((each) => each[before] === ui.prompt.value);
+  if (example) ui.prompt.value = example[kind()];
 }
 
 // Settings
@@ -137,9 +167,10 @@ function collaboration() {
 }
 
 function requestFor(model) {
+  const text = ui.prompt.value;
   const body = {
     model: model.id,
-    prompt: ui.prompt.value,
+    ...(kind() === "chat" ? { messages: [{ role: "user", content: text }] } : { prompt: text }),
     max_tokens: Number(ui["max-tokens"].value),
     temperature: Number(ui.temperature.value),
   };
@@ -155,6 +186,8 @@ function selectedCards() {
 function showSelected() {
   const selected = selectedCards();
   for (const card of state.cards) card.root.hidden = !selected.includes(card);
+  // Up to three stand in one row; of more, the joint model has a row of its own.
+  ui.answers.classList.toggle("many", selected.length > 3);
   ui.run.disabled = state.running !== null || !selected.length;
 }
 
@@ -184,7 +217,7 @@ async function runCard(card, signal) {
   card.begin();
   let finish = null;
   try {
-    for await (const piece of api.complete(requestFor(card.model), ui.key.value.trim(), signal)) {
+    for await (const piece of api.answer(requestFor(card.model), typedKey(), signal)) {
       if (signal.aborted) break;
       card.add(piece.tokens);
       finish = piece.finish ?? finish;
@@ -213,8 +246,8 @@ function summary(card) {
 function showCode() {
   if (!state.served) return;
   const body = requestFor({ id: state.served.joint, joint: true });
-  const withKey = ui.key.value.trim() !== "";
-  ui["code-curl"].textContent = asCurl(api.address("v1/completions"), body, withKey);
+  const withKey = typedKey() !== "";
+  ui["code-curl"].textContent = asCurl(api.address(api.route(body)), body, withKey);
   ui["code-python"].textContent = asPython(api.address("v1"), body, withKey);
 }
 
@@ -251,6 +284,7 @@ for (const kind of ["input", "change"]) {
   ui.form.addEventListener(kind, (event) => {
     if (event.target === ui.threshold) state.threshold = Number(ui.threshold.value);
     if (ui.models.contains(event.target)) showSelected();
+    if (event.type === "change" && event.target.name === "kind") kindChanged();
     settingsChanged();
   });
 }
@@ -283,4 +317,5 @@ document.addEventListener("keydown", (event) => {
   } else if (event.key === "Escape") state.running?.abort();
 });
 
+ui.key.value = savedKey();
 connect();

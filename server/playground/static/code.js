@@ -6,12 +6,13 @@ function shell(text) {
 }
 
 /** A JSON value as a Python literal. */
-function python(value, indent = "") {
+function python(value) {
   if (value === null) return "None";
   if (value === true) return "True";
   if (value === false) return "False";
+  if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
   if (typeof value === "object") {
-    const items = Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${python(each, indent)}`);
+    const items = Object.entries(value).map(([name, each]) => `${JSON.stringify(name)}: ${python(each)}`);
     return `{${items.join(", ")}}`;
   }
   return JSON.stringify(value);
@@ -34,7 +35,7 @@ export function asPython(base, body, withKey) {
     "from openai import OpenAI",
     "",
     `client = OpenAI(base_url=${python(base)}, api_key=${withKey ? 'os.environ["COLLM_API_KEY"]' : '"none"'})`,
-    "stream = client.completions.create(",
+    `stream = client.${"messages" in body ? "chat.completions" : "completions"}.create(`,
     ...fields,
     `    extra_body={"collaboration": ${python(collaboration)}},`,
     ")",

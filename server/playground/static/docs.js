@@ -1,28 +1,37 @@
 // The API reference: openapi.json as a page.
 
+import { request } from "./api.js";
 import { byId, el } from "./dom.js";
+import { authorization, savedKey, saveKey } from "./key.js";
+import { tryOut } from "./try.js";
 
 const REF = "#/components/schemas/";
 
 async function load() {
-  const key = byId("key").value.trim();
+  const key = typedKey();
   let response;
   try {
-    response = await fetch(new URL("openapi.json", document.baseURI), {
-      headers: key ? { Authorization: `Bearer ${key}` } : {},
-    });
-  } catch {
-    return complain("The server cannot be reached.");
+    response = await request("openapi.json", { headers: authorization(key) });
+  } catch (error) {
+    return complain(error.message);
   }
   if (response.status === 401) {
+    saveKey("");
     byId("key-form").hidden = false;
+    byId("openapi").hidden = true; // an address that is opened by a click is sent without a key
     byId("key").focus();
-    return complain("This server asks for an API key.");
+    return complain(key ? "The server does not take this API key." : "This server asks for an API key.");
   }
   if (!response.ok) return complain(`The server answered ${response.status}.`);
+  saveKey(key);
+  byId("openapi").hidden = key !== "";
   byId("notice").hidden = true;
   byId("key-form").hidden = true;
   show(await response.json());
+}
+
+function typedKey() {
+  return byId("key").value.trim();
 }
 
 function complain(text) {
@@ -68,8 +77,8 @@ function route(id, { path, method, operation }, api) {
       table(parameters.map((each) => [each.name, kind(each.schema), each.description ?? `In the ${each.in}.`, each.required])),
     );
   }
-  const body = operation.requestBody?.content?.["application/json"]?.schema;
-  if (body) section.append(el("h3", {}, "Request"), ...fields(body, api, new Set(), true));
+  const body = operation.requestBody?.content?.["application/json"];
+  if (body) section.append(el("h3", {}, "Request"), ...fields(body.schema, api, new Set(), true));
   const answer = operation.responses?.["200"]?.content ?? {};
   if (answer["application/json"]?.schema) {
     section.append(el("h3", {}, "Response"), ...fields(answer["application/json"].schema, api, new Set()));
@@ -84,6 +93,7 @@ function route(id, { path, method, operation }, api) {
         el("dd", {}, ...prose(description ?? "")),
       ]),
     ),
+    tryOut(id, method, path, { parameters, example: body?.example }, typedKey),
   );
   return section;
 }
@@ -189,4 +199,5 @@ byId("key-form").addEventListener("submit", (event) => {
   load();
 });
 
+byId("key").value = savedKey();
 load();

@@ -13,10 +13,13 @@ const ANY = [
   "Once there was",
 ];
 
-/** Prompts for the joint model of a name, each with a short title. */
+/**
+ * Examples for the joint model of a name.
+ * @returns {{text: string, chat: string}[]} the same question as a text to continue, and as a message; the latter is its title.
+ */
 export function examplesFor(joint) {
-  return (joint === "collm-demo" ? DEMO : ANY).map((prompt) => ({
-    title: prompt.replace(/^Question: /, "").replace(/\nAnswer:$/, ""),
-    prompt,
+  return (joint === "collm-demo" ? DEMO : ANY).map((text) => ({
+    text,
+    chat: text.replace(/^Question: /, "").replace(/\nAnswer:$/, ""),
   }));
 }
