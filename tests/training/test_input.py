@@ -13,9 +13,9 @@ import pytest
 
 from tests.training.builders import EOS, TinyProject, save_model, write_jsonl
 from training.__main__ import main
+from training.checkpoints import load_tokenizer
 from training.data import read_examples, spread, tokenize
 from training.errors import DataError, SettingsError
-from training.hf import load_tokenizer
 from training.settings import DataSettings, Settings, load_settings
 
 ROOT = Path(__file__).parents[2]
