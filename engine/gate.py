@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,8 @@ class GateArtifact:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(directory / TENSORS_FILE))
         text = json.dumps(fields, indent=2, ensure_ascii=False)
         (directory / FIELDS_FILE).write_text(text + "\n", encoding="utf-8")
+        # safetensors makes files that only their owner can read; a server often runs as someone else.
+        shutil.copymode(directory / FIELDS_FILE, directory / TENSORS_FILE)
 
     @classmethod
     def load(cls, path: str | Path) -> GateArtifact:

@@ -136,5 +136,6 @@ def save_base(model: PreTrainedModel, source: Path, folder: Path) -> None:
         is_text = file.suffix in {".json", ".jinja", ".model", ".txt"}
         if is_text and not file.name.endswith(".index.json") and file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
-    for file in folder.iterdir():
-        file.chmod(0o644)
+    for file in folder.glob("*.safetensors"):
+        # safetensors makes files that only their owner can read.
+        shutil.copymode(folder / "config.json", file)

@@ -82,6 +82,8 @@ def test_pipeline(tmp_path: Path, mode: str, experts: int, capsys: pytest.Captur
     base = out / "pair" / "base" if mode == "joint" else tmp_path / "base"
     gate.check_fits(base, [tmp_path / f"expert{n}" for n in range(1, experts + 1)])
     assert (out / "pair" / "base").is_dir() == (mode == "joint")
+    weights = [*(out / "pair").rglob("*.safetensors")]
+    assert {file.stat().st_mode for file in weights} == {(out / "pair" / "collm.toml").stat().st_mode}
     served = tomllib.loads((out / "pair" / "collm.toml").read_text())
     assert served["base"]["model"] == str(base)
     assert [expert["name"] for expert in served["experts"]] == list(gate.experts)

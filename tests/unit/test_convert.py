@@ -70,6 +70,8 @@ def test_there_and_back(tmp_path: Path, tied: bool) -> None:
     back.check_fits(tmp_path / "b", ["anywhere"])
     before, after = load_causal(base_dir), load_causal(tmp_path / "b")
     assert torch.equal(forward(before, TOKENS)[1], forward(after, TOKENS)[1])
+    modes = {file.stat().st_mode for name in ("b", "g", "reference") for file in (tmp_path / name).iterdir()}
+    assert modes == {(tmp_path / "b" / "config.json").stat().st_mode}, "readable by whom the umask lets"
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["vocab_size"] == V
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,3 +184,13 @@ def test_saves_nothing_that_it_would_not_load(tmp_path: Path) -> None:
     with pytest.raises(GateError, match="not finite"):
         make_gate(tmp_path, theta=NAN).save(tmp_path / "gate")
     assert not (tmp_path / "gate").exists()
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            make_gate(tmp_path).save(tmp_path / str(mask))
+        finally:
+            os.umask(before)
+        assert {file.stat().st_mode & 0o777 for file in (tmp_path / str(mask)).iterdir()} == {mode}

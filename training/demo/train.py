@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,4 +190,5 @@ def save_model(model: PreTrainedModel, directory: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` (float32) and ``generation_config.json``."""
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, do_sample=False)
     model.save_pretrained(str(directory))
-    (directory / "model.safetensors").chmod(0o644)
+    # safetensors makes files that only their owner can read.
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")
