@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +157,29 @@ class GateArtifact:
     def hidden_size(self) -> int:
         """d, the base's hidden size."""
         return int(self.theta.shape[1])
+
+    def only(self, *names: str) -> GateArtifact:
+        """The gate for some of its experts, in this order: what a request that names them gets of the whole gate.
+
+        The calibration is left out, being the whole gate's.
+
+        Raises:
+            GateError: the gate has no such expert.
+        """
+        unknown = [name for name in names if name not in self.experts]
+        if unknown or not names:
+            raise GateError(
+                f"the gate is for the experts {', '.join(self.experts)}, not {', '.join(unknown) or 'none'}"
+            )
+        rows = [self.experts.index(name) for name in names]
+        return replace(
+            self,
+            theta=self.theta[rows],
+            bias=self.bias[rows],
+            experts=names,
+            expert_identities=tuple(self.expert_identities[row] for row in rows),
+            calibration=None,
+        )
 
     def save(self, path: str | Path) -> None:
         """Write both files into directory ``path``, which is made if needed.

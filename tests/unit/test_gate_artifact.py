@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.gate import GateArtifact, GateError, gate_logits, model_identity
+from engine.gate import GateArtifact, GateError, ModelIdentity, gate_logits, model_identity
 
 D = 8
 
@@ -62,6 +62,18 @@ def test_what_is_saved_is_loaded(tmp_path: Path, saved: Path) -> None:
     for field in set(vars(wanted)) - {"theta", "bias"}:
         assert getattr(found, field) == getattr(wanted, field), field
     assert found.hidden_size == D
+
+
+def test_some_of_the_experts() -> None:
+    identity = ModelIdentity("a", "b", {}, 3)
+    names = ("codes", "law", "art")
+    whole = GateArtifact(torch.randn(3, D), torch.randn(3), names, identity, (None, identity, None), calibration=[{}])
+    part = whole.only("art", "law")
+    assert torch.equal(part.theta, whole.theta[[2, 1]])
+    assert torch.equal(part.bias, whole.bias[[2, 1]])
+    assert (part.experts, part.expert_identities, part.calibration) == (("art", "law"), (None, identity), None)
+    with pytest.raises(GateError, match=r"experts codes, law, art, not music"):
+        whole.only("codes", "music")
 
 
 def test_an_expert_without_identity_is_not_checked(tmp_path: Path) -> None:
