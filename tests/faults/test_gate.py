@@ -11,14 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.gate import GateArtifact
-from tests.faults.servers import MODEL, PROMPTS, ROOT, FaultServer, in_background, serving
+from tests.faults.servers import MODEL, PROMPTS, FaultServer, gate_of_codes, in_background, serving
 
 
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
     directory = tmp_path_factory.mktemp("gate")
-    gate = GateArtifact.load(ROOT / "models" / "demo" / "gate")
+    gate = gate_of_codes()
     replace(gate, theta=torch.full_like(gate.theta, 3e38)).save(directory / "gate")
     with serving(directory, gate__path=str(directory / "gate")) as server:
         yield server
