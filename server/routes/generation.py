@@ -117,4 +117,6 @@ async def receive(request: Request, body_type: type[Body], id_prefix: str) -> Ca
     body = await read_body(request, body_type)
     member = service.models.member(body.model)
     engine = service.ready_engine()
-    return Call(request, service, engine, body, member, client_of(request.scope), started, f"{id_prefix}-{uuid.uuid4().hex}")
+    return Call(
+        request, service, engine, body, member, client_of(request.scope), started, f"{id_prefix}-{uuid.uuid4().hex}"
+    )
