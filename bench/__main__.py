@@ -1,10 +1,11 @@
-"""``python -m bench [all | coordination | compare | context | memory]``; ``--help`` says what each measures."""
+"""``python -m bench COMMAND``; ``--help`` says which there are and what each measures."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import compare, context, coordination, memory
+from bench import compare, context, coordination, memory, pacing
 from bench.contenders.interface import BenchError, Settings
 from bench.report import Report, bar_table, environment, environment_line, json_line
 from bench.shapes import DEMO, NAMES, Pair, get_pair
@@ -24,6 +25,7 @@ from bench.workload import PROMPT_TOKENS, Cell, Deferral
 COMMANDS = {
     "all": "everything in about ten minutes on two cores: the shares, the comparisons, context, memory",
     "coordination": "the engine alone: which part of its time goes to anything but the models",
+    "pacing": "the engine alone: lockstep as it is, with gather, with run-ahead, with both",
     "compare": "server, engine, stock vLLM, and the reference way, side by side",
     "context": "the engine alone: its own time a token as the context grows",
     "memory": "the server's resident memory over many requests",
@@ -86,6 +88,7 @@ async def _all(options: argparse.Namespace, workdir: Path) -> list[Report]:
     for shape in shapes:
         pair = _pair(options, shape, workdir)
         reports.append(await _measure("coordination", pair, options, workdir))
+        reports.append(await _measure("pacing", pair, options, workdir))
     for shape in shapes if options.shape else ["tiny", *large]:
         pair = _pair(options, shape, workdir)
         reports.append(await _measure("compare", pair, options, workdir))
@@ -124,7 +127,14 @@ async def _measure(command: str, pair: Pair, options: argparse.Namespace, workdi
     if command == "coordination":
         deferrals = gate or ([0.3] if quick and not small else [0.0, 0.1, 0.3, 1.0])
         cells = _cells(options, [256] if cuda else [coordination.BAR_CONCURRENCY], deferrals, ["short"])
+        # What joining two models costs, step by step; what pacing brings on top has a measurement of its own.
+        plain = dataclasses.replace(for_cells(cells), scheduler=dict(pacing.LOCKSTEP) | dict(options.scheduler))
         return await coordination.measure(
+            plain, cells, rounds=rounds, requests=requests, max_tokens=max_tokens, seed=options.seed
+        )
+    if command == "pacing":
+        cells = _cells(options, [8, 32], gate or [0.1, 0.3], ["short"])
+        return await pacing.measure(
             for_cells(cells), cells, rounds=rounds, requests=requests, max_tokens=max_tokens, seed=options.seed
         )
     if command == "compare":

@@ -58,27 +58,28 @@ def peak_rss_bytes(pid: int) -> int:
 def freeze(pid: int) -> None:
     """Stop a tree: it keeps its memory and takes no CPU time until it is thawed."""
     for member in tree(pid):
-        _send(member, signal.SIGSTOP)
+        send(member, signal.SIGSTOP)
 
 
 def thaw(pid: int) -> None:
     """Let a frozen tree go on."""
     for member in reversed(tree(pid)):
-        _send(member, signal.SIGCONT)
+        send(member, signal.SIGCONT)
 
 
 def end(pid: int, seconds: float = 20.0) -> None:
     """End a tree: ask its root, wait, then kill what is left of the tree."""
     thaw(pid)
     members = tree(pid)
-    _send(pid, signal.SIGTERM)
+    send(pid, signal.SIGTERM)
     deadline = time.monotonic() + seconds
     while any(_parent(member) is not None for member in members) and time.monotonic() < deadline:
         time.sleep(0.05)
     for member in members:
-        _send(member, signal.SIGKILL)
+        send(member, signal.SIGKILL)
 
 
-def _send(pid: int, number: signal.Signals) -> None:
+def send(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process that may be gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)

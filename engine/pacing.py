@@ -102,7 +102,7 @@ class StepCost:
     def seconds(self, tokens: float) -> float:
         """Expected duration of a step that computes ``tokens``."""
         mean = self._x / self._weight
-        return self._y / self._weight + self.slope * (tokens - mean)
+        return max(0.0, self._y / self._weight + self.slope * (tokens - mean))
 
 
 class Pacer:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+from bench import reaper
 from bench.contenders.interface import Account, BenchError, Settings, Stamp
 from bench.workload import Cell, Job
 from engine.client import EngineClient
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
 from engine.errors import CollmError
-from engine.types import BASE, Collaboration, Delta, EngineStats, GenerationRequest, SamplingSpec
+from engine.types import BASE, Collaboration, Delta, EngineStats, GenerationRequest, RunAhead, SamplingSpec
 
 
 def engine_config(settings: Settings) -> EngineConfig:
@@ -32,12 +33,14 @@ def engine_config(settings: Settings) -> EngineConfig:
     )
 
 
-def engine_request(job: Job) -> GenerationRequest:
-    """A job as the engine takes it."""
+def engine_request(job: Job, run_ahead: RunAhead | None = None) -> GenerationRequest:
+    """A job as the engine takes it. Without ``run_ahead`` the engine's own setting holds."""
     sampling = SamplingSpec(temperature=0.0, seed=job.seed, ignore_eos=True, max_tokens=job.max_tokens)
     if job.deferral == "gate":
-        return GenerationRequest(job.name, job.prompt, sampling)
-    return GenerationRequest(job.name, job.prompt, sampling, Collaboration(policy="random", rate=job.deferral))
+        collaboration = Collaboration(run_ahead=run_ahead)
+    else:
+        collaboration = Collaboration(policy="random", rate=job.deferral, run_ahead=run_ahead)
+    return GenerationRequest(job.name, job.prompt, sampling, collaboration)
 
 
 class EngineService:
@@ -67,6 +70,7 @@ class EngineService:
             self._client = await EngineClient.start(self._config)
         except CollmError as error:
             raise BenchError(str(error)) from error
+        reaper.look_after(self._client.pid)
         self.account = Account()
         self._client.on_batch(self._add)
 
@@ -79,6 +83,7 @@ class EngineService:
     def _add(self, deltas: list[Delta], stats: EngineStats) -> None:
         account = self.account
         account.loop_seconds, account.step_seconds = stats.loop_seconds, stats.step_seconds
+        account.accepted, account.discarded = stats.runahead_accepted, stats.runahead_discarded
         for lane, report in enumerate(stats.lanes):
             # In lockstep a batch has at most one step of each lane, and this is exact; else it is an estimate.
             account.rows[lane] += report.rows * (report.steps - account.steps[lane])
@@ -91,13 +96,18 @@ class EngineService:
 
 
 class EngineAlone:
-    """See the module's docstring; :class:`~bench.contenders.interface.Contender` for the contract."""
+    """See the module's docstring; :class:`~bench.contenders.interface.Contender` for the contract.
 
-    name = "engine"
+    Args:
+        run_ahead: asked for with every job; None leaves it to the engine's settings.
+    """
+
     slow = False
 
-    def __init__(self, service: EngineService) -> None:
+    def __init__(self, service: EngineService, name: str = "engine", run_ahead: RunAhead | None = None) -> None:
         self._service = service
+        self._run_ahead = run_ahead
+        self.name = name
         self.services = (service,)
 
     def takes(self, cell: Cell) -> bool:
@@ -110,7 +120,7 @@ class EngineAlone:
     async def run(self, job: Job, stamp: Stamp) -> int:
         """Complete one job."""
         tokens = 0
-        async for delta in self._service.client.generate(engine_request(job)):
+        async for delta in self._service.client.generate(engine_request(job, self._run_ahead)):
             if delta.finish_reason == "error":
                 raise BenchError(f"the engine ended {job.name}: {delta.error}")
             if delta.tokens:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from bench import processes
+from bench import processes, reaper
 from bench.http_client import Connection, HttpError, Pool
 from bench.shapes import REPOSITORY, Member, Pair
 from bench.workload import Cell, Job
@@ -96,6 +96,8 @@ class Account:
         tokens: written tokens.
         expert_tokens: those that an expert wrote.
         lane_seconds: duration of the steps, per lane.
+        accepted: tokens that the base drafted past a deferral and that stood.
+        discarded: those that did not.
     """
 
     loop_seconds: float = 0.0
@@ -106,6 +108,8 @@ class Account:
     tokens: int = 0
     expert_tokens: int = 0
     lane_seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    accepted: int = 0
+    discarded: int = 0
 
     def since(self, before: Account) -> Account:
         """What came after ``before``."""
@@ -122,6 +126,8 @@ class Account:
             self.tokens - before.tokens,
             self.expert_tokens - before.expert_tokens,
             minus(self.lane_seconds, before.lane_seconds),
+            self.accepted - before.accepted,
+            self.discarded - before.discarded,
         )
 
     @property
@@ -253,6 +259,7 @@ class HttpService:
                 # Ctrl-C is the bench's to handle: a frozen process could not.
                 start_new_session=True,
             )
+        reaper.look_after(self._process.pid)
         deadline = time.monotonic() + START_SECONDS
         while not await self._is_ready():
             status = self._process.poll()

@@ -1,0 +1,207 @@
+"""Run-ahead and gather change when things are computed, never what is written.
+
+The pair is one whose models often agree, so that windows stand, are cut, and stand in part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from engine.client import Engine
+from engine.types import Collaboration, Completion, EngineStats, GenerationRequest, SamplingSpec
+from tests.oracle import pairs
+from tests.oracle.checks import assert_empty, assert_same, run
+from tests.oracle.reference import Written, greedy, hidden_and_logits
+
+CHUNKED_AND_TIGHT = {"max_num_batched_tokens": 32, "max_num_seqs": 32, "kv_blocks": (16, 12)}
+OVERLAPPED = {"coordination": "overlapped", "executor": "mp"}
+
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "1 draft": ({"run_ahead": 1, "gather": "off"}, {}),
+    "4 drafts": ({"run_ahead": 4, "gather": "off"}, {}),
+    "16 drafts, gather 28": ({"run_ahead": 16, "gather": 28}, {"enable_prefix_caching": False}),
+    "automatic": ({"run_ahead": "auto", "gather": "auto"}, {}),
+    "no run-ahead, gather 8": ({"run_ahead": "off", "gather": 8}, {}),
+    "4 drafts, chunked prefill, tight KV": ({"run_ahead": 4, "gather": "off"}, CHUNKED_AND_TIGHT),
+    "automatic, chunked prefill, tight KV": ({"run_ahead": "auto"}, CHUNKED_AND_TIGHT),
+    "4 drafts, overlapped": ({"run_ahead": 4}, OVERLAPPED),
+    "automatic, overlapped, tight KV": ({"run_ahead": "auto"}, {**OVERLAPPED, **CHUNKED_AND_TIGHT}),
+}
+
+
+@pytest.fixture(scope="module")
+def related_pair(tmp_path_factory: pytest.TempPathFactory) -> pairs.Served:
+    return pairs.random_pair(tmp_path_factory.mktemp("related-pair"), related=True)
+
+
+@pytest.fixture(scope="module")
+def expected(related_pair: pairs.Served, prompts: list[list[int]]) -> list[Written]:
+    return [greedy(related_pair.reference, prompt, 50) for prompt in prompts[:32]]
+
+
+@pytest.fixture(scope="module")
+def engine(related_pair: pairs.Served) -> Iterator[Engine]:
+    with Engine(related_pair.config(scheduler={"run_ahead": "off", "gather": "off"})) as engine:
+        yield engine
+
+
+def greedy_requests(prompts: list[list[int]], tag: str, **collaboration: Any) -> list[GenerationRequest]:
+    sampling = SamplingSpec(temperature=0.0, max_tokens=50)
+    how = Collaboration(**collaboration)
+    return [GenerationRequest(f"{tag}-{number}", prompt, sampling, how) for number, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize(("scheduler", "lanes"), SETTINGS.values(), ids=SETTINGS.keys())
+def test_greedy_equals_the_oracle(
+    scheduler: dict[str, Any],
+    lanes: dict[str, Any],
+    related_pair: pairs.Served,
+    prompts: list[list[int]],
+    expected: list[Written],
+) -> None:
+    with Engine(related_pair.config(scheduler=scheduler, **lanes)) as engine:
+        assert_same(run(engine, greedy_requests(prompts[:32], "batch"), 32), expected)
+        stats = assert_empty(engine)
+        if scheduler["run_ahead"] == "off":
+            assert stats.runahead_accepted == stats.runahead_discarded == 0
+        else:
+            assert stats.runahead_accepted > 0
+            assert stats.runahead_discarded > 0
+        if "kv_blocks" in lanes:
+            assert min(lane.preemptions for lane in stats.lanes) > 0
+        # The second time the prefix cache knows all of it, asked positions included.
+        assert_same(run(engine, greedy_requests(prompts[:8], "alone"), 1), expected[:8])
+        assert_empty(engine)
+
+
+def expert_visits(engine: Engine, requests: list[GenerationRequest]) -> tuple[list[Completion], float]:
+    """The completions, alone one after the other, and the expert's steps per token that it wrote."""
+    before = steps_of(engine)
+    done = run(engine, requests, 1)
+    return done, (steps_of(engine) - before) / sum(sum(map(bool, one.sources)) for one in done)
+
+
+def steps_of(engine: Engine) -> int:
+    stats: EngineStats = assert_empty(engine)
+    return stats.lanes[1].steps
+
+
+def test_a_request_chooses_for_itself_and_saves_visits(
+    engine: Engine, prompts: list[list[int]], expected: list[Written]
+) -> None:
+    without, visits_without = expert_visits(engine, greedy_requests(prompts[:12], "off"))
+    within, visits_within = expert_visits(engine, greedy_requests(prompts[:12], "on", run_ahead=6))
+    assert_same(without, expected[:12])
+    assert_same(within, expected[:12])
+    assert visits_without >= 1
+    assert visits_within < 0.85 * visits_without
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingSpec(temperature=1.0),
+        SamplingSpec(temperature=0.7, top_p=0.8, logprobs=3),
+        SamplingSpec(temperature=2.0, top_k=5, min_tokens=10),
+    ],
+    ids=["plain", "top_p and logprobs", "top_k and min_tokens"],
+)
+def test_same_seed_same_answer(sampling: SamplingSpec, engine: Engine, prompts: list[list[int]]) -> None:
+    """Sampled answers too are, token for token, those of step-by-step decoding; alone and in a mixed batch."""
+
+    def requests(tag: str, run_ahead: Any) -> list[GenerationRequest]:
+        return [
+            GenerationRequest(
+                f"{tag}-{number}",
+                prompt,
+                msgspec.structs.replace(sampling, seed=number, max_tokens=30),
+                Collaboration(policy="sample" if number % 2 else "threshold", run_ahead=run_ahead),
+            )
+            for number, prompt in enumerate(prompts[:16])
+        ]
+
+    plain = engine.generate(requests("off", "off"))
+    before = assert_empty(engine)
+    mixed = engine.generate([*requests("six", 6), *requests("auto", "auto")])
+    after = assert_empty(engine)
+    assert after.runahead_accepted > before.runahead_accepted
+    assert after.runahead_discarded > before.runahead_discarded
+    alone = run(engine, requests("alone", 3), 1)
+    for others in (mixed[:16], mixed[16:], alone):
+        assert [(one.tokens, one.sources) for one in others] == [(one.tokens, one.sources) for one in plain]
+        if sampling.logprobs is None:
+            continue
+        for one, other in zip(plain, others, strict=True):
+            assert one.logprobs is not None
+            assert other.logprobs is not None
+            for mine, its in zip(one.logprobs, other.logprobs, strict=True):
+                assert mine.token_ids == its.token_ids
+                assert mine.logprobs == pytest.approx(its.logprobs, abs=1e-3)
+
+
+def test_frequencies_of_pairs_of_tokens(engine: Engine, related_pair: pairs.Served, prompts: list[list[int]]) -> None:
+    """Unseeded, both tokens the expert's, the second one decided in the same visit: P(x, y) = P(x) P(y | x)."""
+    draws, level, top_k, temperature = 4000, 1e-4, 4, 4.0
+    pair, prompt = related_pair.reference, prompts[3]
+
+    def distribution(tokens: list[int]) -> dict[int, float]:
+        with torch.inference_mode():
+            _, logits = hidden_and_logits(pair.experts[0], tokens)
+        top = logits.topk(top_k)
+        return dict(zip(top.indices.tolist(), torch.softmax(top.values / temperature, -1).tolist(), strict=True))
+
+    wanted = {
+        (one, other): probability * next_probability
+        for one, probability in distribution(prompt).items()
+        for other, next_probability in distribution([*prompt, one]).items()
+    }
+    before = assert_empty(engine)
+    completions = engine.generate(
+        GenerationRequest(
+            f"draw-{number}",
+            prompt,
+            SamplingSpec(temperature=temperature, top_k=top_k, max_tokens=2, ignore_eos=True),
+            Collaboration(policy="always", run_ahead=1),
+        )
+        for number in range(draws)
+    )
+    after = assert_empty(engine)
+    # Windows of two stood often, and were cut often.
+    assert after.runahead_accepted - before.runahead_accepted > draws / 10
+    assert after.runahead_discarded - before.runahead_discarded > draws / 10
+    counts = dict.fromkeys(wanted, 0)
+    for completion in completions:
+        counts[tuple(completion.tokens)] += 1  # type: ignore[index]
+    expected = [probability * draws for probability in wanted.values()]
+    assert min(expected) > 8
+    assert chisquare(list(counts.values()), expected).pvalue > level
+
+
+def test_drafts_that_were_cut_are_not_found_in_the_prefix_cache(
+    random_pair: pairs.Served, prompts: list[list[int]]
+) -> None:
+    """A draft's block is overwritten after the cut; were its hash published, the next request with that text would
+    read another text's keys and values."""
+    starts = [(prompt * 28)[:28] for prompt in prompts[:8]]  # a block has 32 tokens: four drafts fill it
+    pair = random_pair.reference
+    drafts = [greedy(pair, start, 12, policy="never", ignore_eos=True).tokens for start in starts]
+    with Engine(random_pair.config(scheduler={"run_ahead": 10, "gather": "off"})) as engine:
+        sampling = SamplingSpec(temperature=0.0, max_tokens=20, ignore_eos=True)
+        written = engine.generate(
+            GenerationRequest(f"cut-{number}", start, sampling, Collaboration(policy="always"))
+            for number, start in enumerate(starts)
+        )
+        assert assert_empty(engine).runahead_discarded >= 8 * len(starts)
+        assert all(one.tokens[:4] != draft[:4] for one, draft in zip(written, drafts, strict=True))
+        tails = [[*start, *draft] for start, draft in zip(starts, drafts, strict=True)]
+        got = engine.generate(
+            GenerationRequest(f"tail-{number}", tail, sampling, Collaboration(policy="never"))
+            for number, tail in enumerate(tails)
+        )
+        assert_same(got, [greedy(pair, tail, 20, policy="never", ignore_eos=True) for tail in tails])
