@@ -23,6 +23,7 @@ class Outlook(NamedTuple):
     Attributes:
         parked: requests that wait for the lane's word.
         drafting: those of them for which the base still drafts on.
+        told_to: those of them that asked for a number of drafts, which is not to be second-guessed.
         since: when the longest waiting one began to wait, in seconds of the scheduler's clock; None if none waits.
         progress: tokens that the base's next step is expected to gain; drafts count with the probability that they
             stand.
@@ -31,6 +32,7 @@ class Outlook(NamedTuple):
 
     parked: int
     drafting: int
+    told_to: int
     since: float | None
     progress: float
     alone: int
@@ -154,6 +156,8 @@ class Pacer:
             return False
         if self._clock() - outlook.since >= self._max_wait:
             return False
+        if outlook.told_to == outlook.parked:
+            return True
         if isinstance(self._gather, int):
             return outlook.parked < self._gather
         if self._gather == "off" and outlook.drafting < outlook.parked:

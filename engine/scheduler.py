@@ -234,13 +234,15 @@ class Scheduler:
     def outlook(self, lane: int) -> Outlook:
         """What speaks for stepping an expert's lane now, and what for waiting."""
         parked = self._parked[lane]
-        drafting = 0
+        drafting = told_to = 0
         progress = 0.0
         for sequence in self._due[BASE].values():
-            drafting += sequence in parked
-            progress += 1.0 if sequence.run_ahead else self._standing(sequence)
+            progress += self._standing(sequence)
+            if sequence in parked:
+                drafting += 1
+                told_to += sequence.run_ahead is not None
         since = next(iter(parked)).parked_at if parked else None
-        return Outlook(len(parked), drafting, since, progress, self._alone[lane])
+        return Outlook(len(parked), drafting, told_to, since, progress, self._alone[lane])
 
     @property
     def running(self) -> int:

@@ -14,8 +14,8 @@ from tests.engine.builders import make_lanes, make_scheduler, mixed_requests, re
 from tests.engine.oracle import Ledger, Pair, check
 
 
-def outlook(parked: int = 4, drafting: int = 0, since: float = 0.0, progress: float = 28.0, alone: int = 0) -> Outlook:
-    return Outlook(parked, drafting, since, progress, alone)
+def outlook(parked: int = 4, drafting: int = 0, progress: float = 28.0, told_to: int = 0, alone: int = 0) -> Outlook:
+    return Outlook(parked, drafting, told_to, 0.0, progress, alone)
 
 
 def pacer(now: float = 0.0, **options: Any) -> Pacer:
@@ -142,6 +142,14 @@ def test_requests_that_an_expert_serves_alone_are_not_held_back() -> None:
 def test_without_gather_only_rows_that_draft_wait() -> None:
     assert not ready_to_hold(gather="off").holds(1, outlook(parked=4, drafting=3))
     assert ready_to_hold(gather="off").holds(1, outlook(parked=4, drafting=4))
+
+
+def test_a_number_of_drafts_is_not_second_guessed() -> None:
+    """Also where nothing is known of costs, and whatever they are."""
+    for gather in ("off", "auto", 2):
+        assert pacer(gather=gather).holds(1, outlook(parked=4, drafting=4, told_to=4))
+        assert not pacer(gather=gather).holds(1, outlook(parked=4, drafting=4, told_to=3))
+        assert not pacer(now=9.0, gather=gather).holds(1, outlook(parked=4, drafting=4, told_to=4))
 
 
 def test_a_number_waits_for_that_many() -> None:
