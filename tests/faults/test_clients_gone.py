@@ -98,16 +98,20 @@ def _sum_tokens(metrics: dict[str, float]) -> float:
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_19_gone_in_the_middle_of_the_prompt(tight: FaultServer, stream: bool) -> None:
     """The base lane is at work on the prompts; no token is written yet."""
-    aborted, tokens = tight.outcomes("aborted"), _tokens(tight)
-    socks = [raw.connect(tight) for _ in range(4)]
-    for number, sock in enumerate(socks):
-        sock.sendall(raw.post(tight, _body(stream, _fresh(number, stream), max_tokens=50)))
-    eventually(lambda: tight.metric("collm_lane_batch_rows{lane=base}") > 0)
-    for sock in socks:
-        raw.hang_up(sock)
-    _all_free(tight, aborted + 4, f"4 clients in mid-prompt, {'stream' if stream else 'whole'}")
-    assert _tokens(tight) == tokens
-    tight.check_good()
+    for attempt in range(5):
+        aborted, tokens = tight.outcomes("aborted"), _tokens(tight)
+        socks = [raw.connect(tight) for _ in range(4)]
+        for number, sock in enumerate(socks):
+            sock.sendall(raw.post(tight, _body(stream, _fresh(30 + 4 * attempt + number, stream), max_tokens=50)))
+        eventually(lambda: tight.metric("collm_lane_batch_rows{lane=base}") > 0)
+        for sock in socks:
+            raw.hang_up(sock)
+        _all_free(tight, aborted + 4, f"4 clients in mid-prompt, {'stream' if stream else 'whole'}")
+        in_time = _tokens(tight) == tokens
+        tight.check_good()
+        if in_time:
+            return
+    pytest.fail("the clients never went before the first token")
 
 
 def _expert_at_work_before_any_token(server: FaultServer, tokens: float) -> bool:
