@@ -261,7 +261,7 @@ class EngineClient:
         while True:
             try:
                 message = self._decoder.decode(await self._batches.recv())
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 self._die(f"the engine sent a message that cannot be read: {error}")
                 return
             match message:

@@ -163,7 +163,7 @@ class EngineProcess:
                     return
                 try:
                     self._inbox.put(self._decoder.decode(requests.recv()))
-                except (msgspec.DecodeError, UnicodeDecodeError):
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                     logger.exception("a message that cannot be read was dropped")
 
     def _send(self, message: FromEngine) -> None:

@@ -60,7 +60,9 @@ class Terminal:
         end = time.monotonic() + seconds
         while text not in self.shown:
             assert time.monotonic() < end, f"no {text!r} in {self.shown!r}"
-            assert self._read() or self.process.poll() is None or text in self.shown, self.shown
+            # In this order: what it wrote before its end is there to be read once it has ended.
+            ended = self.process.poll() is not None
+            assert self._read() or not ended, self.shown
             time.sleep(0.02)
 
     def end(self, seconds: float = 60.0) -> Result:
@@ -72,7 +74,8 @@ class Terminal:
                 self.process.kill()
                 raise AssertionError(f"it did not end: {self.shown!r}")
             time.sleep(0.02)
-        self._read()
+        while self._read():  # one gives no more than a page
+            pass
         return Result(self.process.returncode, self.shown)
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -120,14 +121,15 @@ def test_27_slow_readers_cost_bounded_memory(live: FaultServer) -> None:
 
 def test_28_one_user_with_a_thousand_long_prompts(live: FaultServer) -> None:
     """Somebody else's short requests are answered while most of the flood still waits."""
-    flood = [raw.connect(live) for _ in range(8)]
+    flood: list[socket.socket] = []
     other = replace(live, key=OTHER_KEY)
     try:
-        for number, sock in enumerate(flood):
-            # 8 x 125 prompts; the server takes as many as its queue holds.
+        for number in range(8):
             prompts = [[1 + number, 1 + index, *range(2, 400)] for index in range(125)]
             body = {"model": MODEL, "prompt": prompts, "max_tokens": 32, "ignore_eos": True}
-            sock.sendall(raw.post(live, json.dumps(body).encode()))
+            request = raw.post(live, json.dumps(body).encode())
+            flood.append(raw.connect(live))
+            flood[-1].sendall(request)
         eventually(lambda: live.metric("collm_requests_waiting{}") >= 900)
         begun, begin = live.outcomes("length"), time.monotonic()
         # The user field says nothing about who somebody is.

@@ -28,6 +28,9 @@ def _under_way(server: FaultServer, submit: Any, count: int = 6, **fields: Any) 
     before = server.metric("collm_lane_step_seconds_count{lane=codes}")
     futures = [submit(server, number % 2 == 0, PROMPTS[number], **LONG | fields) for number in range(count)]
     eventually(lambda: server.metric("collm_lane_step_seconds_count{lane=codes}") > before + 10)
+    # All of them: one that comes after the fault is another case.
+    gauges = ("collm_requests_running{}", "collm_requests_waiting{}")
+    eventually(lambda: sum(map(server.metric, gauges)) >= count * fields.get("n", 1))
     return futures
 
 

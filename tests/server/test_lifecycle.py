@@ -97,6 +97,15 @@ async def begin_stream(client: httpx.AsyncClient, **fields: Any) -> tuple[contex
     return stack, response
 
 
+async def in_flight(client: httpx.AsyncClient, count: int) -> None:
+    """Returns once so many generations are admitted."""
+    found = -1.0
+    async with asyncio.timeout(60):
+        while found != count:
+            text = (await client.get("/metrics")).text
+            found = sum(map(float, re.findall(r"^collm_requests_(?:running|waiting){.*} (\S+)$", text, re.M)))
+
+
 async def gone(pid: int) -> None:
     """Returns when a process has ended."""
     async with asyncio.timeout(20):
@@ -136,16 +145,16 @@ async def test_a_second_signal_ends_at_once(start: Start) -> None:
     async with server.client() as client:
         stack, response = await begin_stream(client)
         async with stack:
+            lines = response.aiter_text()
+            texts = [await anext(lines)]
             server.process.send_signal(signal.SIGTERM)
             await server.said("draining")
             server.process.send_signal(signal.SIGTERM)
             assert await server.ended() == 143
-            texts: list[str] = []
             with contextlib.suppress(httpx.HTTPError):
-                async for text in response.aiter_text():
+                async for text in lines:
                     texts.append(text)
     # Cut short, and seen to be: by an error event or by a broken connection.
-    assert texts
     assert "[DONE]" not in "".join(texts)
     await gone(engine)
 
@@ -159,7 +168,7 @@ async def test_the_death_of_the_engine_is_answered_and_ends_the_process(start: S
             lines = response.aiter_text()
             first = await anext(lines)
             whole = asyncio.create_task(client.post("/v1/completions", json=LONG))
-            await asyncio.sleep(0.1)
+            await in_flight(client, 2)
             os.kill(engine, signal.SIGKILL)
             rest = first + "".join([text async for text in lines])
             check_error(await whole, 500)

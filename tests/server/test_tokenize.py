@@ -61,7 +61,8 @@ async def test_tokenising_leaves_the_event_loop_free(house: House) -> None:
         await asyncio.sleep(0)
         answered += 1
     assert long.result().status_code == 200
-    assert answered > 10
+    # One would be answered before it begins, and one after its end.
+    assert answered > 3
 
 
 def test_truncation_in_the_file_is_switched_off(tmp_path: Path) -> None:
