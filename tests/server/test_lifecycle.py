@@ -59,8 +59,11 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
     started: list[Process] = []
 
-    async def launch(*argv: str, backend: str = "standin", ready: bool = True) -> Process:
-        lane = 'vllm = { vocab_size = 330, max_model_len = 200000 }\nbackend = "standin"\n'
+    async def launch(
+        *argv: str, backend: str = "standin", ready: bool = True, step_seconds: float | None = None
+    ) -> Process:
+        step = "" if step_seconds is None else f", step_seconds = {step_seconds}"
+        lane = f'vllm = {{ vocab_size = 330, max_model_len = 200000{step} }}\nbackend = "standin"\n'
         config = tmp_path / "pair.toml"
         lane = lane.replace('"standin"', f'"{backend}"')
         config.write_text(
@@ -97,6 +100,14 @@ async def begin_stream(client: httpx.AsyncClient, **fields: Any) -> tuple[contex
     return stack, response
 
 
+async def in_flight(client: httpx.AsyncClient, count: int) -> None:
+    """Returns when so many generations of the joint model have been admitted."""
+    gauges = re.compile(r'^collm_requests_(?:running|waiting){model_name="collm-demo"} (\S+)$', re.M)
+    async with asyncio.timeout(30):
+        while sum(map(float, gauges.findall((await client.get("/metrics")).text))) != count:
+            await asyncio.sleep(0.02)
+
+
 async def gone(pid: int) -> None:
     """Returns when a process has ended."""
     async with asyncio.timeout(20):
@@ -105,14 +116,15 @@ async def gone(pid: int) -> None:
 
 
 async def test_it_says_how_to_try_it_and_drains_on_sigterm(start: Start) -> None:
-    server = await start()
+    # Slow enough to be in flight still when the server has been told to end and been asked twice more.
+    server = await start(step_seconds=0.002)
     example = await server.said("try: (curl .*)")
     assert server.url in example
     answer = subprocess.run(example, shell=True, capture_output=True, text=True, timeout=30, check=True).stdout
     assert '"text_completion"' in answer
     (engine,) = server.children()
     async with server.client() as client:
-        stack, response = await begin_stream(client, max_tokens=4_000)
+        stack, response = await begin_stream(client, max_tokens=1_500)
         async with stack:
             lines = response.aiter_text()
             first = await anext(lines)
@@ -159,7 +171,7 @@ async def test_the_death_of_the_engine_is_answered_and_ends_the_process(start: S
             lines = response.aiter_text()
             first = await anext(lines)
             whole = asyncio.create_task(client.post("/v1/completions", json=LONG))
-            await asyncio.sleep(0.1)
+            await in_flight(client, 2)
             os.kill(engine, signal.SIGKILL)
             rest = first + "".join([text async for text in lines])
             check_error(await whole, 500)

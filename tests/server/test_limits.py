@@ -14,7 +14,7 @@ from engine.types import Delta, GenerationRequest
 from server.cli import bind
 from server.lifecycle import HttpServer, uvicorn_config
 from tests.server.conftest import Build, House
-from tests.server.fakes import A, waits_forever
+from tests.server.fakes import A, eventually, waits_forever
 
 BODY = b'{"model": "collm-demo", "prompt": "Hello", "max_tokens": 2}'
 LIMITS: dict[str, Any] = {
@@ -49,7 +49,8 @@ class Wire:
         status, _, body = await self.send(post(BODY))
         assert status == 200
         assert body["choices"][0]["text"] == "ab"
-        assert self.house.service.admission.in_flight == 0
+        # A request whose client has gone gives its place back a little after the engine has let go of it.
+        await eventually(lambda: self.house.service.admission.in_flight == 0)
 
 
 async def read_response(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], Any]:
@@ -86,7 +87,7 @@ async def wire(build: Build) -> AsyncIterator[Wire]:
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     yield Wire(house, sock.getsockname()[1])
     server.should_exit = True
-    await asyncio.wait_for(serving, 10)
+    await asyncio.wait_for(serving, 30)
 
 
 async def test_a_good_request_and_a_kept_connection(wire: Wire) -> None:
@@ -223,9 +224,7 @@ async def test_a_reader_that_reads_nothing_is_let_go(wire: Wire) -> None:
         b'{"model": "collm-demo", "prompt": "a", "max_tokens": 200, "stream": true, "collaboration": {"report": true}}'
     )
     writer.write(post(body))
-    async with asyncio.timeout(20):
-        while not wire.house.engine.closed_early:
-            await asyncio.sleep(0.01)
+    await eventually(lambda: bool(wire.house.engine.closed_early))
     assert written * 1000 < 10_000_000
     writer.close()
     wire.house.engine.script = good
@@ -242,14 +241,10 @@ async def test_200_clients_that_go_at_once(wire: Wire, stream: bytes) -> None:
         _, writer = await wire.open()
         writer.write(post(body))
         writers.append(writer)
-    async with asyncio.timeout(20):
-        while len(wire.house.engine.seen) < 200:
-            await asyncio.sleep(0.01)
+    await eventually(lambda: len(wire.house.engine.seen) == 200)
     for writer in writers:
         writer.transport.abort()
-    async with asyncio.timeout(20):
-        while len(wire.house.engine.closed_early) < 200:
-            await asyncio.sleep(0.01)
+    await eventually(lambda: len(wire.house.engine.closed_early) == 200)
     wire.house.engine.script = good
     await wire.still_serves()
     aborted = await wire.house.metric("collm_requests_total", model_name="collm-demo", outcome="aborted")
@@ -267,4 +262,4 @@ async def test_a_root_path(build: Build) -> None:
     check(await wire.send(post(BODY)), 401)
     assert (await wire.send(post(BODY, b"Authorization: Bearer k")))[0] == 200
     server.should_exit = True
-    await asyncio.wait_for(serving, 10)
+    await asyncio.wait_for(serving, 30)

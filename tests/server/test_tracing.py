@@ -31,7 +31,7 @@ from server.tracing import MAX_STRETCHES, Stretch, stretches
 from tests.server import test_lifecycle
 from tests.server.collector import Collector, Span
 from tests.server.conftest import Build, House
-from tests.server.fakes import check_error, deltas_of, events, letters, settings, waits_forever
+from tests.server.fakes import check_error, deltas_of, events, eventually, letters, settings, waits_forever
 from tests.server.test_lifecycle import ROOT, Start
 
 start = test_lifecycle.start
@@ -264,11 +264,11 @@ async def test_a_dead_collector_costs_a_warning(start: Start, listening: bool) -
             for _ in range(30):
                 began = time.monotonic()
                 assert (await client.post("/v1/completions", json=body)).status_code == 200
-                assert time.monotonic() - began < 5
+                assert time.monotonic() - began < 20
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert await server.ended() == 0
-        assert time.monotonic() - began < 12
+        assert time.monotonic() - began < 25
         assert server.process.stdout is not None
         output = (await server.process.stdout.read()).decode()
         assert "Traceback" not in output
@@ -382,8 +382,10 @@ async def test_failures_by_whose_fault_they_are(traced: Any) -> None:
 
 async def test_a_client_that_hangs_up(traced: Any) -> None:
     on = await traced(waits_forever)
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(on.house.complete(), 0.2)
+    asked = asyncio.create_task(on.house.complete())
+    await eventually(lambda: bool(on.house.engine.seen))
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
     [request] = await on.flushed()
     assert request.attributes["collm.finish_reason"] == "aborted"
     assert not request.failed
