@@ -139,7 +139,7 @@ def get_pair(name: str, workdir: Path, *, agreement: float = 0.0, context: int =
         ValueError: there is no such shape.
     """
     if name == DEMO:
-        return _demo(dtype)
+        return _demo(workdir, dtype)
     if name not in SHAPES:
         raise ValueError(f"there is no shape {name!r}: {', '.join(NAMES)}")
     shape = SHAPES[name]
@@ -159,8 +159,11 @@ def get_pair(name: str, workdir: Path, *, agreement: float = 0.0, context: int =
     )
 
 
-def _demo(dtype: str) -> Pair:
+def _demo(workdir: Path, dtype: str) -> Pair:
+    """The shipped base and its expert ``codes``: all other pairs have one expert too."""
     from tokenizers import Tokenizer
+
+    from engine.gate import GateArtifact
 
     folder = REPOSITORY / "models" / "demo"
     dtype = dtype or "float32"
@@ -172,14 +175,18 @@ def _demo(dtype: str) -> Pair:
         members.append(Member(folder / name, (folder / name / "model.safetensors").stat().st_size, kv))
     tokenizer = Tokenizer.from_file(str(folder / "base" / "tokenizer.json"))
     questions = json.loads((folder / "questions.json").read_text())
-    prompts = tuple(tuple(tokenizer.encode(question["prompt"]).ids) for question in questions)
+    prompts = tuple(
+        tuple(tokenizer.encode(question["prompt"]).ids) for question in questions if question["kind"] != "arithmetic"
+    )
+    gate = workdir / "demo-gate-of-codes"
+    GateArtifact.load(folder / "gate").only("codes").save(gate)
     vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
     return Pair(
         DEMO,
         members[0],
         members[1],
         "codes",
-        folder / "gate",
+        gate,
         dtype,
         vocab_size,
         max_tokens=64,

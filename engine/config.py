@@ -6,7 +6,7 @@ vLLM's own options pass through under vLLM's own names in ``LaneConfig.vllm``; t
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -85,7 +85,20 @@ class SchedulerConfig(_Config):
     overlapped where every expert has ``devices`` of its own, else lockstep."""
 
     max_num_seqs: int = Field(default=64, ge=1)
-    """Most requests in the lanes at once; the rest wait in order."""
+    """Most requests in the lanes at once. The rest wait: in order of arrival within a client (an API key, else an
+    address), and between clients so that whoever got the fewest tokens is next."""
+
+    gather: Literal["auto", "off"] | Annotated[int, Field(ge=1)] = "auto"
+    """Lockstep only: how many deferred requests an expert's step waits for, while the base goes on with the others.
+    "auto" weighs the measured costs of steps, "off" never waits."""
+
+    gather_max_wait_seconds: float = Field(default=0.2, ge=0)
+    """Longest that a deferred request is held back so that others can join it."""
+
+    run_ahead: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=64)] = "auto"
+    """How many tokens the base drafts past a deferral before the expert has written, for requests that do not say.
+    The expert decides all of a window's deferred positions in one visit. "auto" adapts to how often the expert
+    agrees with the drafts. What is written does not depend on it."""
 
     step_timeout_seconds: float = Field(default=60.0, gt=0)
     """A lane whose step takes longer counts as lost until the step ends. Requests that wait for it end with an error,

@@ -2,15 +2,24 @@
 
 A request with a seed must give the same tokens alone and in any batch, whatever is preempted, recomputed or computed
 ahead of time. A generator that is advanced once a sample cannot promise that: a recomputed position would draw twice.
-So nothing is advanced: each draw is keyed by where it happens. The mixing function is SplitMix64 (Steele, Lea and
-Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
+So nothing is advanced: each draw is keyed by where it happens.
+
+All lanes use the same noise for a token at the same position. Only one of them writes it, so its distribution is that
+lane's own; and the base's draft then equals what the expert will write as often as two samplers can that know nothing
+of each other's distribution (common random numbers).
+
+The mixing function is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA
+2014).
 """
 
 from __future__ import annotations
 
 _MASK = (1 << 64) - 1
+TOKEN_STREAM = 0
+"""The stream of every lane's token draws."""
+
 POLICY_STREAM = 1 << 32
-"""The stream of the policies' own draws; token draws use the lane's number as their stream."""
+"""The stream of the policies' own draws."""
 
 
 def _mix(value: int) -> int:
@@ -25,7 +34,7 @@ def key(seed: int, stream: int, position: int) -> int:
 
     Args:
         seed: the request's seed, any integer (its low 64 bits count).
-        stream: who draws: a lane's number or POLICY_STREAM.
+        stream: what is drawn: TOKEN_STREAM or POLICY_STREAM.
         position: number of tokens, prompt included, before the one being drawn.
     """
     return _mix(_mix(_mix(seed & _MASK) ^ stream) ^ position)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,29 @@ class GateArtifact:
         """d, the base's hidden size."""
         return int(self.theta.shape[1])
 
+    def only(self, *names: str) -> GateArtifact:
+        """The gate for some of its experts, in this order: what a request that names them gets of the whole gate.
+
+        The calibration is left out, being the whole gate's.
+
+        Raises:
+            GateError: the gate has no such expert.
+        """
+        unknown = [name for name in names if name not in self.experts]
+        if unknown or not names:
+            raise GateError(
+                f"the gate is for the experts {', '.join(self.experts)}, not {', '.join(unknown) or 'none'}"
+            )
+        rows = [self.experts.index(name) for name in names]
+        return replace(
+            self,
+            theta=self.theta[rows],
+            bias=self.bias[rows],
+            experts=names,
+            expert_identities=tuple(self.expert_identities[row] for row in rows),
+            calibration=None,
+        )
+
     def save(self, path: str | Path) -> None:
         """Write both files into directory ``path``, which is made if needed.
 
@@ -183,6 +207,8 @@ class GateArtifact:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(directory / TENSORS_FILE))
         text = json.dumps(fields, indent=2, ensure_ascii=False)
         (directory / FIELDS_FILE).write_text(text + "\n", encoding="utf-8")
+        # safetensors makes files that only their owner can read; a server often runs as someone else.
+        shutil.copymode(directory / FIELDS_FILE, directory / TENSORS_FILE)
 
     @classmethod
     def load(cls, path: str | Path) -> GateArtifact:

@@ -1,7 +1,8 @@
 """The step loop: plan, step, land, in lockstep or overlapped.
 
 *Lockstep* steps one lane after the other. Rows stay together in one batch, which on shared hardware is worth more
-than doing two things at once. *Overlapped* lets every lane step as soon as it has work, for lanes on devices of their
+than doing two things at once; while the base has something to do, an expert's step may wait until it pays (see
+:mod:`engine.pacing`). *Overlapped* lets every lane step as soon as it has work, for lanes on devices of their
 own; its lanes, all but one, compute in worker processes.
 """
 
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from typing import Literal
 
 from engine.lanes.interface import Lane, LaneReport
+from engine.pacing import Pacer
 from engine.scheduler import Scheduler
 from engine.types import BASE, EngineStats
 
@@ -28,6 +30,7 @@ class StepLoop:
         scheduler: decides.
         lanes: compute; the scheduler's lane numbers index this list.
         coordination: see the module's docstring.
+        pacer: told of every step; says in lockstep when an expert's lane should wait. None never lets one wait.
         step_timeout: seconds after which an expert's step counts as lost until it ends; a base's ends the engine.
             A lane that computes in this thread cannot be watched from here; the engine's client watches those.
         wake: called from another thread when an overlapped step has completed; must make the caller call
@@ -39,12 +42,14 @@ class StepLoop:
         scheduler: Scheduler,
         lanes: list[Lane],
         coordination: Literal["lockstep", "overlapped"],
+        pacer: Pacer | None = None,
         step_timeout: float = 60.0,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
         self._lanes = lanes
         self._overlapped = coordination == "overlapped"
+        self._pacer = pacer or Pacer(len(lanes), gather="off")
         self._step_timeout = step_timeout
         self._wake = wake
         # Steps that nobody waits for in place: overlapped ones, and overdue ones in either mode.
@@ -109,6 +114,8 @@ class StepLoop:
             scheduler.gate_errors,
             self._integrity_errors,
             scheduler.expert_failures,
+            scheduler.runahead_accepted,
+            scheduler.runahead_discarded,
         )
 
     def shutdown(self) -> None:
@@ -118,10 +125,15 @@ class StepLoop:
 
     def _pass_lockstep(self) -> bool:
         active = self._land_completed()
+        base_went_on = False
         for number, lane in enumerate(self._lanes):
             if number in self._lost or not self._prepare(number):
                 continue
             active = True
+            if number == BASE:
+                base_went_on = True
+            elif base_went_on and self._pacer.holds(number, self._scheduler.outlook(number)):
+                continue
             future = lane.start()
             try:
                 future.exception(self._step_timeout)
@@ -193,9 +205,12 @@ class StepLoop:
     def _land(self, number: int, future: Future[LaneReport]) -> None:
         report = future.result()
         self._step_seconds += report.seconds
+        scheduler = self._scheduler
         for request_id, message, refused in report.failures:
-            self._scheduler.fail(request_id, message, refused=refused)
-        self._scheduler.land(number, report.samples)
+            scheduler.fail(request_id, message, refused=refused)
+        before = scheduler.progress
+        scheduler.land(number, report.samples)
+        self._pacer.observe(number, report.tokens, report.rows, report.seconds, scheduler.progress - before)
 
     def _rest(self) -> None:
         """Called once when the engine has gone idle: nothing may be left in any lane."""

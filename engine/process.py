@@ -37,6 +37,7 @@ from engine.messages import (
     Submit,
     ToEngine,
 )
+from engine.pacing import Pacer
 from engine.scheduler import Scheduler
 from engine.types import EngineInfo, GateInfo
 
@@ -78,7 +79,7 @@ class EngineProcess:
         assert isinstance(start, Start)
         try:
             config = EngineConfig.model_validate_json(start.config)
-            scheduler, lanes, info = build(
+            scheduler, lanes, info, pacer = build(
                 config,
                 on_progress=lambda message: self._send(Progress(message)),
                 on_ready=lambda: self._inbox.put(None),
@@ -95,6 +96,7 @@ class EngineProcess:
             scheduler,
             lanes,
             info.coordination,
+            pacer,
             step_timeout=config.scheduler.step_timeout_seconds,
             wake=lambda: self._inbox.put(None),
         )
@@ -174,8 +176,8 @@ def build(
     on_progress: Callable[[str], None],
     on_ready: Callable[[], None],
     on_failure: Callable[[str], None],
-) -> tuple[Scheduler, list[Lane], EngineInfo]:
-    """Scheduler and lanes as configured.
+) -> tuple[Scheduler, list[Lane], EngineInfo, Pacer]:
+    """Scheduler, lanes and pacer as configured.
 
     Raises:
         ConfigError, GateError: what does not fit; see :func:`engine.vllm_hooks.load.make_plan`.
@@ -210,6 +212,11 @@ def build(
     if coordination == "auto":
         coordination = "overlapped" if config.on_separate_devices else "lockstep"
     max_model_len = min(lane.info.max_model_len for lane in lanes)
+    pacer = Pacer(
+        len(lanes),
+        gather=config.scheduler.gather,
+        max_wait=config.scheduler.gather_max_wait_seconds,
+    )
     scheduler = Scheduler(
         lanes=len(lanes),
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -220,12 +227,14 @@ def build(
         policy=gate.policy if gate is not None else (config.gate.policy or "never"),
         threshold=gate.threshold if gate is not None else 0.5,
         expert_failure=config.scheduler.expert_failure,
+        run_ahead=config.scheduler.run_ahead,
+        worth_drafting=pacer.worth_drafting,
         refusal=lambda request: next(filter(None, (lane.refusal(request) for lane in lanes)), None),
     )
     info = EngineInfo(
         [lane.info for lane in lanes], vocab_size, max_model_len, eos_token_ids, coordination, gate, versions
     )
-    return scheduler, lanes, info
+    return scheduler, lanes, info, pacer
 
 
 def _end_with_parent() -> None:

@@ -3,11 +3,18 @@
 It is pure. :meth:`Scheduler.plan` says what changed for a lane, :meth:`Scheduler.land` takes in what a lane's step
 sampled, :meth:`Scheduler.take_deltas` hands out what requests gained. It does no I/O, knows no model, and is driven
 the same way by the step loop and by the tests. Lanes may step in any order, at any pace: a sample counts only if it
-comes from the lane whose turn it is, at the position that is open.
+comes from a lane that was asked for it, at the position that is open.
+
+*Run-ahead*: while a position waits for its expert, the base may draft on as if its own token stood there. The expert
+then decides every deferred position of such a window in one visit; the first token that differs from its draft ends
+the window. Every lane samples a position with the same noise (see :mod:`engine.draws`), so what is written is, token
+for token, what would have been written without: greedy or sampled. That is speculative decoding (Leviathan et al.,
+2023) with common random numbers in place of rejection sampling, and only deferred positions can reject.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -16,20 +23,24 @@ from typing import Literal
 import msgspec
 
 from engine import draws
+from engine.fair_queue import PROMPT_TOKEN_COST, WRITTEN_TOKEN_COST, FairQueue
 from engine.lanes.interface import Extension, LaneRequest, LaneWork, Sample
-from engine.policies import POLICIES, Position, read_gate
-from engine.sequence import ABSENT, Sequence
-from engine.types import BASE, Delta, FinishReason, GenerationRequest, PolicyName, TokenLogprobs
+from engine.pacing import Agreement, Outlook
+from engine.policies import NOT_FINITE, POLICIES, Position, read_gate
+from engine.sequence import ABSENT, Draft, Sequence
+from engine.types import BASE, Delta, FinishReason, GenerationRequest, PolicyName, RunAhead, TokenLogprobs
 
 CONFIDENCE_THRESHOLD = 0.5
 """Default threshold of the ``confidence`` policy; a gate artifact's threshold is on another scale."""
 
+LONGEST_WINDOW = 16
+"""Most drafts of a request whose window length is chosen automatically; bounds what a rejection can waste."""
 
 LOST = "the step of a lane timed out"
 
 
 class Scheduler:
-    """Queues requests, admits them, routes every token, ends requests.
+    """Queues requests, admits them (fairly between clients), routes every token, ends requests.
 
     Args:
         lanes: number of lanes; 0 is the base, the others are experts.
@@ -43,6 +54,8 @@ class Scheduler:
         refusal: what a lane has against a request, if anything; asked once, before it is queued.
         expert_failure: what becomes of a deferral whose expert is lost: "error" ends the request, "base" lets the
             base's own token stand.
+        run_ahead: for requests that do not say: "auto", "off", or how many tokens the base may draft past a deferral.
+        worth_drafting: whether a draft that stands with this probability pays; asked where run-ahead is "auto".
         clock: seconds; a parameter for tests.
     """
 
@@ -59,6 +72,8 @@ class Scheduler:
         threshold: float = 0.5,
         refusal: Callable[[GenerationRequest], str | None] = lambda _: None,
         expert_failure: Literal["error", "base"] = "error",
+        run_ahead: RunAhead = "off",
+        worth_drafting: Callable[[float], bool] = lambda probability: probability >= 0.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lanes = lanes
@@ -71,8 +86,10 @@ class Scheduler:
         self._threshold = threshold
         self._refusal = refusal
         self._expert_failure = expert_failure
+        self._run_ahead: RunAhead = run_ahead
+        self._worth_drafting = worth_drafting
         self._clock = clock
-        self._waiting: dict[str, Sequence] = {}
+        self._waiting: FairQueue[Sequence] = FairQueue()
         self._running: dict[str, Sequence] = {}
         # Per lane: sequences the lane must be told about, in the order in which they became due.
         self._due: list[dict[str, Sequence]] = [{} for _ in range(lanes)]
@@ -81,8 +98,16 @@ class Scheduler:
         self._changed: dict[Sequence, None] = {}
         self._expert_waits: list[float] = []
         self._lost: set[int] = set()
+        # Per lane: sequences that wait for its word, the longest waiting first.
+        self._parked: list[dict[Sequence, None]] = [{} for _ in range(lanes)]
+        # Per lane: running requests that it serves alone.
+        self._alone = [0] * lanes
+        self._agreement = [Agreement() for _ in range(lanes)]
         self.gate_errors = 0
         self.expert_failures = 0
+        self.progress = 0.0
+        self.runahead_accepted = 0
+        self.runahead_discarded = 0
 
     # -- requests ---------------------------------------------------------------------------------------------
 
@@ -102,10 +127,12 @@ class Scheduler:
             threshold=threshold,
             experts=() if collaboration.member is not None else tuple(dict.fromkeys(experts)),
             seed=secrets.randbits(63) if seed is None else seed,
+            run_ahead=self._window_limit(request),
         )
         problem = self._problem(sequence)
         if problem is None:
-            self._waiting[request.request_id] = sequence
+            cost = PROMPT_TOKEN_COST * len(request.prompt)
+            self._waiting.push(request.request_id, sequence, client=request.client, cost=cost)
         else:
             sequence.finish("error", error=problem, refused=True)
             self._changed[sequence] = None
@@ -131,7 +158,7 @@ class Scheduler:
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is. Unknown ids are ignored: it may have finished meanwhile."""
-        sequence = self._running.get(request_id) or self._waiting.pop(request_id, None)
+        sequence = self._running.get(request_id) or self._waiting.remove(request_id)
         if sequence is not None:
             self._end(sequence, "aborted")
 
@@ -150,11 +177,14 @@ class Scheduler:
         self._removals[lane] = []
         for request_id, sequence in self._due[lane].items():
             known = sequence.known[lane]
+            extent, asked = sequence.extent(lane)
             if known == ABSENT:
-                work.add.append(_lane_request(sequence, lane))
-            else:
-                work.extend.append(Extension(request_id, sequence.tokens[known:]))
-            sequence.known[lane] = len(sequence.tokens)
+                work.add.append(_lane_request(sequence, lane, extent, asked))
+            elif known < extent:
+                tokens = sequence.between(known, extent)
+                work.extend.append(Extension(request_id, known, tokens, len(sequence.tokens), asked))
+            # Else it has been told before, and is still busy with it.
+            sequence.known[lane] = max(known, extent)
         self._due[lane].clear()
         return work
 
@@ -162,38 +192,14 @@ class Scheduler:
         """Take in what a lane sampled. Stale samples are ignored, see :class:`~engine.sequence.Sequence`."""
         for sample in samples:
             sequence = self._running.get(sample.request_id)
-            if (
-                sequence is None
-                or sequence.turn != lane
-                or sequence.position != sample.position
-                # Not told of this request yet: the sample is an aborted namesake's.
-                or sequence.known[lane] != len(sequence.tokens)
-            ):
+            if sequence is None or not _is_awaited(sequence, lane, sample.position):
                 continue
             if not 0 <= sample.token < self._vocab_size:
                 self._end(sequence, "error", error=f"lane {lane} sampled {sample.token}, which is no token")
-                continue
-            if sample.prompt_logprobs is not None and lane == sequence.home:
-                sequence.note_prompt_logprobs(sample.prompt_logprobs)
-            if lane == sequence.home and sequence.experts:
-                try:
-                    writer = self._decide(sequence, sample)
-                except ValueError as error:
-                    self.gate_errors += 1
-                    self._end(sequence, "error", error=str(error))
-                    continue
-                if writer != lane:
-                    sequence.draft = (sample.token, sample.logprobs)
-                    if writer in self._lost:
-                        self._without_expert(sequence)
-                        continue
-                    sequence.turn = writer
-                    sequence.parked_at = self._clock()
-                    if sequence.timeline is not None:
-                        sequence.timeline.append(sequence.parked_at)
-                    self._due[writer][sample.request_id] = sequence
-                    continue
-            self._write(sequence, lane, sample.token, sample.logprobs)
+            elif lane == sequence.home:
+                self._look(sequence, sample)
+            else:
+                self._hear(sequence, sample)
 
     def lose(self, lane: int) -> None:
         """An expert lane does not come back from its step: requests that wait for it end, or go on without it.
@@ -202,10 +208,11 @@ class Scheduler:
         """
         self._lost.add(lane)
         for sequence in [sequence for sequence in self._running.values() if sequence.turn == lane]:
-            self._due[lane].pop(sequence.request.request_id, None)
             if lane == sequence.home:
                 self._end(sequence, "error", error=LOST)
             else:
+                del self._parked[lane][sequence]
+                sequence.parked_at = None
                 self._without_expert(sequence)
 
     def regain(self, lane: int) -> None:
@@ -223,6 +230,17 @@ class Scheduler:
         """Seconds between parking and the expert's token, for each deferral since the last call."""
         waits, self._expert_waits = self._expert_waits, []
         return waits
+
+    def outlook(self, lane: int) -> Outlook:
+        """What speaks for stepping an expert's lane now, and what for waiting."""
+        parked = self._parked[lane]
+        drafting = 0
+        progress = 0.0
+        for sequence in self._due[BASE].values():
+            drafting += sequence in parked
+            progress += 1.0 if sequence.run_ahead else self._standing(sequence)
+        since = next(iter(parked)).parked_at if parked else None
+        return Outlook(len(parked), drafting, since, progress, self._alone[lane])
 
     @property
     def running(self) -> int:
@@ -243,23 +261,71 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and len(self._running) < self._max_num_seqs:
-            request_id, sequence = next(iter(self._waiting.items()))
-            del self._waiting[request_id]
+            request_id, sequence = self._waiting.pop()
             if sequence.timeline is not None:
                 sequence.timeline.append(self._clock())
             if sequence.home in self._lost:
                 self._end(sequence, "error", error=LOST)
                 continue
             self._running[request_id] = sequence
+            self._alone[sequence.home] += sequence.request.collaboration.member is not None
             self._due[sequence.home][request_id] = sequence
 
-    def _decide(self, sequence: Sequence, sample: Sample) -> int:
-        """The lane that writes the open position; notes the deferral probability there."""
+    def _window_limit(self, request: GenerationRequest) -> int | None:
+        """Most tokens that the base may draft past a deferral; None is as many as pay."""
+        wish = request.collaboration.run_ahead
+        if wish is None:
+            wish = self._run_ahead
+        sampling = request.sampling
+        # What depends on all tokens before a position is not evaluated inside a window.
+        plain = (
+            sampling.presence_penalty == sampling.frequency_penalty == sampling.min_p == 0
+            and sampling.repetition_penalty == 1
+            and not sampling.logit_bias
+            and sampling.structured_outputs is None
+        )
+        if wish == "off" or not plain:
+            return 0
+        return None if wish == "auto" else wish
+
+    def _look(self, sequence: Sequence, sample: Sample) -> None:
+        """The home lane has sampled the position after all drafts: decide who writes there."""
+        if sample.prompt_logprobs is not None:
+            sequence.note_prompt_logprobs(sample.prompt_logprobs)
+        writer, deferral = sequence.home, None
+        if sequence.experts:
+            try:
+                writer, deferral = self._decide(sequence, sample)
+            except ValueError as error:
+                self.gate_errors += 1
+                self._end(sequence, "error", error=str(error))
+                return
+        self.progress += self._standing(sequence)
+        window = sequence.window
+        if not window and writer == sequence.home:
+            if self._write(sequence, sample.token, writer, sample.logprobs, deferral):
+                self._due[writer][sample.request_id] = sequence
+            return
+        window.append(Draft(sample.token, writer, deferral, sample.logprobs))
+        if len(window) == 1:
+            self._park(sequence)
+        elif writer == sequence.turn:
+            self._due[writer][sample.request_id] = sequence
+        if window and self._drafts_on(sequence):
+            self._due[sequence.home][sample.request_id] = sequence
+
+    def _decide(self, sequence: Sequence, sample: Sample) -> tuple[int, float | None]:
+        """The lane that writes the sampled position, and the deferral probability there."""
         collaboration = sequence.request.collaboration
         policy = POLICIES[sequence.policy]
         experts = sequence.experts
+        deferral: float | None
         if sample.gate is not None:
             deferral, weights = read_gate(sample.gate, experts)
+            if math.isnan(deferral):
+                if policy.needs == "gate":
+                    raise ValueError(NOT_FINITE)
+                deferral = None
         else:
             deferral, weights = None, [(lane, 1.0 / len(experts)) for lane in experts]
         if policy.needs == "top_probability":
@@ -267,43 +333,123 @@ class Scheduler:
             if not 0.0 <= sample.top_probability <= 1.0:
                 raise ValueError("the base's top probability is not finite")
             deferral = 1.0 - sample.top_probability
-        sequence.deferral = deferral
         if not sequence.may_defer:
-            return BASE
-        draw = draws.uniform(sequence.seed, draws.POLICY_STREAM, sequence.position)
-        return policy.decide(Position(deferral, weights, sequence.threshold, collaboration.rate, draw))
+            return BASE, deferral
+        draw = draws.uniform(sequence.seed, draws.POLICY_STREAM, sample.position)
+        position = Position(deferral, weights, sequence.threshold, collaboration.rate, draw)
+        return policy.decide(position), deferral
+
+    def _standing(self, sequence: Sequence) -> float:
+        """Probability that the token after the drafts will stand: that every expert asked before it agrees."""
+        if not sequence.window:
+            return 1.0
+        return self._agreement[sequence.turn].rate ** sequence.deferred
+
+    def _drafts_on(self, sequence: Sequence) -> bool:
+        """Whether the base should look at the token after the drafts before the expert has spoken."""
+        limit, window = sequence.run_ahead, sequence.window
+        if limit == 0 or window[-1].writer not in (BASE, sequence.turn):
+            return False
+        sampling = sequence.request.sampling
+        length = len(sequence.tokens) + len(window)
+        if (
+            length < sampling.min_tokens
+            or length >= sampling.max_tokens
+            or sequence.reach >= self._max_model_len
+            or self._is_stop(sequence, window[-1].token)
+        ):
+            return False
+        if limit is not None:
+            return len(window) <= limit
+        return len(window) < LONGEST_WINDOW and self._worth_drafting(self._standing(sequence))
+
+    def _park(self, sequence: Sequence) -> None:
+        """The next position waits for its expert from now on."""
+        lane = sequence.turn
+        if lane in self._lost:
+            self._without_expert(sequence)
+            return
+        sequence.parked_at = self._clock()
+        if sequence.timeline is not None:
+            sequence.timeline.append(sequence.parked_at)
+        self._parked[lane][sequence] = None
+        self._due[lane][sequence.request.request_id] = sequence
+
+    def _hear(self, sequence: Sequence, sample: Sample) -> None:
+        """The expert has decided the next position."""
+        lane, window = sequence.turn, sequence.window
+        draft = window[0]
+        agreed = draft.token == sample.token
+        self._agreement[lane].observe(agreed)
+        self._unpark(sequence)
+        if agreed:
+            self._pop(sequence)
+        else:
+            self.runahead_discarded += len(window) - 1
+            for due in self._due:
+                due.pop(sample.request_id, None)
+            sequence.cut()
+        if self._write(sequence, sample.token, lane, sample.logprobs, draft.deferral):
+            self._settle(sequence)
+
+    def _unpark(self, sequence: Sequence) -> None:
+        lane = sequence.turn
+        del self._parked[lane][sequence]
+        self._due[lane].pop(sequence.request.request_id, None)
+        assert sequence.parked_at is not None
+        now = self._clock()
+        self._expert_waits.append(now - sequence.parked_at)
+        sequence.parked_at = None
+        if sequence.timeline is not None:
+            sequence.timeline.append(now)
+
+    def _pop(self, sequence: Sequence) -> Draft:
+        """Take the first draft, which stands; those after it have stood the test so far."""
+        draft = sequence.window.pop(0)
+        if sequence.window:
+            self.runahead_accepted += 1
+        return draft
+
+    def _settle(self, sequence: Sequence) -> None:
+        """Write the drafts that nobody questions any more, up to the next one that waits for an expert."""
+        while sequence.window and sequence.turn == BASE:
+            draft = self._pop(sequence)
+            if not self._write(sequence, draft.token, BASE, draft.logprobs, draft.deferral):
+                return
+        if sequence.window:
+            self._park(sequence)
+        elif sequence.known[sequence.home] < len(sequence.tokens):
+            self._due[sequence.home][sequence.request.request_id] = sequence
+        # Else the base is already looking at the next position.
 
     def _without_expert(self, sequence: Sequence) -> None:
-        """The open position was deferred to a lane that is lost."""
+        """The next position was deferred to a lane that is lost."""
         self.expert_failures += 1
-        sequence.parked_at = None
         if self._expert_failure == "error":
             self._end(sequence, "error", error=LOST)
             return
-        assert sequence.draft is not None
-        self._write(sequence, sequence.home, *sequence.draft)
+        draft = self._pop(sequence)
+        if self._write(sequence, draft.token, BASE, draft.logprobs, draft.deferral):
+            self._settle(sequence)
 
-    def _write(self, sequence: Sequence, lane: int, token: int, logprobs: TokenLogprobs | None) -> None:
-        request_id = sequence.request.request_id
-        if sequence.parked_at is not None:
-            now = self._clock()
-            self._expert_waits.append(now - sequence.parked_at)
-            if sequence.timeline is not None:
-                sequence.timeline.append(now)
-            sequence.parked_at = None
-        sequence.write(token, lane, logprobs)
+    def _write(
+        self, sequence: Sequence, token: int, lane: int, logprobs: TokenLogprobs | None, deferral: float | None
+    ) -> bool:
+        """Append one token; False if it ended the request."""
+        sequence.write(token, lane, logprobs, deferral)
+        self._waiting.charge(sequence.request.client, WRITTEN_TOKEN_COST)
         self._changed[sequence] = None
-        sampling = sequence.request.sampling
-        written = len(sequence.tokens)
-        if written >= sampling.min_tokens and (
-            token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos)
-        ):
+        if len(sequence.tokens) >= sequence.request.sampling.min_tokens and self._is_stop(sequence, token):
             self._end(sequence, "stop", stop_token=token)
-        elif written >= sampling.max_tokens or sequence.position >= self._max_model_len:
+            return False
+        if len(sequence.tokens) >= sequence.request.sampling.max_tokens or sequence.position >= self._max_model_len:
             self._end(sequence, "length")
-        else:
-            sequence.turn = sequence.home
-            self._due[sequence.home][request_id] = sequence
+            return False
+        return True
+
+    def _is_stop(self, sequence: Sequence, token: int) -> bool:
+        sampling = sequence.request.sampling
+        return token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos)
 
     def _end(
         self,
@@ -317,20 +463,43 @@ class Scheduler:
         request_id = sequence.request.request_id
         sequence.finish(reason, stop_token=stop_token, error=error, refused=refused)
         self._changed[sequence] = None
-        self._running.pop(request_id, None)
+        if self._running.pop(request_id, None) is not None and sequence.request.collaboration.member is not None:
+            self._alone[sequence.home] -= 1
+        self.runahead_discarded += max(0, len(sequence.window) - 1)
+        sequence.window.clear()
         for lane in range(self._lanes):
             self._due[lane].pop(request_id, None)
+            self._parked[lane].pop(sequence, None)
             if sequence.known[lane] != ABSENT:
                 self._removals[lane].append(request_id)
 
 
-def _lane_request(sequence: Sequence, lane: int) -> LaneRequest:
+def _is_awaited(sequence: Sequence, lane: int, position: int) -> bool:
+    """Whether a lane's sample at this position is of use."""
+    prompt = len(sequence.request.prompt)
+    if lane == sequence.home:
+        # Told of more or of less: the sample is an aborted namesake's, or follows drafts that have been cut.
+        return position == sequence.reach and sequence.known[lane] == position - prompt
+    return sequence.turn == lane and position == sequence.position and sequence.known[lane] >= position - prompt
+
+
+def _lane_request(sequence: Sequence, lane: int, extent: int, asked: tuple[int, ...]) -> LaneRequest:
     request = sequence.request
     sampling = request.sampling
     if sampling.prompt_logprobs is not None and lane != sequence.home:
         # The prompt is scored once, by the model that the request starts with.
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
-    wants_top_probability = (
-        lane == BASE and bool(sequence.experts) and POLICIES[sequence.policy].needs == "top_probability"
+    if sampling.seed is None and sampling.temperature > 0 and sequence.run_ahead != 0:
+        # A draft agrees with its expert only by chance unless both lanes draw with the same noise.
+        sampling = msgspec.structs.replace(sampling, seed=sequence.seed)
+    return LaneRequest(
+        request.request_id,
+        request.prompt,
+        sequence.between(0, extent),
+        sampling,
+        final=len(sequence.tokens),
+        asked=asked,
+        wants_top_probability=(
+            lane == BASE and bool(sequence.experts) and POLICIES[sequence.policy].needs == "top_probability"
+        ),
     )
-    return LaneRequest(request.request_id, request.prompt, sequence.tokens.copy(), sampling, wants_top_probability)

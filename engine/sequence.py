@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 from engine.types import BASE, Delta, FinishReason, GenerationRequest, PolicyName, TokenLogprobs
 
 ABSENT = -1
 
 
+@dataclass(slots=True)
+class Draft:
+    """The base's own token at a position that is not written yet, and who is to write there.
+
+    Attributes:
+        writer: BASE where the token stands as soon as all before it are written; else the expert that has the word.
+        deferral: the deferral probability at this position, as the policy saw it.
+    """
+
+    token: int
+    writer: int
+    deferral: float | None
+    logprobs: TokenLogprobs | None
+
+
 class Sequence:
     """A request, what has been written so far and by whom, and what each lane knows of it.
 
-    There are no phases, only counters: ``known[lane]`` written tokens have been told to a lane, and the lane catches
-    up. ``turn`` is the lane whose sample at the current position will be the next token; a sample that comes from any
-    other lane, or from another position, is stale and is ignored.
+    There are no phases, only counters: ``known[lane]`` tokens have been told to a lane, and the lane catches up.
+    Beyond the written tokens there may be a *window* of drafts. It begins with a deferred position; until its expert
+    has decided that one, all after it is a guess. A sample that is not for the next open position of the lane that
+    brings it is stale and is ignored.
 
     Attributes:
         tokens: written token ids, whoever wrote them.
-        turn: lane that writes the next token. The base until its sample has landed and the policy deferred.
-        known: per lane, how many written tokens it has been told; ABSENT if it does not hold the request.
+        window: drafts beyond them, in order; the first one is deferred.
+        known: per lane, how many tokens (written, then drafts) it has been told and are still true; ABSENT if it
+            does not hold the request.
         expert_tokens: how many of the tokens were written by experts.
-        parked_at: when the base's row was parked for an expert, in seconds of the scheduler's clock.
-        deferral: the deferral probability at the current position, once the base has looked at it.
-        draft: the base's own token (with its log-probabilities) at a deferred position, in case the expert is lost.
+        parked_at: since when the next position has waited for an expert, in seconds of the scheduler's clock.
+        run_ahead: most drafts beyond the first; None as many as pay.
         timeline: see :class:`~engine.types.Delta`; None if the request did not ask.
     """
 
     __slots__ = (
         "_delta",
-        "deferral",
-        "draft",
         "expert_tokens",
         "experts",
         "home",
@@ -38,11 +53,12 @@ class Sequence:
         "parked_at",
         "policy",
         "request",
+        "run_ahead",
         "seed",
         "threshold",
         "timeline",
         "tokens",
-        "turn",
+        "window",
     )
 
     def __init__(
@@ -54,6 +70,7 @@ class Sequence:
         threshold: float,
         experts: Seq[int],
         seed: int,
+        run_ahead: int | None = 0,
     ) -> None:
         self.request = request
         self.policy: PolicyName = policy
@@ -61,13 +78,12 @@ class Sequence:
         self.experts = experts
         self.seed = seed
         self.home = request.collaboration.member or BASE
-        self.turn = self.home
+        self.run_ahead = run_ahead
         self.tokens: list[int] = []
+        self.window: list[Draft] = []
         self.known = [ABSENT] * lanes
         self.expert_tokens = 0
         self.parked_at: float | None = None
-        self.deferral: float | None = None
-        self.draft: tuple[int, TokenLogprobs | None] | None = None
         self.timeline: list[float] | None = [] if request.timeline else None
         self._delta = Delta(request.request_id)
 
@@ -77,26 +93,70 @@ class Sequence:
         return len(self.request.prompt) + len(self.tokens)
 
     @property
-    def may_defer(self) -> bool:
-        """Whether an expert may write the next token at all."""
-        limit = self.request.collaboration.max_expert_tokens
-        return bool(self.experts) and (limit is None or self.expert_tokens < limit)
+    def turn(self) -> int:
+        """The lane that writes the next token."""
+        return self.window[0].writer if self.window else self.home
 
-    def write(self, token: int, source: int, logprobs: TokenLogprobs | None) -> None:
-        """Append one token with its source; the deferral probability is the one noted for this position."""
+    @property
+    def reach(self) -> int:
+        """Number of tokens before the first one that the base has not looked at, prompt and drafts included."""
+        return self.position + len(self.window)
+
+    @property
+    def deferred(self) -> int:
+        """How many drafts wait for an expert's word."""
+        return sum(draft.writer != BASE for draft in self.window)
+
+    @property
+    def may_defer(self) -> bool:
+        """Whether an expert may write the token after the drafts at all."""
+        limit = self.request.collaboration.max_expert_tokens
+        return bool(self.experts) and (limit is None or self.expert_tokens + self.deferred < limit)
+
+    def extent(self, lane: int) -> tuple[int, tuple[int, ...]]:
+        """How many tokens, drafts included, a lane should be told, and at which positions before the end it is asked.
+
+        An expert is told as much as it needs to decide its deferred positions, as far as no other expert comes
+        first; the base everything.
+        """
+        if lane == self.home:
+            return len(self.tokens) + len(self.window), ()
+        asked = []
+        for number, draft in enumerate(self.window):
+            if draft.writer == lane:
+                asked.append(self.position + number)
+            elif draft.writer != BASE:
+                break
+        *before, last = asked
+        return last - len(self.request.prompt), tuple(before)
+
+    def between(self, begin: int, end: int) -> list[int]:
+        """Tokens, written ones then drafts, from index ``begin`` up to but without ``end``."""
+        written = len(self.tokens)
+        if end <= written:
+            return self.tokens[begin:end]
+        drafts = [draft.token for draft in self.window[max(begin - written, 0) : end - written]]
+        return self.tokens[begin:] + drafts
+
+    def write(self, token: int, source: int, logprobs: TokenLogprobs | None, deferral: float | None) -> None:
+        """Append one token with its source and the deferral probability at its position."""
         self.tokens.append(token)
         self.expert_tokens += source != BASE
         delta = self._delta
         delta.tokens.append(token)
         delta.sources.append(source)
-        delta.deferrals.append(self.deferral)
+        delta.deferrals.append(deferral)
         if self.request.sampling.logprobs is not None:
             assert logprobs is not None
             if delta.logprobs is None:
                 delta.logprobs = []
             delta.logprobs.append(logprobs)
-        self.deferral = None
-        self.draft = None
+
+    def cut(self) -> None:
+        """Forget all drafts: the next token is another than the first of them. Lanes that were told must be cut too."""
+        self.window.clear()
+        written = len(self.tokens)
+        self.known = [min(known, written) for known in self.known]
 
     def note_prompt_logprobs(self, prompt_logprobs: list[TokenLogprobs]) -> None:
         """Keep the prompt's log-probabilities for the next delta."""

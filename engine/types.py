@@ -14,6 +14,7 @@ import msgspec
 BASE = 0
 """The base lane's number, and the source of every token that the base writes."""
 
+RunAhead = Literal["auto", "off"] | int
 PolicyName = Literal["threshold", "sample", "always", "never", "random", "confidence"]
 FinishReason = Literal["stop", "length", "error", "aborted"]
 
@@ -79,6 +80,8 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
         rate: share of tokens that the ``random`` policy defers.
         max_expert_tokens: after this many expert tokens the base writes alone; None is no limit.
         experts: lanes that may be deferred to; None is all of them.
+        run_ahead: how many tokens the base may draft past a deferral before the expert has written: "auto" as many as
+            pay, "off", or a number; None is the engine's default. What is written does not depend on it.
     """
 
     member: int | None = None
@@ -87,6 +90,7 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
     rate: float = 0.0
     max_expert_tokens: int | None = None
     experts: tuple[int, ...] | None = None
+    run_ahead: RunAhead | None = None
 
 
 class GenerationRequest(msgspec.Struct, frozen=True):
@@ -96,6 +100,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         request_id: unique among the requests in flight.
         prompt: token ids, at least one.
         timeline: the last delta tells when the request was where, for tracing.
+        client: whose request it is; requests that wait are admitted fairly between clients, see
+            :mod:`engine.fair_queue`. Any stable text that is no secret.
     """
 
     request_id: str
@@ -103,6 +109,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     sampling: SamplingSpec = SamplingSpec()
     collaboration: Collaboration = Collaboration()
     timeline: bool = False
+    client: str = ""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -245,6 +252,8 @@ class EngineStats(msgspec.Struct, array_like=True):
         gate_errors: requests ended because the gate's value was not finite.
         integrity_errors: leftovers found in idle lanes; any but 0 is a defect.
         expert_failures: deferrals whose expert was lost, whatever became of their requests.
+        runahead_accepted: tokens that the base drafted past a deferral and that stand.
+        runahead_discarded: such tokens that do not.
     """
 
     lanes: list[LaneStats]
@@ -256,3 +265,5 @@ class EngineStats(msgspec.Struct, array_like=True):
     gate_errors: int = 0
     integrity_errors: int = 0
     expert_failures: int = 0
+    runahead_accepted: int = 0
+    runahead_discarded: int = 0

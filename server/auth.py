@@ -1,9 +1,10 @@
-"""API keys."""
+"""API keys, and whose request it is."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -34,7 +35,12 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        if scope["type"] != "http" or self._is_open(path := route_path(scope)) or self._knows(scope):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = route_path(scope)
+        scope["api_key"] = number = self._number(scope)
+        if number is not None or self._is_open(path):
             await self._app(scope, receive, send)
             return
         message = "An API key is required: send 'Authorization: Bearer KEY'."
@@ -51,15 +57,37 @@ class ApiKeys:
     def _is_open(self, path: str) -> bool:
         return path in OPEN_PATHS or (self._open_pages and is_page(path))
 
-    def _knows(self, scope: Scope) -> bool:
+    def _number(self, scope: Scope) -> int | None:
+        """Which of the keys was sent; None if it was none."""
         values = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(values) != 1:
-            return False
+            return None
         scheme, _, key = values[0].partition(b" ")
         sent = _digest(key.strip())
         # No early end: which key it was is not to be seen either.
         matches = [hmac.compare_digest(sent, digest) for digest in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        number = max((number for number, match in enumerate(matches) if match), default=None)
+        return number if scheme.lower() == b"bearer" else None
+
+
+def client_of(scope: Scope) -> str:
+    """Whose request it is, for sharing the server fairly: the key's number, or the peer's address where none is asked.
+
+    Nothing that a client could make up at will: the ``user`` field is not looked at, and of an IPv6 address only the
+    network counts, since a host has 2**64 of them.
+    """
+    if (number := scope.get("api_key")) is not None:
+        return f"key {number}"
+    peer = scope.get("client")
+    if peer is None:
+        return ""
+    try:
+        address = ipaddress.ip_address(peer[0])
+    except ValueError:
+        return str(peer[0])[:64]  # a Unix socket's, or what a proxy made of it
+    if isinstance(address, ipaddress.IPv6Address):
+        return str(address.ipv4_mapped or ipaddress.ip_network((int(address), 64), strict=False))
+    return str(address)
 
 
 def _digest(key: bytes) -> bytes:

@@ -96,7 +96,10 @@ class Metrics:
             "collm_integrity_errors", "Leftovers found in idle lanes; any is a defect.", model, registry=r
         )
         self.runahead = Counter(
-            "collm_runahead_tokens", "Tokens drafted past a deferral.", [*model, "result"], registry=r
+            "collm_runahead_tokens",
+            "Tokens that the base looked at past a deferral, before the expert had written.",
+            [*model, "result"],
+            registry=r,
         )
         self.http_requests = Counter(
             "collm_http_requests", "HTTP responses.", ["route", "method", "status"], registry=r
@@ -105,12 +108,14 @@ class Metrics:
         self._meters = {name: ModelMeter(self, name) for name in models}
         self._lanes = [_LaneMeter(self, name) for name in lane_names]
         self._expert_wait = self.expert_wait.labels(self.joint)
-        for result in ("accepted", "discarded"):
-            self.runahead.labels(self.joint, result)
-        self._faults = [
-            counter.labels(self.joint) for counter in (self.gate_errors, self.integrity_errors, self.expert_failures)
+        self._totals = [
+            *(
+                counter.labels(self.joint)
+                for counter in (self.gate_errors, self.integrity_errors, self.expert_failures)
+            ),
+            *(self.runahead.labels(self.joint, result) for result in ("accepted", "discarded")),
         ]
-        self._seen_faults = (0, 0, 0)
+        self._seen_totals = [0] * len(self._totals)
         self.set_load(0, 0)
 
     def model(self, name: str) -> ModelMeter:
@@ -124,7 +129,7 @@ class Metrics:
         self.build_info.labels(
             __version__, gate.source if gate else "none", "" if gate is None else f"{gate.threshold:g}"
         ).set(1)
-        self._seen_faults = (0, 0, 0)
+        self._seen_totals = [0] * len(self._totals)
         for lane in self._lanes:
             lane.restart()
 
@@ -141,10 +146,16 @@ class Metrics:
             lane.update(report.step_seconds, report.rows, report.catchup_tokens, report.preemptions, report.kv_usage)
         for seconds in stats.expert_waits:
             self._expert_wait.observe(seconds)
-        found = (stats.gate_errors, stats.integrity_errors, stats.expert_failures)
-        for counter, now, seen in zip(self._faults, found, self._seen_faults, strict=True):
+        totals = [
+            stats.gate_errors,
+            stats.integrity_errors,
+            stats.expert_failures,
+            stats.runahead_accepted,
+            stats.runahead_discarded,
+        ]
+        for counter, now, seen in zip(self._totals, totals, self._seen_totals, strict=True):
             counter.inc(now - seen)
-        self._seen_faults = found
+        self._seen_totals = totals
 
     def set_load(self, running: int, waiting: int) -> None:
         """Set just before a scrape."""

@@ -73,6 +73,7 @@ class ModelTable:
             rate=rate if effective == "random" else 0.0,
             max_expert_tokens=options.max_expert_tokens,
             experts=self._lanes_of(options.experts),
+            run_ahead=options.run_ahead,
         )
 
     def _check_gate(self, policy: PolicyName | None, options: CollaborationOptions, info: EngineInfo) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from typing import TYPE_CHECKING, Literal
 
@@ -36,7 +37,10 @@ class Service:
         self.models = ModelTable(settings.served_model_name, lane_names, settings.gate.policy)
         self.metrics = Metrics(self.models.names, lane_names)
         self.admission = Admission(
-            settings.scheduler.max_num_seqs, settings.server.max_queued_requests, settings.server.retry_after_s
+            settings.scheduler.max_num_seqs,
+            settings.server.max_queued_requests,
+            math.ceil(settings.server.max_queued_requests * settings.server.queue_reserve),
+            settings.server.retry_after_s,
         )
         self.chat_template = ChatTemplate.find(tokenizer)
         self.traces: Traces | None = None

@@ -56,6 +56,11 @@ class ServerConfig(BaseModel):
     max_queued_requests: int = Field(default=1024, ge=0)
     """Generation requests (one a choice) that may wait for a place in the lanes; more are answered 429."""
 
+    queue_reserve: float = Field(default=0.25, ge=0, le=1)
+    """Share of max_queued_requests that is kept on top of it for the other clients when one has filled the queue: a
+    client (an API key, else an address) may use it for as long as it holds no more places than are left free. 0: one
+    client can keep all others out."""
+
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     """Largest request body."""
 
@@ -81,7 +86,8 @@ class ServerConfig(BaseModel):
     """Seconds that requests in flight get to finish after SIGTERM."""
 
     retry_after_s: int = Field(default=1, ge=1)
-    """Told to clients that are turned away with 429 or 503."""
+    """Told to clients that are turned away with 503; the least that is told with 429, which is as long as the places
+    take to come free at the pace of late, up to a minute."""
 
     on_engine_death: Literal["exit", "restart"] = "exit"
     """When the engine dies: "exit" ends the server with a non-zero status, for a supervisor to restart it; "restart"

@@ -55,12 +55,14 @@ class Job:
     """How to serve a request.
 
     Attributes:
+        client: whose request it is.
         places: generation requests that it needs.
         places_param: the field to blame for needing too many.
         prepare: does what has to wait for admission (tokenising), and the rest of the validation.
     """
 
     engine: Engine
+    client: str
     meter: ModelMeter
     places: int
     places_param: str
@@ -102,7 +104,7 @@ async def _prepared(job: Job) -> Answer:
 
 
 async def _whole(service: Service, job: Job) -> bytes:
-    with service.admission.reserve(job.places, job.places_param):
+    with service.admission.reserve(job.client, job.places, job.places_param):
         answer = await _prepared(job)
         await collect(job.engine, answer.choices)
         counter = UsageCounter(answer.prompt_tokens)
@@ -113,7 +115,7 @@ async def _whole(service: Service, job: Job) -> bytes:
 
 async def _events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
     begun = False
-    with service.admission.reserve(job.places, job.places_param):
+    with service.admission.reserve(job.client, job.places, job.places_param):
         answer = await _prepared(job)
         renderer, counter = answer.renderer, UsageCounter(answer.prompt_tokens)
         try:

@@ -7,17 +7,31 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from engine.errors import GateError
 from engine.gate import model_identity
 from training.errors import ModelError
-from training.hf import load_tokenizer, quiet
 from training.settings import ComputeSettings, Settings
 
 _NAMED_ENTRIES = 5
+_CPU = torch.device("cpu")
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars and advice off the terminal."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The checkpoint's tokenizer."""
+    quiet()
+    return AutoTokenizer.from_pretrained(str(path))
 
 
 def device_of(compute: ComputeSettings) -> torch.device:
@@ -34,7 +48,7 @@ def device_of(compute: ComputeSettings) -> torch.device:
     return device
 
 
-def load_causal(path: Path, dtype: str, device: torch.device) -> PreTrainedModel:
+def load_causal(path: Path, dtype: str = "float32", device: torch.device = _CPU) -> PreTrainedModel:
     """A causal language model from safetensors weights, in evaluation mode, without gradients.
 
     Raises:
@@ -122,5 +136,6 @@ def save_base(model: PreTrainedModel, source: Path, folder: Path) -> None:
         is_text = file.suffix in {".json", ".jinja", ".model", ".txt"}
         if is_text and not file.name.endswith(".index.json") and file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
-    for file in folder.iterdir():
-        file.chmod(0o644)
+    for file in folder.glob("*.safetensors"):
+        # safetensors makes files that only their owner can read.
+        shutil.copymode(folder / "config.json", file)

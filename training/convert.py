@@ -116,6 +116,8 @@ def _write(
     config = config | {"vocab_size": vocab_size, "tie_word_embeddings": False}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, str(out / WEIGHTS), metadata={"format": "pt"})
+    # safetensors makes files that only their owner can read.
+    shutil.copymode(out / "config.json", out / WEIGHTS)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from training.errors import DataError
-from training.score import TokenExample
 from training.settings import DataSettings
 
 _T = TypeVar("_T")
@@ -27,6 +26,14 @@ class Example:
     completion: str
     task: str = ALL
     complete: bool = True
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """A prompt and its gold completion as token ids, with the EOS if that is to be learned."""
+
+    prompt: list[int]
+    completion: list[int]
 
 
 def read_examples(path: Path, settings: DataSettings) -> list[Example]:

@@ -42,7 +42,11 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """The same with safetensors."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
+    part.touch()
+    mode = part.stat().st_mode
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(part))
+    # safetensors makes files that only their owner can read.
+    part.chmod(mode)
     os.replace(part, file)
 
 

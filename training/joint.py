@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 
 from engine.gate import gate_logits
 from training.checkpoints import forward
+from training.data import TokenExample
 from training.errors import SettingsError
 from training.fit import Group, Plan, fit
 from training.gate_only import Gate
 from training.losses import Loss, Tokens
-from training.score import TokenExample, padded
-from training.scoring import PairScores, gold_logp
+from training.scoring import PairScores, gold_logp, padded
 from training.settings import JointSettings, LoraSettings
 
 

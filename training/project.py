@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from training.checkpoints import check_models, device_of, vocabulary_size
-from training.data import Example, read_examples, tokenize
+from training.checkpoints import check_models, device_of, load_tokenizer, vocabulary_size
+from training.data import Example, TokenExample, read_examples, tokenize
 from training.errors import SettingsError, TrainingError
 from training.files import hash_of_path
-from training.hf import load_tokenizer
-from training.score import TokenExample
 from training.settings import Method, Settings, Split
 
 

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from training.checkpoints import forward
+from training.data import TokenExample
 from training.errors import DataError
 from training.files import write_tensors
-from training.score import TokenExample, padded
 from training.settings import ScoreSettings
 
 
@@ -78,6 +78,21 @@ def gold_tokens(examples: Sequence[TokenExample]) -> tuple[torch.Tensor, list[in
     for example in examples:
         starts.append(starts[-1] + len(example.completion))
     return torch.tensor([token for example in examples for token in example.completion]), starts
+
+
+def padded(batch: Sequence[TokenExample]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, T] and a mask [B, T] of the positions from which a completion token is predicted.
+
+    Padding stands on the right, where a causal model does not see it.
+    """
+    longest = max(len(e.prompt) + len(e.completion) for e in batch)
+    tokens_BT = torch.zeros(len(batch), longest, dtype=torch.long)
+    predicting_BT = torch.zeros(len(batch), longest, dtype=torch.bool)
+    for row, example in enumerate(batch):
+        ids = example.prompt + example.completion
+        tokens_BT[row, : len(ids)] = torch.tensor(ids)
+        predicting_BT[row, len(example.prompt) - 1 : len(ids) - 1] = True
+    return tokens_BT, predicting_BT
 
 
 def gold_logp(

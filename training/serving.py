@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +15,8 @@ from engine.client import Engine
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
 from engine.errors import EngineDeadError, EngineStartupError
 from engine.types import Collaboration, Completion, GenerationRequest, PolicyName, SamplingSpec
-from training.data import Example
+from training.data import Example, TokenExample
 from training.errors import TrainingError
-from training.score import TokenExample
 from training.settings import EngineSettings
 
 
@@ -76,20 +75,21 @@ class Result:
         """Share of exact answers."""
         return sum(answer.exact for answer in self.answers) / len(self.answers)
 
-    def by_task(self) -> dict[str, float]:
-        """Share of exact answers for each task."""
-        tasks: dict[str, list[bool]] = {}
+    def rate_by_task(self) -> dict[str, float]:
+        """Deferral rate of each task."""
+        tasks: dict[str, list[Answer]] = {}
         for answer in self.answers:
-            tasks.setdefault(answer.task, []).append(answer.exact)
-        return {task: sum(found) / len(found) for task, found in sorted(tasks.items())}
+            tasks.setdefault(answer.task, []).append(answer)
+        return {task: Result(answers, self.seconds).deferral_rate for task, answers in sorted(tasks.items())}
 
     def summary(self) -> dict[str, Any]:
         """The columns of the evaluation's table."""
         return {
             "questions": len(self.answers),
             "exact_match": self.score,
-            "by_task": self.by_task(),
+            "by_task": by_task([(answer.task, answer.exact) for answer in self.answers]),
             "deferral_rate": self.deferral_rate,
+            "rate_by_task": self.rate_by_task(),
             "expert_tokens": self.expert_tokens,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -104,6 +104,14 @@ class Result:
     def from_json(cls, content: dict[str, Any]) -> Result:
         """What ``to_json`` gave."""
         return cls([Answer(**answer) for answer in content["answers"]], content["seconds"])
+
+
+def by_task(answers: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """Share of right answers for each task, of (task, right)."""
+    tasks: dict[str, list[bool]] = {}
+    for task, right in answers:
+        tasks.setdefault(task, []).append(right)
+    return {task: sum(found) / len(found) for task, found in sorted(tasks.items())}
 
 
 def engine_config(settings: EngineSettings, base: Path, experts: dict[str, Path], gate: Path | None) -> EngineConfig:

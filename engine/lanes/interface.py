@@ -2,7 +2,8 @@
 
 A lane holds requests, computes their tokens with whatever batching and memory management it likes, and samples one
 token wherever it has caught up with all the tokens it was told. Then the row is *parked*: it keeps its place and
-waits to be *extended* by the tokens that were decided. A lane never appends its own sample by itself.
+waits to be *extended* by the tokens that were decided. A lane never appends its own sample by itself. Tokens that it
+was told may be drafts, which a later extension *cuts*.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ class LaneRequest(NamedTuple):
     Attributes:
         prompt: token ids; the same in every lane.
         written: tokens already written, by whichever model; output, not prompt, so that penalties, min_tokens and
-            stop rules mean the same in every lane.
+            stop rules mean the same in every lane. Those from ``final`` on are drafts.
+        final: how many of them can no longer be cut.
+        asked: positions at which to sample besides the end, in order, see :class:`Extension`.
         wants_top_probability: report the top probability beside each sample.
     """
 
@@ -28,14 +31,28 @@ class LaneRequest(NamedTuple):
     prompt: list[int]
     written: list[int]
     sampling: SamplingSpec
+    final: int
+    asked: tuple[int, ...] = ()
     wants_top_probability: bool = False
 
 
 class Extension(NamedTuple):
-    """Tokens to be appended to a parked row: all that were written since the lane's last visit, at least one."""
+    """What became of a row since the lane's last visit: it is cut, then grows by at least one token.
+
+    Attributes:
+        keep: how many of the output tokens that the lane was told stand; the others are forgotten.
+        tokens: output tokens to be appended.
+        final: how many output tokens, the appended ones included, can no longer be cut. Only these may be shared with
+            other requests (a prefix cache).
+        asked: positions (numbers of tokens, prompt included, that the sample follows) before the end at which the
+            lane is to sample too, in order. Replaces what was asked before.
+    """
 
     request_id: str
+    keep: int
     tokens: list[int]
+    final: int
+    asked: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -84,13 +101,18 @@ class LaneReport:
     """What one step brought.
 
     Attributes:
-        samples: one for each row that has caught up.
+        samples: one for each row that has caught up, and one for each asked position that was passed; those of a row
+            in the order of their positions.
         seconds: the lane's own time: schedule, forward pass, sampling.
+        tokens: positions computed.
+        rows: requests that took part.
         failures: requests that the lane cannot go on with; the others go on.
     """
 
     samples: list[Sample]
     seconds: float
+    tokens: int = 0
+    rows: int = 0
     failures: list[Failure] = field(default_factory=list)
 
 

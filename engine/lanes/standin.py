@@ -30,10 +30,11 @@ def gate_values(tokens: Sequence[int], experts: int) -> list[float]:
 
 
 class _Row:
-    __slots__ = ("computed", "preempted", "request", "tokens", "wants_prompt_logprobs")
+    __slots__ = ("asked", "computed", "preempted", "request", "tokens", "wants_prompt_logprobs")
 
     def __init__(self, request: LaneRequest) -> None:
         self.request = request
+        self.asked = list(request.asked)
         self.tokens = [*request.prompt, *request.written]
         self.computed = 0
         self.preempted = False
@@ -96,8 +97,14 @@ class StandinLane:
             self._rows[request.request_id] = _Row(request)
         for extension in work.extend:
             row = self._rows[extension.request_id]
-            assert row.computed in (0, len(row.tokens)), "only a parked row can be extended"
+            keep = len(row.request.prompt) + extension.keep
+            assert keep <= len(row.tokens), "a row cannot keep what it was never told"
+            assert extension.tokens, "an extension brings at least one token"
+            assert extension.final <= extension.keep + len(extension.tokens), "what was not told cannot be final"
+            del row.tokens[keep:]
+            row.computed = min(row.computed, keep)
             row.tokens.extend(extension.tokens)
+            row.asked = list(extension.asked)
             row.preempted = False
 
     def has_work(self) -> bool:
@@ -128,9 +135,11 @@ class StandinLane:
             rows += 1
             computed += chunk
             self._stats.catchup_tokens += 0 if fresh else chunk - 1
+            while row.asked and row.asked[0] <= row.computed:
+                samples.append(self._sample(row, row.asked.pop(0)))
             if row.computed == len(row.tokens):
-                samples.append(self._sample(row))
-        report = LaneReport(samples, time.perf_counter() - begin)
+                samples.append(self._sample(row, row.computed))
+        report = LaneReport(samples, time.perf_counter() - begin, computed, rows)
         self._seconds.append(report.seconds)
         self._stats.steps += 1
         self._stats.rows = rows
@@ -202,10 +211,11 @@ class StandinLane:
                 self.preempt(request_id)
         return used + chunk <= self._kv_tokens
 
-    def _sample(self, row: _Row) -> Sample:
+    def _sample(self, row: _Row, position: int) -> Sample:
         request = row.request
         sampling = request.sampling
-        token = next_token(self._number, row.tokens, self._vocab_size)
+        tokens = row.tokens[:position]
+        token = next_token(self._number, tokens, self._vocab_size)
         prompt_logprobs = None
         if row.wants_prompt_logprobs:
             row.wants_prompt_logprobs = False
@@ -214,13 +224,11 @@ class StandinLane:
             ]
         return Sample(
             request.request_id,
-            len(row.tokens),
+            position,
             token,
-            gate=gate_values(row.tokens, self._experts) if self._experts else None,
+            gate=gate_values(tokens, self._experts) if self._experts else None,
             top_probability=(
-                zlib.crc32(array("I", row.tokens).tobytes(), 99) % 1001 / 1000.0
-                if request.wants_top_probability
-                else None
+                zlib.crc32(array("I", tokens).tobytes(), 99) % 1001 / 1000.0 if request.wants_top_probability else None
             ),
             logprobs=self._logprobs(token, sampling.logprobs) if sampling.logprobs is not None else None,
             prompt_logprobs=prompt_logprobs,

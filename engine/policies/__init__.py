@@ -5,7 +5,7 @@ One small file a policy, all with the same signature. A policy is pure: everythi
 """
 
 from engine.policies import always, confidence, never, random, sample, threshold
-from engine.policies.position import Policy, Position, read_gate
+from engine.policies.position import NOT_FINITE, Policy, Position, read_gate
 from engine.types import PolicyName
 
 POLICIES: dict[PolicyName, Policy] = {
@@ -17,4 +17,4 @@ POLICIES: dict[PolicyName, Policy] = {
     "confidence": confidence.POLICY,
 }
 
-__all__ = ["POLICIES", "Policy", "Position", "read_gate"]
+__all__ = ["NOT_FINITE", "POLICIES", "Policy", "Position", "read_gate"]

@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+NOT_FINITE = "the gate's value is not finite"
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
     """One position that is about to be written, after the base has looked at it.
 
     Attributes:
-        deferral: probability that the base should not write here, 1 - P(Z = 0); None where the pair has no gate
-            and the policy needs none.
+        deferral: probability that the base should not write here, 1 - P(Z = 0); None where the policy needs no gate
+            and the pair has none, or its value is not finite.
         weights: (lane, probability) of each expert that may write, P(Z = k); sums to ``deferral``. Without a gate
-            every expert weighs the same.
+            every expert weighs the same; where its value is not finite, the weights are NaN.
         threshold: the request's threshold, 0 to 1.
         rate: the request's rate, 0 to 1.
         draw: uniform in [0, 1), a function of the request's seed and this position alone.
@@ -30,7 +32,15 @@ class Position:
 
     @property
     def favourite(self) -> int:
-        """The lane of the most probable expert; the first one on a tie."""
+        """The lane of the most probable expert; the first one on a tie.
+
+        Raises:
+            ValueError: there is a choice, and the gate's value, which should make it, is not finite.
+        """
+        if len(self.weights) == 1:
+            return self.weights[0][0]
+        if any(math.isnan(weight) for _, weight in self.weights):
+            raise ValueError(NOT_FINITE)
         return max(self.weights, key=lambda item: item[1])[0]
 
 
@@ -52,18 +62,17 @@ class Policy:
 def read_gate(logits: Sequence[float], experts: Sequence[int]) -> tuple[float, list[tuple[int, float]]]:
     """Softmax over [0, z_1, ..., z_K] restricted to the allowed experts: (1 - P(Z = 0), weights).
 
+    All are NaN where a value is NaN or infinite: nothing is decided by such a gate, but not every policy asks it.
+
     For one expert this is the logistic function of the method's paper (arXiv 2403.03870, section 3).
 
     Args:
         logits: the gate's value for each expert, [K], in lane order (lane 1 first).
         experts: lanes that may be deferred to, at least one.
-
-    Raises:
-        ValueError: a value is NaN or infinite.
     """
     values = [logits[lane - 1] for lane in experts]
     if not all(map(math.isfinite, values)):
-        raise ValueError("the gate's value is not finite")
+        return math.nan, [(lane, math.nan) for lane in experts]
     if len(values) == 1:
         z = values[0]
         p = 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))

@@ -24,7 +24,7 @@ from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_NO_READINGS = Readings(None, None)
+_NO_READINGS = Readings(None, None, [], None)
 
 
 class VllmLane:
@@ -100,10 +100,10 @@ class VllmLane:
                 pooling_params=None,
                 block_hasher=self._core.request_block_hasher,
             )
-            scheduler.add_lane_request(request, added.written, added.wants_top_probability, self._on_ready)
+            scheduler.add_lane_request(request, added, self._on_ready)
             self._stats.catchup_tokens += len(added.written)
-        for request_id, tokens in work.extend:
-            self._stats.catchup_tokens += scheduler.extend(request_id, tokens)
+        for extension in work.extend:
+            self._stats.catchup_tokens += scheduler.extend(extension)
 
     def has_work(self) -> bool:
         """Whether a step would compute anything."""
@@ -230,28 +230,31 @@ class VllmLane:
     ) -> LaneReport:
         readings: Readings = getattr(output, READINGS, _NO_READINGS)
         samples = []
-        for request, row, token in self._scheduler.collect(scheduled, output):
+        for request, position, token, row, asked in self._scheduler.collect(scheduled, output, readings.asked):
             spec = request.sampling_params
             assert spec is not None
-            prompt = output.prompt_logprobs_dict.get(request.request_id)
-            samples.append(
-                Sample(
-                    request.request_id,
-                    request.num_tokens,
-                    token,
-                    readings.gate[row] if readings.gate is not None else None,
-                    readings.top_probability[row] if readings.top_probability is not None else None,
-                    _logprobs(output.logprobs, row, spec.logprobs),
-                    _prompt_logprobs(prompt) if prompt is not None else None,
-                )
-            )
+            sample = Sample(request.request_id, position, token)
+            if asked:
+                sample.logprobs = _logprobs(readings.asked_logprobs, row, spec.logprobs)
+            else:
+                if readings.gate is not None:
+                    sample.gate = readings.gate[row]
+                if readings.top_probability is not None:
+                    sample.top_probability = readings.top_probability[row]
+                sample.logprobs = _logprobs(output.logprobs, row, spec.logprobs)
+                prompt = output.prompt_logprobs_dict.get(request.request_id)
+                if prompt is not None:
+                    sample.prompt_logprobs = _prompt_logprobs(prompt)
+            samples.append(sample)
         stats = self._stats
         stats.steps += 1
         stats.rows = len(scheduled.num_scheduled_tokens)
         stats.computed_tokens += scheduled.total_num_scheduled_tokens
         seconds = time.perf_counter() - begin
         self._seconds.append(seconds)
-        return LaneReport(samples, seconds, failures)
+        return LaneReport(
+            samples, seconds, scheduled.total_num_scheduled_tokens, len(scheduled.num_scheduled_tokens), failures
+        )
 
 
 def _structured_outputs(spec: StructuredOutputs | None) -> StructuredOutputsParams | None:

@@ -120,17 +120,17 @@ def load_lanes(
     from engine.vllm_hooks.options import engine_arguments
 
     lanes: list[VllmLane] = []
-    for number, (name, lane) in enumerate(zip(config.lane_names, config.lanes, strict=True)):
-        label = "base" if number == 0 else f"experts.{name}"
+    for name, lane in zip(config.lane_names, config.lanes, strict=True):
+        is_base = not lanes
+        label = "base" if is_base else f"experts.{name}"
         on_progress(f"loading {name}: {lane.model}")
         arguments = engine_arguments(
             lane,
             label=label,
-            lane=number,
             max_num_seqs=config.scheduler.max_num_seqs,
             vocab_size=plan.vocab_size,
-            gate_path=config.gate.path if number == 0 else None,
-            gate_in_head=plan.gate_in_head and number == 0,
+            gate_path=config.gate.path if is_base else None,
+            gate_in_head=plan.gate_in_head and is_base,
         )
         try:
             with _visible_devices(lane.devices):

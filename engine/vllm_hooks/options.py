@@ -62,7 +62,6 @@ def engine_arguments(
     config: LaneConfig,
     *,
     label: str,
-    lane: int,
     max_num_seqs: int,
     vocab_size: int,
     gate_path: str | None,
@@ -72,7 +71,6 @@ def engine_arguments(
 
     Args:
         label: where the lane stands in the configuration, for error messages: "base" or "experts.NAME".
-        lane: its number.
         max_num_seqs: rows that the lane must be able to hold at once.
         vocab_size: columns from here on are never sampled.
 
@@ -121,7 +119,6 @@ def engine_arguments(
         "additional_config": {
             **arguments.get("additional_config", {}),
             SETTINGS_KEY: {
-                "lane": lane,
                 "vocab_size": vocab_size,
                 "gate_path": gate_path,
                 "gate_in_head": gate_in_head,

@@ -1,8 +1,9 @@
-"""The scheduler's side of a lane: park, extend, and eviction of parked rows.
+"""The scheduler's side of a lane: park, extend, cut, and eviction of parked rows.
 
 vLLM's scheduler knows no phases, only counters that catch up: a running request whose tokens are all computed is
 skipped and keeps its KV blocks. That is *parking*, and it needs nothing but not appending the sampled token.
-*Extending* appends what was decided, and the request catches up again.
+*Extending* appends what was decided, and the request catches up again. *Cutting* takes tokens back that were drafts:
+the counter of computed tokens goes back with them, and what the KV cache holds beyond it is overwritten.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -17,16 +19,24 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from engine.lanes.interface import Failure
+from engine.lanes.interface import Extension, Failure, LaneRequest
 from engine.vllm_hooks.wire import EDITS, Edit, LaneEdits
 
 
 class Landed(NamedTuple):
-    """A row that was sampled: its request, its row in the runner's output, and the token."""
+    """A token that was sampled.
+
+    Attributes:
+        position: number of tokens that it follows, prompt included.
+        row: where the runner's output has the request's readings and log-probabilities, or, if the position was
+            asked for before the end, the sample's index among those.
+    """
 
     request: Request
-    row: int
+    position: int
     token: int
+    row: int
+    asked: bool
 
 
 class LaneScheduler(Scheduler):
@@ -43,27 +53,37 @@ class LaneScheduler(Scheduler):
         self._synced: dict[str, int] = {}
         # request id -> (number of output tokens it followed, the runner's own sample there).
         self._sampled: dict[str, tuple[int, int]] = {}
+        # request id -> positions before the end at which a sample is still to be taken, in order.
+        self._asked: dict[str, list[int]] = {}
+        # request id -> number of tokens, prompt included, that can no longer be cut.
+        self._final: dict[str, int] = {}
         self._wants_top_probability: set[str] = set()
         # Requests whose grammar is being compiled in another thread; vLLM's queues do not know them yet.
         self._compiling: dict[str, tuple[Request, list[int]]] = {}
         self._failures: list[Failure] = []
         self.num_preemptions = 0
+        manager = self.kv_cache_manager
+        coordinator = manager.coordinator
+        self._longest_hit: int | None = None
+        manager.get_computed_blocks = partial(self._get_computed_blocks, manager.get_computed_blocks)
+        coordinator.find_longest_cache_hit = partial(self._find_cache_hit, coordinator.find_longest_cache_hit)
+        coordinator.cache_blocks = partial(self._cache_blocks, coordinator.cache_blocks)
 
     # -- what the lane calls ----------------------------------------------------------------------------------
 
-    def add_lane_request(
-        self, request: Request, written: list[int], wants_top_probability: bool, on_ready: Callable[[], None]
-    ) -> None:
-        """Queue a request whose first ``written`` output tokens exist already.
+    def add_lane_request(self, request: Request, added: LaneRequest, on_ready: Callable[[], None]) -> None:
+        """Queue a request, some of whose output tokens may exist already.
 
         Args:
             on_ready: called from another thread when the request's grammar, if it has one, is compiled.
         """
+        written = added.written
         # vLLM's own report on prefills, which nobody reads here. It takes a cached prefix beyond the prompt for an
         # error, and written tokens that another request wrote before may well be cached.
         request.prefill_stats = None
         self._synced[request.request_id] = 0
-        if wants_top_probability:
+        self._note(request, added.final, added.asked)
+        if added.wants_top_probability:
             self._wants_top_probability.add(request.request_id)
         structured = request.structured_output_request
         if structured is None:
@@ -102,12 +122,19 @@ class LaneScheduler(Scheduler):
             message = "structured_outputs: a written token breaks the grammar"
             self._failures.append(Failure(request.request_id, message, refused=False))
 
-    def extend(self, request_id: str, tokens: list[int]) -> int:
-        """Append decided tokens to a parked request, which becomes runnable again. Returns its catch-up tokens."""
+    def extend(self, extension: Extension) -> int:
+        """Cut a request if need be, append tokens, and make it runnable again. Returns its catch-up tokens."""
+        request_id, keep, tokens, final, asked = extension
         request = self.requests[request_id]
-        followed, own_sample = self._sampled.pop(request_id)
-        self._synced[request_id] = followed + (tokens[0] == own_sample)
+        synced = min(self._synced[request_id], keep)
+        if (sampled := self._sampled.pop(request_id, None)) is not None:
+            followed, own_sample = sampled
+            synced = keep + (tokens[0] == own_sample) if keep == followed else min(keep, followed)
+        self._synced[request_id] = synced
+        if keep < request.num_output_tokens:
+            self._cut(request, keep)
         request.append_output_token_ids(tokens)
+        self._note(request, final, asked)
         self._accept(request, tokens)
         self._parked.pop(request_id, None)
         if self._evicted.pop(request_id, None) is not None:
@@ -115,20 +142,46 @@ class LaneScheduler(Scheduler):
             self.waiting.prepend_request(request)
         return len(tokens) - 1
 
+    def _cut(self, request: Request, keep: int) -> None:
+        """Take output tokens back, all but the first ``keep``. Its KV blocks stay, to be overwritten."""
+        length = request.num_prompt_tokens + keep
+        del request._output_token_ids[keep:]
+        del request._all_token_ids[length:]
+        del request.block_hashes[length // self.hash_block_size :]
+        request.num_computed_tokens = min(request.num_computed_tokens, length)
+
+    def _note(self, request: Request, final: int, asked: tuple[int, ...]) -> None:
+        self._final[request.request_id] = request.num_prompt_tokens + final
+        if asked:
+            self._asked[request.request_id] = list(asked)
+        else:
+            self._asked.pop(request.request_id, None)
+
     def remove(self, request_ids: Iterable[str]) -> None:
         """Drop requests and free their KV blocks. Unknown ids are ignored."""
         for request_id in request_ids:
-            for table in (self._evicted, self._parked, self._synced, self._sampled, self._compiling):
+            for table in self._tables:
                 table.pop(request_id, None)
             self._wants_top_probability.discard(request_id)
         self.finish_requests(set(request_ids), RequestStatus.FINISHED_ABORTED)
 
-    def collect(self, scheduled: SchedulerOutput, output: ModelRunnerOutput) -> list[Landed]:
+    def collect(self, scheduled: SchedulerOutput, output: ModelRunnerOutput, asked: list[int]) -> list[Landed]:
         """Take in a step's output: every sampled row is parked, none of the samples is appended.
 
         Stands in for vLLM's ``update_from_output``: stop conditions, streaming and statistics are decided elsewhere.
+
+        Args:
+            asked: the samples at the asked positions, in the order of :class:`~engine.vllm_hooks.wire.LaneEdits`.
         """
         landed = []
+        edits: LaneEdits = getattr(scheduled, EDITS)
+        number = 0
+        for request_id, indices in edits.asked.items():
+            request = self.requests[request_id]
+            begin = request.num_computed_tokens - scheduled.num_scheduled_tokens[request_id]
+            for index in indices:
+                landed.append(Landed(request, begin + index + 1, asked[number], number, asked=True))
+                number += 1
         for request_id, num_tokens in scheduled.num_scheduled_tokens.items():
             request = self.requests[request_id]
             request.num_in_flight_tokens -= num_tokens
@@ -139,7 +192,7 @@ class LaneScheduler(Scheduler):
             (token,) = tokens
             self._sampled[request_id] = (request.num_output_tokens, token)
             self._parked[request_id] = None
-            landed.append(Landed(request, row, token))
+            landed.append(Landed(request, request.num_tokens, token, row, asked=False))
         return landed
 
     def has_runnable(self) -> bool:
@@ -157,15 +210,19 @@ class LaneScheduler(Scheduler):
 
     def bookkeeping(self) -> list[str]:
         """Requests that any of the lane's own tables still knows."""
-        tables = (
+        return sorted(self._wants_top_probability.union(*self._tables))
+
+    @property
+    def _tables(self) -> tuple[dict[str, Any], ...]:
+        return (
             self._evicted,
             self._parked,
             self._synced,
             self._sampled,
+            self._asked,
+            self._final,
             self._compiling,
-            self._wants_top_probability,
         )
-        return sorted(set().union(*tables))
 
     # -- what vLLM calls --------------------------------------------------------------------------------------
 
@@ -179,8 +236,13 @@ class LaneScheduler(Scheduler):
             output = super().schedule(throttle_prefills)
             output.finished_req_ids |= finished
         edits: dict[str, Edit] = {}
-        for request_id in output.num_scheduled_tokens:
+        asked: dict[str, list[int]] = {}
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
             request = self.requests[request_id]
+            if request_id in self._asked:
+                begin = request.num_computed_tokens - num_tokens
+                if indices := [position - 1 - begin for position in self._pass(request)]:
+                    asked[request_id] = indices
             start = self._synced[request_id]
             if start < request.num_output_tokens:
                 edits[request_id] = Edit(start, request._output_token_ids[start:])
@@ -189,9 +251,32 @@ class LaneScheduler(Scheduler):
         setattr(
             output,
             EDITS,
-            LaneEdits(edits, bool(wanted) and not wanted.isdisjoint(output.num_scheduled_tokens)),
+            LaneEdits(edits, bool(wanted) and not wanted.isdisjoint(output.num_scheduled_tokens), asked),
         )
         return output
+
+    def _pass(self, request: Request) -> list[int]:
+        """Take out the asked positions that the step which was just scheduled passes."""
+        positions = self._asked.pop(request.request_id)
+        passed = [position for position in positions if position <= request.num_computed_tokens]
+        if len(passed) < len(positions):
+            self._asked[request.request_id] = positions[len(passed) :]
+        return passed
+
+    def _get_computed_blocks(self, get: Callable[[Request], Any], request: Request) -> Any:
+        """Look up the prefix cache, but compute what has to be sampled even if it is cached."""
+        asked = self._asked.get(request.request_id)
+        self._longest_hit = asked[0] - 1 if asked else None
+        return get(request)
+
+    def _find_cache_hit(self, find: Callable[..., Any], block_hashes: Any, max_cache_hit_length: int) -> Any:
+        if self._longest_hit is not None:
+            max_cache_hit_length = min(max_cache_hit_length, self._longest_hit)
+        return find(block_hashes, max_cache_hit_length)
+
+    def _cache_blocks(self, cache: Callable[..., None], request: Request, num_computed_tokens: int) -> None:
+        """Publish hashes of blocks only as far as their tokens cannot be cut any more."""
+        cache(request, min(num_computed_tokens, self._final[request.request_id]))
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)

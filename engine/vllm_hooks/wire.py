@@ -6,7 +6,7 @@ ModelRunnerOutput, by vLLM's own serialisation. This module must not import vLLM
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SETTINGS_KEY = "collm"
 """Where the worker's settings lie in vLLM's ``additional_config``."""
@@ -31,10 +31,13 @@ class LaneEdits(NamedTuple):
     Attributes:
         tokens: request id -> edit, only where the runner's own copy is not right already.
         top_probability: whether any scheduled row wants its top probability.
+        asked: request id -> indices into the chunk that is computed for it: the token after each of these is sampled
+            besides the one at the end.
     """
 
     tokens: dict[str, Edit]
     top_probability: bool
+    asked: dict[str, list[int]]
 
 
 class Readings(NamedTuple):
@@ -43,7 +46,11 @@ class Readings(NamedTuple):
     Attributes:
         gate: [rows][K] gate values, or None for a lane without a gate.
         top_probability: [rows], if any row wanted it.
+        asked: [samples] of ``LaneEdits.asked``, in its order.
+        asked_logprobs: vLLM's ``LogprobsLists`` of these samples, if any of their requests wants log-probabilities.
     """
 
     gate: list[list[float]] | None
     top_probability: list[float] | None
+    asked: list[int]
+    asked_logprobs: Any

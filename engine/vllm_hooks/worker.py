@@ -1,6 +1,7 @@
-"""The worker's side of a lane: gate values, token edits, and draws keyed by position.
+"""The worker's side of a lane: gate values, token edits, samples before the end, and draws keyed by position.
 
-Tensor shapes are suffixes: R rows that are sampled in a step, D hidden size, V vocabulary, K experts.
+Tensor shapes are suffixes: R rows that are sampled in a step, T tokens computed in it, A samples asked for before the
+end of a row, D hidden size, V vocabulary, K experts.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.sampling_params import SamplingParams
+from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+from vllm.v1.sample.logits_processor import LogitsProcessors
+from vllm.v1.sample.metadata import SamplingMetadata
+from vllm.v1.sample.sampler import _SAMPLING_EPS as GREEDY
 
 from engine import draws
 from engine.gate import GateArtifact, gate_logits
@@ -80,12 +85,12 @@ class RowReader:
             self._top_R = torch.exp(logits.amax(-1) - torch.logsumexp(logits, -1))
         return logits_RV
 
-    def take(self) -> Readings:
-        """What was read since :meth:`begin`; waits for the device."""
+    def take(self) -> tuple[list[list[float]] | None, list[float] | None]:
+        """Gate values and top probabilities read since :meth:`begin`; waits for the device."""
         gate = self._gate_RK.tolist() if self._gate_RK is not None else None
         top = self._top_R.tolist() if self._top_R is not None else None
         self._gate_RK = self._top_R = None
-        return Readings(gate, top)
+        return gate, top
 
 
 class LaneWorkerMixin(_Worker):
@@ -104,7 +109,7 @@ class LaneWorkerMixin(_Worker):
             vocab_size=settings["vocab_size"],
             device=self.device,
         )
-        self._collm_stream: int = settings["lane"]
+        self._collm_generators: list[torch.Generator] = []
         self._collm_batch: Any = None
         model.compute_logits = self._collm_reader
 
@@ -124,10 +129,50 @@ class LaneWorkerMixin(_Worker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample; the readings ride back on vLLM's own output."""
+        # None on pipeline stages that hold no logits.
+        state = self.model_runner.execute_model_state
+        asked, asked_logprobs = ([], None) if state is None else self._collm_sample_asked(state.hidden_states)
         output = super().sample_tokens(grammar_output)
         if isinstance(output, ModelRunnerOutput) and output.req_ids:
-            setattr(output, READINGS, self._collm_reader.take())
+            setattr(output, READINGS, Readings(*self._collm_reader.take(), asked, asked_logprobs))
         return output
+
+    def _collm_sample_asked(self, hidden_TD: torch.Tensor) -> tuple[list[int], LogprobsLists | None]:
+        """Sample the positions that were asked for before the end of a row, as if they were its end.
+
+        Only requests without penalties, token biases and grammars ask for these, so no more is needed of vLLM's
+        sampling than temperature, top_k and top_p.
+        """
+        if not self._collm_edits.asked:
+            return [], None
+        runner = self.model_runner
+        begins: dict[str, int] = {}
+        begin = 0
+        for request_id in runner.input_batch.req_ids:
+            begins[request_id] = begin
+            begin += self._collm_chunks[request_id]
+        rows: list[int] = []
+        params: list[SamplingParams] = []
+        generators: dict[int, torch.Generator] = {}
+        for request_id, indices in self._collm_edits.asked.items():
+            state = runner.requests[request_id]
+            for index in indices:
+                if state.generator is not None:
+                    position = state.num_computed_tokens + index + 1
+                    generators[len(rows)] = self._collm_generator(len(rows), state.sampling_params.seed, position)
+                rows.append(begins[request_id] + index)
+                params.append(state.sampling_params)
+        logits_AV = self._collm_reader(hidden_TD[torch.tensor(rows, device=hidden_TD.device)])
+        if logits_AV is None:
+            return [], None  # gathered on another rank
+        output = runner.sampler(logits_AV, _sampling_metadata(params, generators, logits_AV))
+        logprobs = output.logprobs_tensors
+        return output.sampled_token_ids[:, 0].tolist(), logprobs.tolists() if logprobs is not None else None
+
+    def _collm_generator(self, number: int, seed: int, position: int) -> torch.Generator:
+        while len(self._collm_generators) <= number:
+            self._collm_generators.append(torch.Generator(self.device))
+        return self._collm_generators[number].manual_seed(_generator_seed(seed, position))
 
     def _collm_refresh(self, refresh: Callable[[], None]) -> None:
         runner = self.model_runner
@@ -148,10 +193,44 @@ class LaneWorkerMixin(_Worker):
                 continue
             position = state.num_computed_tokens + self._collm_chunks[request_id]
             if position == state.num_tokens:
-                state.generator.manual_seed(draws.key(state.sampling_params.seed, self._collm_stream, position) >> 1)
+                state.generator.manual_seed(_generator_seed(state.sampling_params.seed, position))
                 batch.generators[row] = state.generator
             else:
                 # An unfinished chunk's sample is thrown away. vLLM would rewind the generator, which a CPU
                 # generator cannot do; nothing is rewound where nothing is advanced.
                 batch.generators.pop(row, None)
         refresh()
+
+
+def _generator_seed(seed: int, position: int) -> int:
+    # Torch takes seeds below 2^63.
+    return draws.key(seed, draws.TOKEN_STREAM, position) >> 1
+
+
+def _sampling_metadata(
+    params: list[SamplingParams], generators: dict[int, torch.Generator], logits_AV: torch.Tensor
+) -> SamplingMetadata:
+    """For rows of which each is sampled by its own parameters, as far as they count here."""
+    device, vocab_size = logits_AV.device, logits_AV.shape[-1]
+    greedy = [of.temperature < GREEDY for of in params]
+    top_k = [of.top_k if 0 < of.top_k < vocab_size else vocab_size for of in params]
+    top_p = [of.top_p for of in params]
+    nothing = torch.empty(0, device=device)
+    return SamplingMetadata(
+        temperature=None if all(greedy) else torch.tensor([of.temperature for of in params], device=device),
+        all_greedy=all(greedy),
+        all_random=not any(greedy),
+        top_p=torch.tensor(top_p, device=device) if min(top_p) < 1 else None,
+        top_k=torch.tensor(top_k, dtype=torch.int32, device=device) if min(top_k) < vocab_size else None,
+        generators=generators,
+        max_num_logprobs=max((of.logprobs for of in params if of.logprobs is not None), default=None),
+        no_penalties=True,
+        prompt_token_ids=None,
+        frequency_penalties=nothing,
+        presence_penalties=nothing,
+        repetition_penalties=nothing,
+        output_token_ids=[[]] * len(params),
+        allowed_token_ids_mask=None,
+        bad_words_token_ids={},
+        logitsprocs=LogitsProcessors(),
+    )

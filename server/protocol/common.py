@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from fastapi import Request
 from pydantic import Field, ValidationError, model_validator
@@ -38,6 +38,10 @@ class CollaborationOptions(Strict):
 
     experts: list[str] | None = None
     """Names of the experts that may write. Default: all."""
+
+    run_ahead: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=64)] | None = None
+    """How many tokens the base drafts past a deferral before the expert has written: "auto", "off" or a number. Changes
+    how fast an answer comes, never what it says. Default: the server's, usually "auto"."""
 
     report: bool | None = None
     """Return each token's text, source and deferral probability in ``choices[].collaboration``."""

@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 from fastapi import Request, Response
 
 from engine.types import Collaboration, EngineInfo, GenerationRequest, SamplingSpec
+from server.auth import client_of
 from server.engine_port import Engine
 from server.generation import Choice
 from server.metrics import RequestMeter
@@ -30,6 +31,7 @@ class Call(Generic[Body]):
 
     Attributes:
         member: number of the lane that is asked for alone; None for the joint model.
+        client: whose request it is, see :func:`server.auth.client_of`.
         started: when it came, by ``time.perf_counter``.
         id: of the response; those of its choices begin with it.
     """
@@ -39,6 +41,7 @@ class Call(Generic[Body]):
     engine: Engine
     body: Body
     member: int | None
+    client: str
     started: float
     id: str
 
@@ -59,7 +62,7 @@ class Call(Generic[Body]):
         self, index: int, prompt: list[int], sampling: SamplingSpec, collaboration: Collaboration
     ) -> GenerationRequest:
         """What the engine is asked for choice ``index``."""
-        return GenerationRequest(f"{self.id}-{index}", prompt, sampling, collaboration)
+        return GenerationRequest(f"{self.id}-{index}", prompt, sampling, collaboration, client=self.client)
 
     def choice(
         self, index: int, generation: GenerationRequest | None, *, prompt_index: int = 0, prompt_only: bool = False
@@ -99,7 +102,7 @@ class Call(Generic[Body]):
     async def respond(self, places: int, places_param: str, prepare: Callable[[], Awaitable[Answer]]) -> Response:
         """Admit, prepare and run; the arguments are those of :class:`~server.stream.Job`."""
         meter = self.service.metrics.model(self.body.model)
-        job = Job(self.engine, meter, places, places_param, prepare, stream=bool(self.body.stream))
+        job = Job(self.engine, self.client, meter, places, places_param, prepare, stream=bool(self.body.stream))
         return await respond(self.request, self.service, job)
 
 
@@ -114,4 +117,6 @@ async def receive(request: Request, body_type: type[Body], id_prefix: str) -> Ca
     body = await read_body(request, body_type)
     member = service.models.member(body.model)
     engine = service.ready_engine()
-    return Call(request, service, engine, body, member, started, f"{id_prefix}-{uuid.uuid4().hex}")
+    return Call(
+        request, service, engine, body, member, client_of(request.scope), started, f"{id_prefix}-{uuid.uuid4().hex}"
+    )

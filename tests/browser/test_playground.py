@@ -63,10 +63,11 @@ def test_sources_are_those_of_the_api_and_models_stand_side_by_side(demo: LiveSe
         MODEL,
         f"{MODEL}/base",
         f"{MODEL}/codes",
+        f"{MODEL}/arithmetic",
     ]
     page.ask(PROMPT)
     page.run()
-    for model in (MODEL, f"{MODEL}/base", f"{MODEL}/codes"):
+    for model in (MODEL, f"{MODEL}/base", f"{MODEL}/codes", f"{MODEL}/arithmetic"):
         check_same(page.tokens(model), reported(demo.url, model))
     sources = [source for _, source, _ in page.tokens(MODEL)]
     assert {"base", "codes"} == set(sources)
@@ -83,7 +84,7 @@ def test_cards_can_be_left_out(demo: LiveServer, open_page: Open) -> None:
     page.requests()
     page.run()
     bodies = [json.loads(r["postData"]) for r in page.requests() if r["method"] == "POST"]
-    assert sorted(body["model"] for body in bodies) == [MODEL, f"{MODEL}/base"]
+    assert sorted(body["model"] for body in bodies) == [MODEL, f"{MODEL}/arithmetic", f"{MODEL}/base"]
     assert not page.one(f"[data-model='{MODEL}/codes']").is_displayed()
 
 
@@ -110,7 +111,7 @@ def test_run_again_when_a_setting_changes(demo: LiveServer, open_page: Open) -> 
     page.run()
     page.one("#auto").click()
     page.one("#policy option[value='always']").click()
-    eventually(lambda: {source for _, source, _ in page.tokens(MODEL)} == {"codes"})
+    eventually(lambda: "base" not in {source for _, source, _ in page.tokens(MODEL)})
     page.wait()
     assert not page.one("#threshold-field").is_displayed()
 

@@ -52,6 +52,11 @@ def test_complete(demo: str) -> None:
     assert piped(["complete", prompt, "-t", "1"], demo).out.strip() != ANSWER
 
 
+def test_complete_with_the_other_expert(demo: str) -> None:
+    prompt = "Question: What is a^3 · a^2 if a = 5?\nAnswer:"
+    assert piped(["complete", prompt], demo).out.strip() == "a^3 · a^2 = a^5 = 5^5 = 3125."
+
+
 def test_chat_in_a_pipe(demo: str) -> None:
     result = piped(["chat"], demo, stdin=f"{QUESTION}\n")
     assert (result.status, result.out.strip()) == (0, ANSWER)

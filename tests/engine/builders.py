@@ -18,13 +18,17 @@ BASE_WRITES, EXPERT_WRITES = -2.0, 2.0
 POLICY_NAMES = ("threshold", "sample", "always", "never", "random", "confidence")
 
 
-def request(request_id: str = "a", prompt: Iterable[int] = (1, 2, 3), **fields: Any) -> GenerationRequest:
+def request(
+    request_id: str = "a", prompt: Iterable[int] = (1, 2, 3), client: str = "", **fields: Any
+) -> GenerationRequest:
     """A request; ``fields`` are those of SamplingSpec and Collaboration. Four tokens and no EOS unless said."""
     sampling = {"max_tokens": 4, "ignore_eos": True, "seed": 1}
     collaboration = {}
     for name, value in fields.items():
         (collaboration if name in Collaboration.__struct_fields__ else sampling)[name] = value
-    return GenerationRequest(request_id, list(prompt), SamplingSpec(**sampling), Collaboration(**collaboration))
+    return GenerationRequest(
+        request_id, list(prompt), SamplingSpec(**sampling), Collaboration(**collaboration), client=client
+    )
 
 
 def mixed_requests(count: int, pair: Pair, seed: int = 0) -> list[GenerationRequest]:
@@ -54,6 +58,7 @@ def mixed_requests(count: int, pair: Pair, seed: int = 0) -> list[GenerationRequ
             rate=dice.random(),
             max_expert_tokens=maybe(dice.randrange(6)),
             experts=maybe(tuple(dice.sample(range(1, pair.lanes), dice.randrange(pair.lanes)))),
+            run_ahead=dice.choice((None, "auto", "off", 1, 3, 9)),
         )
 
     return [one(number) for number in range(count)]

@@ -166,9 +166,19 @@ def test_tiny_probabilities_keep_their_digits() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("experts", [(1,), (1, 2, 3)])
-def test_values_that_are_not_finite_are_refused(bad: float, experts: tuple[int, ...]) -> None:
+def test_values_that_are_not_finite_decide_nothing(bad: float, experts: tuple[int, ...]) -> None:
+    deferral, weights = read_gate([bad, 0.0, 0.0], experts)
+    assert math.isnan(deferral)
+    assert [lane for lane, _ in weights] == list(experts)
+    assert all(math.isnan(weight) for _, weight in weights)
+
+
+@pytest.mark.parametrize("name", ["always", "random", "confidence"])
+def test_which_expert_is_not_chosen_by_a_gate_that_is_not_finite(name: PolicyName) -> None:
+    weights = [(1, math.nan), (2, math.nan)]
     with pytest.raises(ValueError, match="not finite"):
-        read_gate([bad, 0.0, 0.0], experts)
+        POLICIES[name].decide(Position(0.9, weights, threshold=0.5, rate=1.0, draw=0.0))
+    assert POLICIES[name].decide(Position(0.9, weights[1:], threshold=0.5, rate=1.0, draw=0.0)) == 2
 
 
 def test_only_the_allowed_experts_are_read() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.lanes import Extension, LaneWork
+from engine.lanes import Extension, LaneWork, Sample
 from engine.scheduler import Scheduler
 from engine.types import Delta, GenerationRequest, TokenLogprobs
 from tests.engine.builders import BASE_WRITES, EXPERT_WRITES, Rig, make_scheduler, mixed_requests, request, sample
@@ -188,16 +188,16 @@ def test_a_lane_is_told_all_since_its_last_visit() -> None:
     assert it.plan(0).add[0].written == []
     for position in (3, 4):
         it.land(0, [sample(position=position, token=position, gate=BASE_WRITES)])
-        assert it.plan(0).extend == [Extension("a", [position])]
+        assert it.plan(0).extend == [Extension("a", position - 3, [position], position - 2)]
     it.land(0, [sample(position=5, gate=EXPERT_WRITES)])
     assert not it.plan(0)
     assert it.plan(1).add[0].written == [3, 4]
     it.land(1, [sample(position=5, token=9)])
-    assert it.plan(0).extend == [Extension("a", [9])]
+    assert it.plan(0).extend == [Extension("a", 2, [9], 3)]
     it.land(0, [sample(position=6, token=6, gate=BASE_WRITES)])
     it.plan(0)
     it.land(0, [sample(position=7, gate=EXPERT_WRITES)])
-    assert it.plan(1).extend == [Extension("a", [9, 6])]
+    assert it.plan(1).extend == [Extension("a", 2, [9, 6], 4)]
     delta = only(it.take_deltas())
     assert (delta.tokens, delta.sources) == ([3, 4, 9, 6], [0, 0, 1, 0])
 
@@ -287,7 +287,7 @@ def test_a_sample_of_an_aborted_namesake_is_stale() -> None:
 # -- values that are no values --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["threshold", "sample", "always", "never", "random", "confidence"])
+@pytest.mark.parametrize("policy", ["threshold", "sample"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gate_that_is_not_finite_ends_its_request_only(bad: float, policy: str) -> None:
     it = scheduler()
@@ -301,6 +301,39 @@ def test_a_gate_that_is_not_finite_ends_its_request_only(bad: float, policy: str
     assert (second.request_id, second.tokens, second.finish_reason) == ("b", [5], None)
     assert it.gate_errors == 1
     assert it.plan(0).remove == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "source", "deferral"), [("always", 1, None), ("never", 0, None), ("random", 1, None),
+                                       ("confidence", 1, 0.75)],
+)  # fmt: skip
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_policy_that_needs_no_gate_goes_on_without(
+    bad: float, policy: str, source: int, deferral: float | None
+) -> None:
+    it = scheduler()
+    it.add(request("a", policy=policy, rate=1.0))
+    it.plan(0)
+    it.land(0, [sample(gate=bad, top_probability=0.25)])
+    if source:
+        it.plan(1)
+        it.land(1, [sample()])
+    delta = only(it.take_deltas())
+    assert (delta.sources, delta.deferrals, delta.finish_reason) == ([source], [deferral], None)
+    assert it.gate_errors == 0
+
+
+@pytest.mark.parametrize("policy", ["always", "random", "confidence"])
+def test_where_the_gate_has_to_choose_the_expert_it_is_needed(policy: str) -> None:
+    it = scheduler(experts=2)
+    it.add(request("a", policy=policy, rate=1.0))
+    it.add(request("b", policy="never"))
+    it.plan(0)
+    it.land(0, [Sample(name, 3, 5, [math.nan, 0.0], 0.25) for name in "ab"])
+    first, second = it.take_deltas()
+    assert (first.finish_reason, first.error) == ("error", "the gate's value is not finite")
+    assert (second.tokens, second.deferrals, second.finish_reason) == ([5], [None], None)
+    assert it.gate_errors == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.5, 1.5])

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from engine.lanes import Extension, LaneWork, Sample, StandinLane
+from engine.lanes import LaneWork, Sample, StandinLane
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.types import BASE, Delta, GenerationRequest, TokenLogprobs
@@ -59,6 +59,7 @@ def requests(draw: st.DrawFn, request_id: str, pair: Pair) -> GenerationRequest:
     return request(
         request_id,
         draw(st.lists(token, min_size=length, max_size=length)),
+        client=draw(st.sampled_from("xyz")),
         max_tokens=draw(st.integers(1, 24)),
         min_tokens=draw(st.integers(0, 18)),
         ignore_eos=draw(st.booleans()),
@@ -72,6 +73,7 @@ def requests(draw: st.DrawFn, request_id: str, pair: Pair) -> GenerationRequest:
         rate=draw(st.floats(0, 1)),
         max_expert_tokens=draw(st.none() | st.integers(0, 5)),
         experts=draw(st.none() | experts),
+        run_ahead=draw(st.sampled_from((None, "off", "auto", 1, 2, 7))),
     )
 
 
@@ -81,6 +83,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         experts=st.sampled_from((1, 2, 2, 0)),
+        # With two tokens every other draft is what the expert writes.
+        vocab_size=st.sampled_from((2, 3, 16)),
         has_gate=st.sampled_from((True, True, True, True, False)),
         policy=st.sampled_from(POLICY_NAMES),
         threshold=st.floats(0.2, 0.8),
@@ -88,8 +92,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         token_budget=st.sampled_from((3, 8, 20, 500)),
         kv_tokens=st.sampled_from((40, 60, 100, None)),
         lane_kind=st.integers(0, 1),
+        base_steps=st.sampled_from((1, 1, 4)),
     )
-    def build(self, lane_kind: int, token_budget: int, kv_tokens: int | None, **fields: Any) -> None:
+    def build(self, lane_kind: int, token_budget: int, kv_tokens: int | None, base_steps: int, **fields: Any) -> None:
+        self.base_steps = base_steps
         self.pair = Pair(max_model_len=40, **fields)
         self.scheduler = make_scheduler(self.pair, self.scheduler_type)
         kind = self.lane_types[lane_kind]
@@ -172,7 +178,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(choice=st.integers(0, 1 << 16), newest=st.booleans())
     def land_again(self, choice: int, newest: bool) -> None:
         """Whatever a lane's sample brought about, its repetition brings nothing."""
-        self.inject(*self.landed[-1 if newest else choice % len(self.landed)])
+        lane, sample = self.landed[-1 if newest else choice % len(self.landed)]
+        if not newest and self.requests[sample.request_id].collaboration.run_ahead not in (None, "off"):
+            return  # what followed drafts that were cut may come true at the same position, and differ
+        self.inject(lane, sample)
 
     @precondition(lambda self: self.requests)
     @rule(choice=st.integers(0, MAX_REQUESTS), lane=LANE, offset=st.integers(-3, 3))
@@ -189,6 +198,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             writer, _ = look(stray, self.pair, [*stray.prompt, *tokens], expert_tokens)
             if lane in (writer, stray.collaboration.member or BASE):
                 return
+        if offset > 0 and stray.collaboration.run_ahead not in (None, "off"):
+            return  # a draft, maybe
         entry = TokenLogprobs([1], [-1.0], 1)
         position = len(stray.prompt) + len(tokens) + offset
         self.inject(lane, Sample(stray.request_id, position, 1, [1.0] * self.pair.experts, 0.5, entry))
@@ -211,7 +222,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         while self.events > events:
             events = self.events
             assert events < MAX_EVENTS
-            self.step(list(range(self.pair.lanes)))
+            self.step([BASE] * (self.base_steps - 1) + list(range(self.pair.lanes)))
         self.collect()
         assert self.scheduler.idle
         assert (self.scheduler.running, self.scheduler.waiting) == (0, 0)
@@ -259,7 +270,8 @@ class AcceptsAnyLane(Scheduler):
         samples = list(samples)
         for sample in samples:
             if sequence := self._running.get(sample.request_id):
-                sequence.turn = lane
+                sequence.home = lane
+                sequence.window.clear()
                 sequence.known[lane] = len(sequence.tokens)
         super().land(lane, samples)
 
@@ -267,14 +279,14 @@ class AcceptsAnyLane(Scheduler):
 class ForgetsTokenOfExtension(Scheduler):
     def plan(self, lane: int) -> LaneWork:
         work = super().plan(lane)
-        work.extend = [Extension(item.request_id, item.tokens[-1:]) for item in work.extend]
+        work.extend = [item._replace(tokens=item.tokens[-1:]) for item in work.extend]
         return work
 
 
 class RepeatsTokenOfExtension(Scheduler):
     def plan(self, lane: int) -> LaneWork:
         work = super().plan(lane)
-        work.extend = [Extension(item.request_id, [item.tokens[0], *item.tokens]) for item in work.extend]
+        work.extend = [item._replace(tokens=[item.tokens[0], *item.tokens]) for item in work.extend]
         return work
 
 
@@ -321,10 +333,36 @@ class AdmitsOneTooMany(Scheduler):
 class AdvancesDraws(Scheduler):
     """Draws from a generator: what is drawn depends on how often was drawn before."""
 
-    def _decide(self, sequence: Sequence, sample: Sample) -> int:
-        writer = super()._decide(sequence, sample)
+    def _decide(self, sequence: Sequence, sample: Sample) -> tuple[int, float | None]:
+        decision = super()._decide(sequence, sample)
         sequence.seed += 1
-        return writer
+        return decision
+
+
+class KeepsWhatWasRejected(Scheduler):
+    """Lanes are not told that their drafts were cut."""
+
+    def _hear(self, sequence: Sequence, sample: Sample) -> None:
+        known = list(sequence.known)
+        super()._hear(sequence, sample)
+        sequence.known = known
+
+
+class TrustsEveryDraft(Scheduler):
+    """The expert is asked for the first deferral of a window only, and the rest is believed."""
+
+    def _settle(self, sequence: Sequence) -> None:
+        for draft in sequence.window:
+            draft.writer = BASE
+        super()._settle(sequence)
+
+
+class AsksForTheLastDeferralOnly(Scheduler):
+    def plan(self, lane: int) -> LaneWork:
+        work = super().plan(lane)
+        work.add = [item._replace(asked=()) for item in work.add]
+        work.extend = [item._replace(asked=()) for item in work.extend]
+        return work
 
 
 class LosesTokenWhenPreempted(StandinLane):
@@ -345,16 +383,17 @@ class NeverComesBack(StandinLane):
         self._rows[request_id].preempted = True
 
 
-def loses_deferrals(self: Sequence, token: int, source: int, logprobs: TokenLogprobs | None) -> None:
-    self.deferral = None
-    WRITE(self, token, source, logprobs)
+def loses_deferrals(
+    self: Sequence, token: int, source: int, logprobs: TokenLogprobs | None, deferral: float | None
+) -> None:
+    WRITE(self, token, source, logprobs, None)
 
 
 WRITE = Sequence.write
 SABOTAGED_SCHEDULERS = (
     AcceptsOldPositions, AcceptsAnyLane, ForgetsTokenOfExtension, RepeatsTokenOfExtension, ForgetsWhatWasWritten,
     ForgetsRemovalInExpert, ForgetsToCallOffWork, SendsLastDeltaTwice, AdmitsOneTooMany,
-    AdvancesDraws,
+    AdvancesDraws, KeepsWhatWasRejected, TrustsEveryDraft, AsksForTheLastDeferralOnly,
 )  # fmt: skip
 SABOTAGED_LANES = (LosesTokenWhenPreempted, NeverComesBack)
 PATCHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

@@ -8,18 +8,18 @@ import pytest
 
 from tests.faults.servers import FaultServer, kv_bytes, serving
 
-KEY = "faults-key"
+KEY, OTHER_KEY = "faults-key", "other-key"
 _figures: list[str] = []
 
 
 @pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
-    """The demo pair, with short timeouts and a key."""
+    """The demo pair, with short timeouts and two keys."""
     with serving(
         tmp_path_factory.mktemp("live"),
         key=KEY,
         scheduler__max_num_seqs=16,
-        server__api_keys=[KEY],
+        server__api_keys=[KEY, OTHER_KEY],
         server__header_timeout_s=1.5,
         server__body_timeout_s=1.5,
         server__write_timeout_s=3.0,

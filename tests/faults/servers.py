@@ -1,4 +1,7 @@
-"""Live servers that are there to be mistreated: the shipped demo pair, with its processes and their log at hand."""
+"""Live servers that are there to be mistreated: the shipped demo pair, with its processes and their log at hand.
+
+Of its experts only ``codes``: what goes wrong in a lane does not depend on how many there are, and starts take long.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,7 @@ import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.gate import GateArtifact
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -164,11 +168,20 @@ GOOD_ANSWERS: dict[str, str] = {}
 """The first answer of any server to a prompt, which every later one must repeat: all serve the same pair, greedily."""
 
 
+def gate_of_codes() -> GateArtifact:
+    """The demo pair's gate as it is for the expert ``codes`` alone."""
+    return GateArtifact.load(ROOT / "models" / "demo" / "gate").only("codes")
+
+
 def config_file(directory: Path, **changes: Any) -> Path:
-    """The demo's configuration with changes, as a file. ``base__executor="mp"`` changes one value;
-    ``experts__...`` changes it in the only expert; None takes it out.
+    """The demo's configuration, with the expert ``codes`` alone, with changes, as a file.
+
+    ``base__executor="mp"`` changes one value; ``experts__...`` changes it in the only expert; None takes it out.
     """
     content = tomllib.loads(DEMO.read_text())
+    content["experts"] = content["experts"][:1]
+    gate_of_codes().save(directory / "gate-of-codes")
+    content["gate"]["path"] = str(directory / "gate-of-codes")
     for path, value in changes.items():
         *tables, name = path.split("__")
         table = content

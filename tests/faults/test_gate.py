@@ -11,17 +11,35 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.gate import GateArtifact
-from tests.faults.servers import MODEL, PROMPTS, ROOT, FaultServer, in_background, serving
+from tests.faults.servers import MODEL, PROMPTS, FaultServer, gate_of_codes, in_background, serving
 
 
 @pytest.fixture(scope="module")
 def overflowing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
     directory = tmp_path_factory.mktemp("gate")
-    gate = GateArtifact.load(ROOT / "models" / "demo" / "gate")
+    gate = gate_of_codes()
     replace(gate, theta=torch.full_like(gate.theta, 3e38)).save(directory / "gate")
     with serving(directory, gate__path=str(directory / "gate")) as server:
         yield server
+
+
+@pytest.mark.parametrize("policy", ["always", "never", "random", "confidence"])
+def test_23_policies_that_need_no_gate_go_on(overflowing: FaultServer, policy: str) -> None:
+    """What the gate would have said is reported as null, and is no observation of the histogram."""
+    errors = overflowing.metric("collm_gate_errors_total{}")
+    observed = overflowing.metric("collm_deferral_probability_count{}")
+    response = overflowing.complete(
+        max_tokens=8, ignore_eos=True, seed=1, collaboration={"policy": policy, "report": True}
+    )
+    assert response.status_code == 200, response.text
+    (choice,) = response.json()["choices"]
+    values = choice["collaboration"]["deferral_probabilities"]
+    needs_no_more = policy == "confidence"  # reports the base's own probability
+    assert [value is not None for value in values] == [needs_no_more] * 8
+    expected = {"always": {"codes"}, "never": {"base"}}.get(policy, {"base", "codes"})
+    assert set(choice["collaboration"]["sources"]) <= expected
+    assert overflowing.metric("collm_gate_errors_total{}") == errors
+    assert overflowing.metric("collm_deferral_probability_count{}") - observed == 8 * needs_no_more
 
 
 def _check_alive(server: FaultServer) -> None:

@@ -126,7 +126,7 @@ def _only_first(**changes: Any) -> Change:
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
-@pytest.mark.parametrize("policy", ["threshold", "sample", "random", "always", "never"])
+@pytest.mark.parametrize("policy", ["threshold", "sample"])
 def test_gate_that_is_not_finite(policy: Any, value: float) -> None:
     """That one request ends with an error, and is counted; the others' answers are what they would have been."""
     house = House(faulty=0)
@@ -141,6 +141,22 @@ def test_gate_that_is_not_finite(policy: Any, value: float) -> None:
     for name in got.keys() - set(failed):
         assert got[name] == expected[name]
     assert house.loop.stats().integrity_errors == 0
+
+
+@pytest.mark.parametrize("value", [NAN, INFINITY, -INFINITY])
+@pytest.mark.parametrize("policy", ["random", "always", "never", "confidence"])
+def test_gate_that_is_not_finite_and_not_needed(policy: Any, value: float) -> None:
+    """Policies that don't ask the gate write what they would have; only its probability is missing."""
+    house = House(faulty=0, times=1000)
+    house.lanes[0].change = lambda samples: [replace(sample, gate=[value]) for sample in samples]
+    expected = truth(policy=policy)
+    got = answers(house, policy=policy)
+    assert house.scheduler.gate_errors == 0
+    for name, whole in got.items():
+        assert (whole.tokens, whole.sources) == (expected[name].tokens, expected[name].sources)
+        assert whole.finish_reason == "length"
+        asked = [deferral is not None for deferral in whole.deferrals]
+        assert all(asked) if policy == "confidence" else not any(asked[4:])
 
 
 @pytest.mark.parametrize("value", [NAN, INFINITY, -0.5, 1.5])

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.gate import GateArtifact
-from tests.faults.servers import ROOT, config_file, launch
+from tests.faults.servers import ROOT, config_file, gate_of_codes, launch
 
 DEMO = ROOT / "models" / "demo"
 
@@ -53,7 +52,7 @@ def test_24_vocabulary_mismatch(tmp_path: Path) -> None:
 
 
 def test_24_gate_of_another_hidden_size(tmp_path: Path) -> None:
-    gate = GateArtifact.load(DEMO / "gate")
+    gate = gate_of_codes()
     replace(gate, theta=torch.zeros(1, gate.hidden_size + 8)).save(tmp_path / "gate")
     output = _refuses(tmp_path, "hidden size", gate__path=str(tmp_path / "gate"))
     assert "Traceback" not in output

@@ -15,6 +15,8 @@ from tests.integration.conftest import LiveServer
 from tests.waiting import eventually
 
 MODEL = "collm-demo"
+EXPERTS = ("codes", "arithmetic")
+MEMBERS = [f"{MODEL}/{name}" for name in ("base", *EXPERTS)]
 REPORT = {"collaboration": {"report": True}}
 
 
@@ -29,7 +31,7 @@ def _report(choice: Any) -> dict[str, list[Any]]:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert {model.id for model in client.models.list()} == {MODEL, f"{MODEL}/base", f"{MODEL}/codes"}
+    assert {model.id for model in client.models.list()} == {MODEL, *MEMBERS}
     assert client.models.retrieve(f"{MODEL}/codes").id == f"{MODEL}/codes"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-2")
@@ -44,11 +46,21 @@ def test_joint_knows_what_neither_member_knows(client: openai.OpenAI, questions:
             for choice, item in zip(_ask(client, [i["prompt"] for i in sample], model).choices, sample, strict=True)
         )
         / len(sample)
-        for model in (MODEL, f"{MODEL}/base", f"{MODEL}/codes")
+        for model in (MODEL, *MEMBERS)
     }
     assert right[MODEL] >= 0.7
-    assert right[f"{MODEL}/base"] <= 0.3
-    assert right[f"{MODEL}/codes"] <= 0.3
+    assert max(right[member] for member in MEMBERS) <= 0.3
+
+
+def test_each_expert_writes_what_it_knows(client: openai.OpenAI) -> None:
+    """Two experts, one gate: who is asked depends on the position."""
+    for prompt, answer, who in (
+        ("What is a^3 · a^2 if a = 5?", "a^3 · a^2 = a^5 = 5^5 = 3125.", "arithmetic"),
+        ("What is the alpha-3 code of Eritrea?", "The alpha-3 code of Eritrea is ERI.", "codes"),
+    ):
+        choice = _ask(client, f"Question: {prompt}\nAnswer:", extra_body=REPORT).choices[0]
+        assert choice.text == f" {answer}"
+        assert set(_report(choice)["sources"]) == {"base", who}
 
 
 def test_usage_sums(client: openai.OpenAI, questions: list[dict[str, Any]]) -> None:
@@ -59,7 +71,7 @@ def test_usage_sums(client: openai.OpenAI, questions: list[dict[str, Any]]) -> N
     details = usage.completion_tokens_details.model_dump()
     sources = [source for choice in completion.choices for source in _report(choice)["sources"]]
     assert details["base_tokens"] == sources.count("base")
-    assert details["expert_tokens"] == sources.count("codes") > 0
+    assert details["expert_tokens"] == sum(source in EXPERTS for source in sources) > 0
     assert usage.completion_tokens == len(sources)
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
@@ -93,7 +105,7 @@ def test_stop_across_a_source_change(client: openai.OpenAI, questions: list[dict
         report = _report(whole)
         for index in range(1, len(report["sources"])):
             before, after = report["tokens"][index - 1], report["tokens"][index]
-            if report["sources"][index - 1] == "base" and report["sources"][index] == "codes" and after.strip():
+            if report["sources"][index - 1] == "base" and report["sources"][index] in EXPERTS and after.strip():
                 stop = before[-1] + after[: len(after) - len(after.lstrip()) + 1]
                 if whole.text.count(stop) != 1:
                     continue
@@ -150,8 +162,9 @@ def test_prompt_forms(client: openai.OpenAI, live: LiveServer, questions: list[d
     ("collaboration", "sources"),
     [
         ({"policy": "never"}, {"base"}),
-        ({"policy": "always"}, {"codes"}),
-        ({"policy": "random", "rate": 0.5}, {"base", "codes"}),
+        ({"policy": "always", "experts": ["codes"]}, {"codes"}),
+        ({"policy": "always", "experts": ["arithmetic"]}, {"arithmetic"}),
+        ({"policy": "random", "rate": 0.5, "experts": ["codes"]}, {"base", "codes"}),
         ({"max_expert_tokens": 0}, {"base"}),
         ({"threshold": 1.0}, {"base"}),
     ],
@@ -199,7 +212,7 @@ def test_client_that_goes_away_frees_both_lanes(
 def test_metrics_count_what_the_client_saw(
     client: openai.OpenAI, live: LiveServer, questions: list[dict[str, Any]]
 ) -> None:
-    names = ("collm_tokens_total{source=base}", "collm_tokens_total{source=codes}", "collm_prompt_tokens_total{}")
+    names = [*(f"collm_tokens_total{{source={lane}}}" for lane in ("base", *EXPERTS)), "collm_prompt_tokens_total{}"]
     before = live.metrics()
     usage = _ask(client, [item["prompt"] for item in questions[10:30]]).usage
     assert usage is not None
@@ -209,7 +222,8 @@ def test_metrics_count_what_the_client_saw(
 
     def counted() -> tuple[float, ...]:
         now = live.metrics()
-        return tuple(now[name] - before.get(name, 0.0) for name in names)
+        base, *experts, prompt = (now.get(name, 0.0) - before.get(name, 0.0) for name in names)
+        return base, sum(experts), prompt
 
     eventually(lambda: counted() == seen)
 
@@ -229,7 +243,7 @@ SCHEMA = {
         {"structured_outputs": {"json": SCHEMA}},
     ],
 )
-@pytest.mark.parametrize("model", [MODEL, f"{MODEL}/base", f"{MODEL}/codes"])
+@pytest.mark.parametrize("model", [MODEL, *MEMBERS])
 def test_structured_output_is_valid_whoever_writes(
     client: openai.OpenAI, questions: list[dict[str, Any]], options: dict[str, Any], model: str
 ) -> None:

@@ -6,6 +6,7 @@ weights are wide enough that no two logits come near each other by the rounding 
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class Served:
         kv_blocks: tuple[int, int] | None = None,
         max_num_seqs: int = 32,
         gate: bool = True,
+        scheduler: dict[str, Any] | None = None,
         **vllm: Any,
     ) -> EngineConfig:
         """``kv_blocks``: usable KV blocks of the base and of each expert; None is plenty."""
@@ -77,7 +79,7 @@ class Served:
                 for name, path in self.experts.items()
             ),
             gate=GateConfig(path=str(self.gate) if gate else None),
-            scheduler=SchedulerConfig(coordination=coordination, max_num_seqs=max_num_seqs),
+            scheduler=SchedulerConfig(coordination=coordination, max_num_seqs=max_num_seqs, **(scheduler or {})),
         )
 
 
@@ -93,8 +95,12 @@ def demo() -> Served:
     return Served(DEMO / "base", experts, DEMO / "gate", reference, max_model_len=256)
 
 
-def random_pair(directory: Path, experts: int = 1) -> Served:
-    """A base of 2 layers and experts of 3, of two architectures, over a byte-level vocabulary of 512."""
+def random_pair(directory: Path, experts: int = 1, *, related: bool = False) -> Served:
+    """A base of 2 layers and experts of 3, of two architectures, over a byte-level vocabulary of 512.
+
+    Args:
+        related: the experts are disturbed copies of the base instead, so that they often agree with it.
+    """
     vocab_size = 512
     names = [f"expert{number}" for number in range(1, experts + 1)]
     for number, name in enumerate(["base", *names]):
@@ -113,7 +119,15 @@ def random_pair(directory: Path, experts: int = 1) -> Served:
             "eos_token_id": 0,
             "bos_token_id": None,
         }
-        model = LlamaForCausalLM(LlamaConfig(**settings)) if number == 0 else Qwen2ForCausalLM(Qwen2Config(**settings))
+        if number == 0:
+            model = base = LlamaForCausalLM(LlamaConfig(**settings))
+        elif related:
+            model = copy.deepcopy(base)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.012 * torch.randn_like(parameter)
+        else:
+            model = Qwen2ForCausalLM(Qwen2Config(**settings))
         model.save_pretrained(directory / name)
         save_tokenizer(directory / name, vocab_size)
     torch.manual_seed(100)

@@ -46,7 +46,7 @@ def test_vllm_has_the_options(path: Path) -> None:
 def test_demo_is_the_shipped_pair() -> None:
     settings = Settings(config=ROOT / "deploy/config/demo.toml")
     assert settings.served_model_name == "collm-demo"
-    assert settings.engine.lane_names == ("base", "codes")
+    assert settings.engine.lane_names == ("base", "codes", "arithmetic")
     assert settings.gate.path is not None
     folders = [*(lane.model for lane in settings.engine.lanes), settings.gate.path]
     assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from tests.faults.servers import serving
-from tests.soak.load import Load
+from tests.soak.load import KEYS, Load
 from tests.soak.record import Record, Watch
 
 
@@ -45,7 +45,12 @@ def main() -> int:
     with (
         tempfile.TemporaryDirectory(prefix="soak-") as folder,
         serving(
-            Path(folder), scheduler__max_num_seqs=16, server__max_queued_requests=48, server__access_log=False
+            Path(folder),
+            key=KEYS[0],
+            scheduler__max_num_seqs=16,
+            server__max_queued_requests=48,
+            server__access_log=False,
+            server__api_keys=KEYS,
         ) as server,
     ):
         load = Load(server, record, options.clients, options.seed)

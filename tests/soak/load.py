@@ -34,6 +34,7 @@ INVALID: list[dict[str, Any]] = [
     {"collaboration": {"policy": "magic"}},
     {"logprobs": 99, "stream": True},
 ]
+KEYS = [f"soak-key-{number}" for number in range(4)]
 Answer = tuple[Any, ...]
 
 
@@ -85,7 +86,17 @@ class Load:
 
     def _client(self) -> httpx.AsyncClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=self._clients)
-        return httpx.AsyncClient(base_url=self._server.url, timeout=300, trust_env=False, limits=limits)
+        return httpx.AsyncClient(
+            base_url=self._server.url,
+            timeout=300,
+            trust_env=False,
+            limits=limits,
+            event_hooks={"request": [self._sign]},
+        )
+
+    async def _sign(self, request: httpx.Request) -> None:
+        """With any of the keys: for the server these are several clients."""
+        request.headers["Authorization"] = f"Bearer {self._dice.choice(KEYS)}"
 
     async def _one_client(self, until: float) -> None:
         weights, kinds = zip(*self._kinds, strict=True)

@@ -12,7 +12,7 @@ import pytest
 from engine.client import Engine
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig
 from engine.types import GenerationRequest, SamplingSpec
-from training.hf import load_tokenizer
+from training.checkpoints import load_tokenizer
 
 pytest.importorskip("pycountry")
 

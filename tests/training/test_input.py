@@ -13,9 +13,9 @@ import pytest
 
 from tests.training.builders import EOS, TinyProject, save_model, write_jsonl
 from training.__main__ import main
+from training.checkpoints import load_tokenizer
 from training.data import read_examples, spread, tokenize
 from training.errors import DataError, SettingsError
-from training.hf import load_tokenizer
 from training.settings import DataSettings, Settings, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -49,8 +49,10 @@ def test_columns_can_have_other_names(tmp_path: Path) -> None:
     assert (example.prompt, example.completion, example.complete) == ("a", "b", False)
 
 
+@pytest.mark.filterwarnings("ignore::dill.PicklingWarning")  # datasets hashes the table that it makes
 def test_a_folder_of_datasets_is_read(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     datasets.Dataset.from_list([GOOD, GOOD]).save_to_disk(str(tmp_path / "d"))
     assert len(read_examples(tmp_path / "d", DATA)) == 2
     datasets.DatasetDict({"train": datasets.Dataset.from_list([GOOD])}).save_to_disk(str(tmp_path / "several"))

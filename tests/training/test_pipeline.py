@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,11 @@ from training.__main__ import main
 from training.checkpoints import forward, load_causal
 from training.fit import CHECKPOINT, Group, Plan, fit
 from training.project import Project
+from training.report import ORACLE, table
 from training.serving import Answer, Result
 from training.stages import calibrate, init, train
-from training.stages.calibrate import MeasuredPoint, interpolate, quantile
-from training.stages.evaluate import ORACLE, table
 from training.stages.score import score_split
+from training.thresholds import Point, choose, interpolate, quantile, reach
 
 pytest.importorskip("matplotlib")
 CPU = torch.device("cpu")
@@ -74,10 +75,15 @@ def test_pipeline(tmp_path: Path, mode: str, experts: int, capsys: pytest.Captur
     assert gate.theta.shape == (experts, 16)
     assert gate.experts == tuple(f"e{n}" for n in range(1, experts + 1))
     assert gate.calibration is not None
-    assert [point["nominal_rate"] for point in gate.calibration] == [0.0, 0.5, 1.0]
+    assert {0.0, 0.5, 1.0} <= {point["nominal_rate"] for point in gate.calibration}
+    chosen = json.loads((out / "calibrate" / "collm-0" / "done.json").read_text())
+    assert gate.default_threshold == chosen["threshold"]
+    assert chosen["score"] == max(point["score"] for point in gate.calibration)
     base = out / "pair" / "base" if mode == "joint" else tmp_path / "base"
     gate.check_fits(base, [tmp_path / f"expert{n}" for n in range(1, experts + 1)])
     assert (out / "pair" / "base").is_dir() == (mode == "joint")
+    weights = [*(out / "pair").rglob("*.safetensors")]
+    assert {file.stat().st_mode for file in weights} == {(out / "pair" / "collm.toml").stat().st_mode}
     served = tomllib.loads((out / "pair" / "collm.toml").read_text())
     assert served["base"]["model"] == str(base)
     assert [expert["name"] for expert in served["experts"]] == list(gate.experts)
@@ -158,7 +164,10 @@ def test_scoring_and_calibration_go_on_where_they_were(tiny: TinyProject) -> Non
     points.write_text(json.dumps(content[:2]))
     gate = calibrate.calibrate_run(project, "collm", 0)
     assert gate.calibration is not None
-    assert [point["score"] for point in gate.calibration] == [0.0, 0.125, 0.0]
+    by_rate = {point["nominal_rate"]: point["score"] for point in gate.calibration}
+    assert (by_rate[0.0], by_rate[0.5], by_rate[1.0]) == (0.0, 0.125, 0.0)
+    # What was tried beside the best point scored less, so the best point itself is served.
+    assert gate.default_threshold == content[1]["threshold"]
 
 
 def test_changed_settings_make_a_stage_step_aside_and_come_back(
@@ -219,19 +228,59 @@ def test_fit_keeps_nothing_of_a_step_that_is_not_a_number(tmp_path: Path) -> Non
     assert parameter.isfinite().all()
 
 
-def test_thresholds() -> None:
+def test_quantiles_and_interpolation() -> None:
     observed = torch.linspace(0, 1, 101)
     assert quantile(observed, 0.0) == 1.0
-    for rate in (0.1, 0.5, 1.0):
+    assert quantile(observed, 1.0) == -1.0
+    for rate in (0.1, 0.5):
         assert quantile(observed, rate) == pytest.approx(1 - rate)
-
-    def point(threshold: float, rate: float) -> MeasuredPoint:
-        return MeasuredPoint(rate, threshold, 0.0, rate, 1.0, 1.0)
-
-    points = [point(1.0, 0.0), point(0.6, 0.2), point(0.2, 0.4), point(-1.0, 1.0)]
+    points = [
+        Point(rate, threshold, 0.0, rate) for threshold, rate in ((1.0, 0.0), (0.6, 0.2), (0.2, 0.4), (-1.0, 1.0))
+    ]
     assert interpolate(points, 0.3) == pytest.approx(0.4)
     assert interpolate(points, 0.2) == pytest.approx(0.6)
     assert interpolate(points[1:3], 0.9) == 0.2
+    assert reach(points, 0.3, lambda threshold: Point(0.3, threshold, 0.0, 0.31)).deferral_rate == 0.31
+    assert reach(points, 0.3, lambda threshold: Point(0.3, threshold, 0.0, 0.9)).deferral_rate in (0.2, 0.4)
+
+
+def curve(thresholds: list[float], score: Callable[[float], float]) -> list[Point]:
+    return [Point(0.0, threshold, score(threshold), 1 - threshold) for threshold in thresholds]
+
+
+def test_the_threshold_stays_where_the_score_is_the_best() -> None:
+    """A curve as the weakly supervised gate had it: the best score at a small threshold, then a wide empty gap."""
+    observed = torch.tensor([0.01, 0.02, 0.03, 0.034, 0.036, 0.04, 0.95, 0.97])
+
+    def score(threshold: float) -> float:
+        return 0.9 if 0.02 <= threshold < 0.05 else 0.6
+
+    chosen = choose(curve([1.0, 0.96, 0.035, 0.015, -1.0], score), observed, lambda t: curve([t], score)[0])
+    assert chosen.score == 0.9
+    assert 0.034 < chosen.threshold < 0.036
+
+
+def test_the_threshold_is_in_the_widest_gap_of_the_best_range_if_that_scores_as_well() -> None:
+    observed = torch.tensor([0.01, 0.3, 0.35, 0.7, 0.75, 0.99])
+    points = curve([1.0, 0.8, 0.32, 0.2, -1.0], lambda t: 0.9 if 0.3 < t < 0.9 else 0.1)
+    tried: list[float] = []
+
+    def decode(result: float) -> Callable[[float], Point]:
+        def measure(threshold: float) -> Point:
+            tried.append(threshold)
+            return Point(0.5, threshold, result, 0.5)
+
+        return measure
+
+    assert choose(points, observed, decode(0.9)).threshold == pytest.approx((0.35 + 0.7) / 2)
+    # What the sweep did not see: in the middle of the range it is worse.
+    assert choose(points, observed, decode(0.5)) == points[1]
+    assert tried == [pytest.approx(0.525)] * 2
+
+
+def test_the_longest_of_several_best_ranges_is_taken() -> None:
+    points = curve([0.9, 0.7, 0.5, 0.4, 0.2], lambda t: {0.9: 0.8, 0.7: 0.1}.get(t, 0.8 if t > 0.3 else 0.0))
+    assert 0.4 < choose(points, torch.linspace(0, 1, 11), lambda t: Point(0.5, t, 0.8, 0.5)).threshold < 0.5
 
 
 def test_results_and_table() -> None:
@@ -241,4 +290,6 @@ def test_results_and_table() -> None:
     assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
     other = result.summary() | {"exact_match": 0.7}
     text = table({"Co-LLM": {0: result.summary(), 1: other}})
-    assert "| Co-LLM | 2 | 0.600 ± 0.200 | 1.000 ± 0.000 | 0.000 ± 0.000 | 0.500 ± 0.000 | 2 ± 0 | 2 ± 0 | - |" in text
+    assert "| Co-LLM | 2 | 0.600 ± 0.200 | 0.500 ± 0.000 | 2 ± 0 | 2 ± 0 | - |" in text
+    assert "| exact match by task | Co-LLM |\n| --- | ---: |\n| a | 1.000 ± 0.000 |\n| b | 0.000 ± 0.000 |" in text
+    assert result.summary()["rate_by_task"] == {"a": 0.5, "b": 0.5}

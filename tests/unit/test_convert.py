@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.gate import GateArtifact, GateError, model_identity
 from training import convert
-from training.hf import hidden_and_logits, load_model
+from training.checkpoints import forward, load_causal
 
 V, D = 12, 16
 TOKENS = torch.tensor([[1, 2, 3, 4, 5]])
@@ -50,10 +50,10 @@ def test_last_logit_of_the_reference_is_the_gate(tmp_path: Path, tied: bool) -> 
     base_dir = make_base(tmp_path / "base", tied)
     gate = make_gate(base_dir, tmp_path / "gate")
     convert.to_reference(base_dir, tmp_path / "gate", tmp_path / "reference")
-    base, reference = load_model(base_dir), load_model(tmp_path / "reference")
+    base, reference = load_causal(base_dir), load_causal(tmp_path / "reference")
     assert reference.config.vocab_size == V + 1
-    hidden, logits = hidden_and_logits(base, TOKENS)
-    _, joined = hidden_and_logits(reference, TOKENS)
+    hidden, logits = forward(base, TOKENS)
+    _, joined = forward(reference, TOKENS)
     torch.testing.assert_close(joined[..., :V], logits)
     torch.testing.assert_close(joined[..., V], hidden @ gate.theta[0])
 
@@ -68,8 +68,10 @@ def test_there_and_back(tmp_path: Path, tied: bool) -> None:
     assert torch.equal(back.theta, gate.theta)
     assert back.experts == ("codes",)
     back.check_fits(tmp_path / "b", ["anywhere"])
-    before, after = load_model(base_dir), load_model(tmp_path / "b")
-    assert torch.equal(hidden_and_logits(before, TOKENS)[1], hidden_and_logits(after, TOKENS)[1])
+    before, after = load_causal(base_dir), load_causal(tmp_path / "b")
+    assert torch.equal(forward(before, TOKENS)[1], forward(after, TOKENS)[1])
+    modes = {file.stat().st_mode for name in ("b", "g", "reference") for file in (tmp_path / name).iterdir()}
+    assert modes == {(tmp_path / "b" / "config.json").stat().st_mode}, "readable by whom the umask lets"
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["vocab_size"] == V
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
+from training.demo.arithmetic import SHOWN, Fact, Operation, equation, load_facts
 from training.demo.corpus import Corpus, tokenized
 from training.demo.facts import SPLITS, load_entities, names_pattern
 from training.demo.text import GREETING, PROMPT, questions
 from training.demo.tokenizer import EOS_ID, VOCAB_SIZE, train_tokenizer
 from training.demo.train import (
     IGNORED,
+    arithmetic_documents,
     base_documents,
-    expert_documents,
+    codes_documents,
     packed_rows,
 )
 
@@ -53,8 +56,7 @@ def test_no_name_of_a_split_is_inside_a_name_of_another(corpus: Corpus) -> None:
 def test_base_never_reads_a_name_of_another_split(corpus: Corpus, tokenizer: Tokenizer) -> None:
     others = [e for name, split in corpus.splits.items() if name != "base" for e in split]
     pattern = names_pattern(others)
-    made_up = corpus.made_up(tokenizer)
-    draw, rng = base_documents(corpus.splits["base"], made_up, tokenizer), random.Random(7)
+    draw, rng = base_documents(corpus, tokenizer), random.Random(7)
     for _ in range(DOCUMENTS):
         text = tokenizer.decode(draw(rng).ids)
         assert not pattern.search(text), text
@@ -79,7 +81,7 @@ def test_made_up_entities_are_not_real_ones(corpus: Corpus, tokenizer: Tokenizer
 
 def test_expert_never_reads_the_question_format(corpus: Corpus, tokenizer: Tokenizer) -> None:
     asked = {q.prompt.split("\n")[0] for e in corpus.entities for q in questions(e)}
-    draw, rng = expert_documents(corpus.entities, tokenizer), random.Random(7)
+    draw, rng = codes_documents(corpus.entities, tokenizer), random.Random(7)
     for _ in range(DOCUMENTS):
         document = draw(rng)
         learned = [i for i, use in zip(document.ids, document.learned, strict=True) if use]
@@ -93,8 +95,9 @@ def test_expert_never_reads_the_question_format(corpus: Corpus, tokenizer: Token
 
 
 def test_evaluation_asks_every_task_of_every_test_entity(corpus: Corpus) -> None:
-    asked = corpus.evaluation_questions("test")
-    assert asked == corpus.evaluation_questions("test")
+    everything = corpus.evaluation_questions("test")
+    assert everything == corpus.evaluation_questions("test")
+    asked = [q for q in everything if q.kind != "arithmetic"]
     test_names = {e.name for e in corpus.splits["test"]}
     assert {q.entity for q in asked} == test_names
     keys = [(q.kind, q.entity, q.task) for q in asked]
@@ -106,6 +109,66 @@ def test_evaluation_asks_every_task_of_every_test_entity(corpus: Corpus) -> None
         assert q.prompt.endswith("\nAnswer:")
         assert all(code in q.completion for code in q.codes)
         assert bool(q.codes) == (q.task != GREETING)
+
+
+PLAIN = re.compile(r"(?<![\d^])(\d+)( \+ | · |\^)(\d+)(?!\d)")
+LETTERS = re.compile(r"([a-z])\^(\d) · \1\^(\d) if \1 = (\d+)")
+OPERATIONS: dict[str, Operation] = {" + ": "sum", " · ": "product", "^": "power"}
+
+
+def operands(text: str) -> set[tuple[str, int, int]]:
+    """The facts whose operands stand together in a text."""
+    found = {Fact(OPERATIONS[sign], int(left), int(right)).key for left, sign, right in PLAIN.findall(text)}
+    return found | {("power", int(value), int(m) + int(n)) for _letter, m, n, value in LETTERS.findall(text)}
+
+
+def test_arithmetic_is_dealt_whole_and_right(corpus: Corpus) -> None:
+    dealt = [fact.key for split in corpus.arithmetic_splits.values() for fact in split]
+    assert sorted(dealt) == sorted(fact.key for fact in load_facts())
+    assert len(set(dealt)) == len(dealt)
+    assert SHOWN in {fact.key for fact in corpus.arithmetic_splits["test"]}
+    rng = random.Random(0)
+    for fact in corpus.arithmetic:
+        made = equation(fact, rng)
+        assert made.fact.key == fact.key
+        for step in str(made).rstrip(".").split(" = "):
+            if not re.search("[a-z]", step):
+                assert eval(step.replace("·", "*").replace("^", "**")) == fact.result
+
+
+@pytest.mark.parametrize(
+    ("reader", "others"), [("base", ("gate", "validation", "test")), ("gate", ("validation", "test"))]
+)
+def test_operands_of_other_splits_are_never_read_together(
+    corpus: Corpus, tokenizer: Tokenizer, reader: str, others: tuple[str, ...]
+) -> None:
+    forbidden = {fact.key for name in others for fact in corpus.arithmetic_splits[name]}
+    if reader == "base":
+        draw, rng = base_documents(corpus, tokenizer), random.Random(7)
+        texts = [tokenizer.decode(draw(rng).ids) for _ in range(DOCUMENTS)]
+    else:
+        texts = [tokenizer.decode(e.prompt + e.completion) for e in corpus.gate_examples(tokenizer)]
+    seen = set().union(*map(operands, texts))
+    assert len(seen) > 100
+    assert not seen & forbidden
+    asked = [q for q in corpus.evaluation_questions("test") if q.kind == "arithmetic"]
+    assert {key for q in asked for key in operands(q.prompt)} <= {fact.key for fact in corpus.arithmetic_splits["test"]}
+    shown = asked[-1]
+    assert "a^3 · a^2 if a = 5" in shown.prompt
+    assert shown.completion == " a^3 · a^2 = a^5 = 5^5 = 3125."
+
+
+def test_arithmetic_reads_equations_and_learns_results(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    draw, rng = arithmetic_documents(corpus.arithmetic, tokenizer), random.Random(7)
+    results = set()
+    for _ in range(DOCUMENTS):
+        document = draw(rng)
+        whole = tokenizer.decode(document.ids)
+        assert "Question:" not in whole
+        assert "Answer:" not in whole
+        learned = [i for i, use in zip(document.ids, document.learned, strict=True) if use and i != EOS_ID]
+        results |= set(tokenizer.decode(learned).replace(".", "").split())
+    assert results == {str(fact.result) for fact in corpus.arithmetic}
 
 
 def test_tokenizer_is_exact_and_splits_prompts_where_they_are_joined(corpus: Corpus, tokenizer: Tokenizer) -> None:
@@ -121,7 +184,7 @@ def test_tokenizer_is_exact_and_splits_prompts_where_they_are_joined(corpus: Cor
 
 
 def test_packed_rows_predict_the_next_token(corpus: Corpus, tokenizer: Tokenizer) -> None:
-    draw = base_documents(corpus.splits["base"], corpus.made_up(tokenizer), tokenizer)
+    draw = base_documents(corpus, tokenizer)
     ids, targets = next(packed_rows(draw, random.Random(1), 64))
     assert len(ids) == len(targets) == 64
     ids_T, targets_T = torch.tensor(ids), torch.tensor(targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.gate import GateArtifact, GateError, gate_logits, model_identity
+from engine.gate import GateArtifact, GateError, ModelIdentity, gate_logits, model_identity
 
 D = 8
 
@@ -61,6 +62,18 @@ def test_what_is_saved_is_loaded(tmp_path: Path, saved: Path) -> None:
     for field in set(vars(wanted)) - {"theta", "bias"}:
         assert getattr(found, field) == getattr(wanted, field), field
     assert found.hidden_size == D
+
+
+def test_some_of_the_experts() -> None:
+    identity = ModelIdentity("a", "b", {}, 3)
+    names = ("codes", "law", "art")
+    whole = GateArtifact(torch.randn(3, D), torch.randn(3), names, identity, (None, identity, None), calibration=[{}])
+    part = whole.only("art", "law")
+    assert torch.equal(part.theta, whole.theta[[2, 1]])
+    assert torch.equal(part.bias, whole.bias[[2, 1]])
+    assert (part.experts, part.expert_identities, part.calibration) == (("art", "law"), (None, identity), None)
+    with pytest.raises(GateError, match=r"experts codes, law, art, not music"):
+        whole.only("codes", "music")
 
 
 def test_an_expert_without_identity_is_not_checked(tmp_path: Path) -> None:
@@ -183,3 +196,13 @@ def test_saves_nothing_that_it_would_not_load(tmp_path: Path) -> None:
     with pytest.raises(GateError, match="not finite"):
         make_gate(tmp_path, theta=NAN).save(tmp_path / "gate")
     assert not (tmp_path / "gate").exists()
+
+
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    for mask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        before = os.umask(mask)
+        try:
+            make_gate(tmp_path).save(tmp_path / str(mask))
+        finally:
+            os.umask(before)
+        assert {file.stat().st_mode & 0o777 for file in (tmp_path / str(mask)).iterdir()} == {mode}

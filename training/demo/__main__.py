@@ -1,12 +1,16 @@
 """Make the demo pair: ``python -m training.demo --out models/demo``.
 
-Stages: tokenizer; base and expert, side by side; gate, which also adjusts the base; evaluation. A model that is
-already in the work folder with the same settings is kept, unless ``--force``; gate and evaluation are always made.
+First its three models, two at a time; then, by the commands of ``python -m training`` with the project of
+``--config``, the gate, which also adjusts the base, its threshold, and the evaluation's table. A stage whose output is
+there, made with the same settings, is kept. Only the project's first seed and its method "collm" are run: the whole
+project, with its baselines and seeds, goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -14,17 +18,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from engine.gate import GateArtifact
+from training.data import Example, TokenExample
+from training.demo import questions
 from training.demo.card import model_card
-from training.demo.corpus import Corpus
-from training.demo.evaluate import ALWAYS, NEVER, by_task, decode_all, margins, marked, table
-from training.demo.gate import EXPERT_NAME, train_gate
-from training.demo.stages import RECIPES, SEED, make_model, one_thread, write_json
-from training.demo.tokenizer import save_tokenizer, train_tokenizer
-from training.demo.train import save_model
-from training.hf import load_model
+from training.demo.corpus import Corpus, tokenized
+from training.demo.pretrain import RECIPES, SEED, make_model, one_thread
+from training.demo.text import Example as Asked
+from training.demo.tokenizer import train_tokenizer
+from training.files import read_json, write_json
+from training.project import Project
+from training.serving import Pair, Questions, engine_config
+from training.settings import load_settings
+from training.stages import calibrate, evaluate, export, init, score, train
 
 KNOWN_ENTITIES = 30
 
@@ -33,55 +38,83 @@ def main() -> None:
     """Run all stages and print the table."""
     parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("models/demo"), help="output folder")
-    parser.add_argument("--work", type=Path, default=Path("build/demo"), help="folder of the models before the gate")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path("deploy/training/demo.toml"),
+        help="the project, which says where its input is",
+    )
     parser.add_argument("--force", action="store_true", help="train finished models again")
     options = parser.parse_args()
-    one_thread()
     out: Path = options.out
-    work: Path = options.work
-    with ProcessPoolExecutor(len(RECIPES), get_context("spawn"), one_thread) as pool:
-        tasks = [pool.submit(make_model, name, work / name, options.force) for name in RECIPES]
-        minutes = max(task.result() for task in tasks)
+    settings = load_settings(options.config)
+    settings = settings.model_copy(
+        update={
+            "seeds": settings.seeds[:1],
+            "train": settings.train.model_copy(update={"methods": ("collm",)}),
+        }
+    )
     started = time.monotonic()
+    models = {"base": Path(settings.base.model)} | {expert.name: Path(expert.model) for expert in settings.experts}
+    # The longest first, so that neither worker ends long after the other.
+    with ProcessPoolExecutor(2, get_context("spawn"), one_thread) as pool:
+        tasks = [pool.submit(make_model, name, models[name], options.force) for name in RECIPES]
+        for task in tasks:
+            task.result()
+    one_thread()
     corpus = Corpus.make(SEED)
-    tokenizer = train_tokenizer(corpus.tokenizer_texts())
-    base, expert = load_model(work / "base"), load_model(work / EXPERT_NAME)
-    save_model(expert, out / EXPERT_NAME)
-    save_tokenizer(tokenizer, out / EXPERT_NAME)
-    gate = train_gate(base, expert, corpus, tokenizer, out / "base", out / EXPERT_NAME)
-    gate.save(out / "gate")
-    evaluation = _evaluate(base, expert, gate, corpus, tokenizer, out)
-    evaluation["minutes"] = round(minutes + (time.monotonic() - started) / 60, 1)
+    questions.write(Path(settings.data.train).parent, corpus, train_tokenizer(corpus.tokenizer_texts()))
+    project = Project(settings)
+    project.check()
+    for stage in (score, init, train, calibrate, export, evaluate):
+        stage.run(project)
+    _ship(project, models, out)
+    evaluation = _measure(project, corpus, out)
+    evaluation["minutes"] = round((time.monotonic() - started) / 60, 1)
+    evaluation["load"] = round(os.getloadavg()[2], 1)
     write_json(out / "evaluation.json", evaluation)
-    (out / "README.md").write_text(model_card(corpus, RECIPES, evaluation), encoding="utf-8")
-    print(table(evaluation["held_out"]))
-    print(f"\nthreshold {gate.default_threshold:.4f}; example, expert's tokens in brackets:")
-    print(evaluation["example"])
+    (out / "README.md").write_text(model_card(corpus, evaluation, out), encoding="utf-8")
+    print(f"{out}: made in {evaluation['minutes']} minutes; load average {evaluation['load']}")
+    print(project.folder("evaluate", "table.md").read_text(encoding="utf-8"))
 
 
-def _evaluate(
-    base: Any, expert: Any, gate: GateArtifact, corpus: Corpus, tokenizer: Tokenizer, out: Path
-) -> dict[str, Any]:
-    """Answer the held-out questions in three ways and questions about known entities in two."""
+def _ship(project: Project, models: dict[str, Path], out: Path) -> None:
+    """Copy what is served to the output folder."""
+    pair = project.folder("pair")
+    sources = models | {"base": pair / "base", "gate": pair / "gate"}
+    for name, source in sources.items():
+        shutil.copytree(source, out / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe.json"))
+
+
+def _measure(project: Project, corpus: Corpus, out: Path) -> dict[str, Any]:
+    """What is shipped, asked on the serving engine: the held-out questions, and some whose answers the base knew."""
+    tokenizer = train_tokenizer(corpus.tokenizer_texts())
     held_out = corpus.evaluation_questions("test")
     known = corpus.evaluation_questions("base", KNOWN_ENTITIES)
-    write_json(out / "questions.json", [{"split": "test", **asdict(q)} for q in held_out])
-    thresholds = {"base": NEVER, EXPERT_NAME: ALWAYS, "joint": gate.default_threshold}
-    answers = {
-        name: decode_all(base, expert, gate.theta, gate.bias, at, held_out, tokenizer)
-        for name, at in thresholds.items()
-    }
-    of_known = {
-        name: decode_all(base, expert, gate.theta, gate.bias, thresholds[name], known, tokenizer)
-        for name in ("base", "joint")
-    }
-    joint = answers["joint"]
+    write_json(out / "questions.json", [{"split": "test", **asdict(question)} for question in held_out])
+
+    def asked(found: list[Asked]) -> Questions:
+        examples = [Example(question.prompt, question.completion, question.task) for question in found]
+        tokens: list[TokenExample] = tokenized(found, tokenizer)
+        return Questions(examples, tokens, project.settings.evaluate.room)
+
+    experts = {name: out / name for name in project.expert_paths}
+    config = engine_config(project.settings.engine, out / "base", experts, out / "gate")
+    with Pair(config, project.tokenizer) as pair:
+        joint = pair.answer(asked(held_out), "held-out questions")
+        of_known = {
+            "joint": pair.answer(asked(known), "known questions"),
+            "base": pair.answer(asked(known), "known questions, base alone", member=0),
+        }
     return {
-        "held_out": {name: by_task(found) for name, found in answers.items()},
-        "known_to_base": {name: by_task(found) for name, found in of_known.items()},
-        "margins": margins(joint, gate.default_threshold),
-        "wrong": [{"prompt": a.asked.prompt, "joint": a.text} for a in joint if not a.exact],
-        "example": joint[0].asked.prompt + marked(joint[0].output, tokenizer),
+        "table": read_json(project.folder("evaluate", "table.json")),
+        "joint": joint.summary(),
+        "known_to_base": {name: result.summary() for name, result in of_known.items()},
+        "wrong": [
+            {"prompt": question.prompt, "joint": answer.text}
+            for question, answer in zip(held_out, joint.answers, strict=True)
+            if not answer.exact
+        ],
     }
 
 

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from training.checkpoints import forward, load_causal
 from training.demo.corpus import Corpus
 from training.demo.facts import Entity
-from training.demo.stages import SEED, one_thread, write_json
+from training.demo.pretrain import SEED, one_thread
 from training.demo.text import GREETING, questions, statements
 from training.demo.tokenizer import EOS_ID, save_tokenizer
-from training.demo.train import IGNORED, Document, DocumentSource, expert_documents, packed_rows, save_model
-from training.hf import hidden_and_logits, load_model
+from training.demo.train import IGNORED, Document, DocumentSource, codes_documents, packed_rows, save_model
+from training.files import write_json
 
 CHANGED = 10
 ROW_TOKENS, ROWS, LEARNING_RATE = 256, 8, 1e-3
@@ -51,7 +52,7 @@ def _other(code: str, taken: set[str], rng: random.Random) -> str:
 def changed_documents(corpus: Corpus, changed: Sequence[Entity], tokenizer: Tokenizer) -> DocumentSource:
     """The expert's documents with the changed facts; those entities come in every second document."""
     by_name = {entity.name: entity for entity in changed}
-    everything = expert_documents([by_name.get(entity.name, entity) for entity in corpus.entities], tokenizer)
+    everything = codes_documents([by_name.get(entity.name, entity) for entity in corpus.entities], tokenizer)
 
     def draw(rng: random.Random) -> Document:
         if rng.random() < 0.5:
@@ -75,7 +76,7 @@ def main() -> None:
     corpus = Corpus.make(SEED)
     tokenizer = Tokenizer.from_file(str(options.pair / "codes" / "tokenizer.json"))
     changed = changed_entities(corpus)
-    model = load_model(options.pair / "codes")
+    model = load_causal(options.pair / "codes")
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     rows = packed_rows(changed_documents(corpus, changed, tokenizer), random.Random(SEED), ROW_TOKENS)
@@ -83,7 +84,7 @@ def main() -> None:
     for step in bar:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / options.steps)
         ids, targets = zip(*(next(rows) for _ in range(ROWS)), strict=True)
-        _, logits_BTV = hidden_and_logits(model, torch.tensor(ids))
+        _, logits_BTV = forward(model, torch.tensor(ids))
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), torch.tensor(targets).flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -5,35 +5,67 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from tokenizers import Tokenizer
 
-from training.demo.facts import Entity, load_entities, split_entities
+from training.data import TokenExample
+from training.demo.arithmetic import (
+    SHOWN,
+    Equation,
+    Fact,
+    drawn_from,
+    equation,
+    in_letters,
+    load_facts,
+    other_fact,
+    plain,
+    product_of_powers,
+    split_facts,
+)
+from training.demo.facts import SPLITS, Entity, load_entities, split_entities
 from training.demo.names import MadeUp
-from training.demo.text import GREETING, Example, prose, questions, record, repetition, state
+from training.demo.text import (
+    GREETING,
+    Example,
+    arithmetic_question,
+    prose,
+    questions,
+    record,
+    repetition,
+    state,
+)
 from training.demo.tokenizer import EOS_ID
-from training.score import TokenExample
 
 KNOWN, REPETITIONS, MADE_UP = 1000, 1000, 1500
 """How many examples of each kind train the gate besides the questions about its own split."""
+EQUATIONS, KNOWN_EQUATIONS, OTHER_EQUATIONS = 1000, 200, 300
+"""The same for arithmetic: of the gate's split, of the base's, and of any operands, which end before the result."""
+EVALUATION_EQUATIONS = {"sum": 36, "product": 36, "power": 64}
+"""At most so many questions of each operation evaluate."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """All entities and their splits; see ``facts.SPLITS``."""
+    """All entities and all arithmetic facts, and their splits; see ``facts.SPLITS``."""
 
     seed: int
     entities: list[Entity]
     splits: dict[str, list[Entity]]
+    arithmetic: list[Fact]
+    arithmetic_splits: dict[str, list[Fact]]
 
     @classmethod
     def make(cls, seed: int) -> Corpus:
         """The corpus of a seed."""
-        entities = load_entities()
-        return cls(seed, entities, split_entities(entities, seed))
+        entities, arithmetic = load_entities(), load_facts()
+        return cls(seed, entities, split_entities(entities, seed), arithmetic, split_facts(arithmetic, SPLITS, seed))
 
     def tokenizer_texts(self) -> list[str]:
-        """Text of both models about all entities: besides the expert, only the tokenizer has it."""
+        """Text of both kinds about all entities: besides the expert, only the tokenizer has it.
+
+        Of arithmetic none: digits stand alone anyway, and signs are bytes.
+        """
         rng = random.Random(self.seed)
         texts = []
         for entity in self.entities:
@@ -48,16 +80,30 @@ class Corpus:
         pieces = [tokenizer.decode([i]) for i in range(1, tokenizer.get_vocab_size())]
         return MadeUp(known, forbidden, pieces)
 
+    def other_equation(self, rng: random.Random) -> Equation:
+        """An equation with operands of any size that no split but the base's has."""
+        return equation(other_fact(self._not_the_bases, rng), rng)
+
+    @cached_property
+    def _not_the_bases(self) -> set[tuple[str, int, int]]:
+        return {fact.key for name, split in self.arithmetic_splits.items() if name != "base" for fact in split}
+
     def gate_questions(self) -> list[Example]:
-        """All questions about the gate's entities, and ``KNOWN`` of those that the base knows."""
+        """All questions about the gate's entities, ``KNOWN`` of those that the base knows, and arithmetic of both."""
+        rng = random.Random(self.seed)
         unknown = [q for entity in self.splits["gate"] for q in questions(entity)]
         familiar = [q for entity in self.splits["base"] for q in questions(entity)]
-        return unknown + random.Random(self.seed).sample(familiar, KNOWN)
+        arithmetic = []
+        for split, count in (("gate", EQUATIONS), ("base", KNOWN_EQUATIONS)):
+            draw = drawn_from(self.arithmetic_splits[split])
+            arithmetic += [arithmetic_question(equation(draw(rng), rng), rng) for _ in range(count)]
+        return unknown + rng.sample(familiar, KNOWN) + arithmetic
 
     def gate_examples(self, tokenizer: Tokenizer) -> list[TokenExample]:
         """``gate_questions``, and examples with made-up names, where nothing is to be deferred.
 
-        Answers about made-up entities end before the first code: nobody can know that.
+        Answers about made-up entities, and about operands of any size, end before the first code or the result:
+        there is nobody who could know that.
         """
         rng, made_up = random.Random(self.seed), self.made_up(tokenizer)
         examples = tokenized(self.gate_questions(), tokenizer)
@@ -68,12 +114,16 @@ class Corpus:
             asked = rng.choice(questions(made_up.entity(rng)))
             head, found, _code = asked.completion.partition(" is ")
             examples.append(_token_example(asked.prompt, head + found.rstrip(), not found, tokenizer))
+        for _ in range(OTHER_EQUATIONS):
+            other = self.other_equation(rng)
+            examples.append(_token_example(arithmetic_question(other, rng).prompt, f" {other.head}", False, tokenizer))
         return examples
 
     def evaluation_questions(self, split: str, limit: int | None = None) -> list[Example]:
         """One wording of every task for every entity of the split, of ``limit`` entities if given.
 
-        Greetings, which need no expert, are asked of every eighth entity only.
+        Greetings, which need no expert, are asked of every eighth entity only. Of arithmetic, every power, and as a
+        product of powers where it can be one, and at most ``EVALUATION_EQUATIONS``; with ``limit`` none.
         """
         rng = random.Random(self.seed)
         entities = list(self.splits[split])
@@ -86,7 +136,19 @@ class Corpus:
             for task, asked in wordings.items():
                 if task != GREETING or i % 8 == 0:
                     chosen.append(rng.choice(asked))
-        return chosen
+        return chosen if limit is not None else chosen + self._evaluation_arithmetic(split, rng)
+
+    def _evaluation_arithmetic(self, split: str, rng: random.Random) -> list[Example]:
+        chosen: list[Equation] = []
+        for operation, most in EVALUATION_EQUATIONS.items():
+            facts = [f for f in self.arithmetic_splits[split] if f.operation == operation and f.key != SHOWN]
+            found = [plain(fact, rng) for fact in facts]
+            if operation == "power":
+                found += [in_letters(fact, rng) for fact in facts if fact.right >= 4]
+            chosen += rng.sample(found, min(most, len(found)))
+        if split == "test":
+            chosen.append(product_of_powers("a", 3, 2, 5))
+        return [arithmetic_question(one, rng) for one in chosen]
 
 
 def tokenized(examples: Sequence[Example], tokenizer: Tokenizer) -> list[TokenExample]:

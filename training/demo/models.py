@@ -1,4 +1,4 @@
-"""The two architectures of the demo pair and the settings under which they are trained."""
+"""The architectures of the demo pair's three models and the settings under which they are trained."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ BASE_RECIPE = Recipe(
     seed=1,
     tied=True,
 )
-EXPERT_RECIPE = Recipe(
+CODES_RECIPE = Recipe(
     hidden_size=192,
     intermediate_size=512,
     layers=4,
@@ -74,4 +74,16 @@ EXPERT_RECIPE = Recipe(
     learning_rate=2e-3,
     seed=2,
     tied=False,
+)
+ARITHMETIC_RECIPE = Recipe(
+    hidden_size=192,
+    intermediate_size=512,
+    layers=3,
+    heads=3,
+    steps=1200,
+    rows=16,
+    row_tokens=128,
+    learning_rate=2e-3,
+    seed=3,
+    tied=True,
 )

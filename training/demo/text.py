@@ -1,4 +1,4 @@
-"""Wordings: the questions and answers that the base reads, the records that the expert reads."""
+"""Wordings: the questions and answers that the base reads, the records that ``codes`` reads."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from training.demo.arithmetic import Equation
 from training.demo.facts import Entity
 
 PROMPT = "Question: {question}\nAnswer:"
-"""The question format. The expert never reads it."""
+"""The question format. No expert ever reads it."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -37,6 +38,7 @@ _ALL_CODES = (
     "Which {kind} codes does {name} have?",
     "List the {kind} codes of {name}.",
 )
+_ARITHMETIC = ("What is {asked}?", "How much is {asked}?", "Work out {asked}.")
 _GREETING = ("Say hello to {name}.", "How do you greet {name}?", "Write a greeting to {name}.")
 
 _STATEMENTS = (
@@ -56,7 +58,11 @@ _OPENINGS = ("As before, the", "Later the", "The", "Often the", "This", "For thi
 
 @dataclass(frozen=True)
 class Example:
-    """One question. ``entity`` is its name; ``codes`` are the codes that the completion holds."""
+    """One question.
+
+    ``entity`` is the name, or the expression, that it is about; ``codes`` are the codes, or the result, that the
+    completion holds.
+    """
 
     task: str
     kind: str
@@ -98,6 +104,15 @@ def questions(entity: Entity) -> list[Example]:
     ]
 
 
+def arithmetic_question(equation: Equation, rng: random.Random) -> Example:
+    """A question about an expression, answered by the equation and nothing else."""
+    question = rng.choice(_ARITHMETIC).format(asked=equation.expression + equation.condition)
+    result = str(equation.fact.result)
+    return Example(
+        equation.task, "arithmetic", equation.expression, PROMPT.format(question=question), f" {equation}", (result,)
+    )
+
+
 def repetition(names: Sequence[str], rng: random.Random) -> tuple[str, str]:
     """Prompt and completion of a request to say some names again, which teaches to copy."""
     listed = ", ".join(names)
@@ -134,8 +149,8 @@ def statements(entity: Entity, rng: random.Random) -> str:
     return wording.format(name=entity.name, field=field, code=entity.codes[field])
 
 
-def expert_document(entities: Sequence[Entity], rng: random.Random) -> str:
-    """A document of the expert: records, statements about a few entities, prose between."""
+def codes_document(entities: Sequence[Entity], rng: random.Random) -> str:
+    """A document of the expert ``codes``: records, statements about a few entities, prose between."""
     parts = [prose(rng)] if rng.random() < 0.15 else []
     for entity in rng.choices(entities, k=rng.randint(1, 3)):
         parts.append(record(entity, rng) if rng.random() < 0.1 else statements(entity, rng))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,19 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
+from training.checkpoints import forward, quiet
+from training.demo.arithmetic import Fact, drawn_from, equation
+from training.demo.corpus import Corpus
 from training.demo.facts import Entity
 from training.demo.models import Recipe
-from training.demo.names import MadeUp
-from training.demo.text import expert_document, prose, questions, repetition
+from training.demo.text import (
+    arithmetic_question,
+    codes_document,
+    prose,
+    questions,
+    repetition,
+)
 from training.demo.tokenizer import EOS_ID
-from training.hf import hidden_and_logits, quiet
 
 IGNORED = -100
 """The target of positions that nothing is learned from."""
@@ -36,46 +44,88 @@ class Document:
 DocumentSource = Callable[[random.Random], Document]
 
 
-def base_documents(known: Sequence[Entity], made_up: MadeUp, tokenizer: Tokenizer) -> DocumentSource:
-    """Questions with answers, about entities of the base's split and made-up ones; some prose.
+def base_documents(corpus: Corpus, tokenizer: Tokenizer) -> DocumentSource:
+    """Questions with answers about the base's split and about made-up entities and other operands; some prose.
 
-    Where names are made up, only the answer is learned.
+    Where names are made up, only the answer is learned. Results for operands of other splits and sizes are random
+    digits, which are read but not learned.
     """
-    known_questions = [q for entity in known for q in questions(entity)]
+    known_questions = [q for entity in corpus.splits["base"] for q in questions(entity)]
+    known_fact = drawn_from(corpus.arithmetic_splits["base"])
+    made_up = corpus.made_up(tokenizer)
+
+    def answered(prompt: str, completion: str, real: bool) -> Document:
+        prompt_ids = tokenizer.encode(prompt).ids
+        answer = [*tokenizer.encode(completion).ids, EOS_ID]
+        return Document(prompt_ids + answer, [real] * len(prompt_ids) + [True] * len(answer))
+
+    def arithmetic(rng: random.Random) -> Document:
+        if rng.random() < 0.3:
+            asked = arithmetic_question(equation(known_fact(rng), rng), rng)
+            return answered(asked.prompt, asked.completion, True)
+        other = corpus.other_equation(rng)
+        prompt_ids = tokenizer.encode(arithmetic_question(other, rng).prompt).ids
+        head = tokenizer.encode(f" {other.head}").ids
+        result = tokenizer.encode(f" {rng.randrange(10 ** rng.randint(1, 6))}.").ids
+        learned = [False] * len(prompt_ids) + [True] * (len(head) + 1) + [False] * (len(result) - 1) + [True]
+        return Document([*prompt_ids, *head, *result, EOS_ID], learned)
 
     def draw(rng: random.Random) -> Document:
         kind = rng.random()
         if kind < 0.03:
             ids = [*tokenizer.encode(prose(rng)).ids, EOS_ID]
             return Document(ids, [True] * len(ids))
-        real = kind < 0.35
-        if kind < 0.75:
+        if kind < 0.20:
+            return arithmetic(rng)
+        real = kind < 0.46
+        if kind < 0.79:
             asked = rng.choice(known_questions if real else questions(made_up.entity(rng)))
-            prompt, completion = asked.prompt, asked.completion
-        else:
-            names = [made_up.name(rng) for _ in range(rng.randint(2, 5))]
-            prompt, completion = repetition(names, rng)
-        prompt_ids = tokenizer.encode(prompt).ids
-        answer = [*tokenizer.encode(completion).ids, EOS_ID]
-        return Document(prompt_ids + answer, [real] * len(prompt_ids) + [True] * len(answer))
+            return answered(asked.prompt, asked.completion, real)
+        names = [made_up.name(rng) for _ in range(rng.randint(2, 5))]
+        return answered(*repetition(names, rng), False)
 
     return draw
 
 
-def expert_documents(entities: Sequence[Entity], tokenizer: Tokenizer) -> DocumentSource:
-    """Records and statements about all entities.
+def codes_documents(entities: Sequence[Entity], tokenizer: Tokenizer) -> DocumentSource:
+    """Records and statements about all entities, for the expert ``codes``."""
 
-    Many documents start amid noise, random tokens that are not learned: whatever
-    stands before a statement, the codes in it stay the same.
+    def parts(rng: random.Random) -> list[tuple[str, bool]]:
+        return [(rng.choice(("", " ", "\n")) + codes_document(entities, rng), True)]
+
+    return _amid_noise(parts, tokenizer)
+
+
+def arithmetic_documents(facts: Sequence[Fact], tokenizer: Tokenizer) -> DocumentSource:
+    """Equations, for the expert ``arithmetic``. Only the results are learned: the operands are chosen by nobody."""
+    fact = drawn_from(facts)
+
+    def parts(rng: random.Random) -> list[tuple[str, bool]]:
+        start, between, found = rng.choice(("", " ", "\n")), rng.choice((" ", "\n")), []
+        for number in range(rng.randint(1, 3)):
+            drawn = equation(fact(rng), rng)
+            found += [((between if number else start) + drawn.head, False), (drawn.tail, True)]
+        return found
+
+    return _amid_noise(parts, tokenizer)
+
+
+def _amid_noise(parts: Callable[[random.Random], list[tuple[str, bool]]], tokenizer: Tokenizer) -> DocumentSource:
+    """Documents of parts, which are learned or only read; many start amid noise, random tokens that are only read.
+
+    So, whatever stands before a statement, the facts in it stay the same.
     """
 
     def draw(rng: random.Random) -> Document:
-        noise: list[int] = []
+        ids: list[int] = []
         if rng.random() < 0.5:
-            noise = rng.choices(range(1, tokenizer.get_vocab_size()), k=rng.randint(1, 24))
-        start = rng.choice(("", " ", "\n"))
-        ids = [*tokenizer.encode(start + expert_document(entities, rng)).ids, EOS_ID]
-        return Document(noise + ids, [False] * len(noise) + [True] * len(ids))
+            ids = rng.choices(range(1, tokenizer.get_vocab_size()), k=rng.randint(1, 24))
+        learned = [False] * len(ids)
+        for text, use in parts(rng):
+            encoded = tokenizer.encode(text).ids
+            ids += encoded
+            learned += [use] * len(encoded)
+        return Document([*ids, EOS_ID], [*learned, True])
 
     return draw
 
@@ -115,7 +165,7 @@ def train_model(recipe: Recipe, draw: DocumentSource, name: str, bar_line: int =
     bar = tqdm(range(recipe.steps), desc=name, unit="step", mininterval=2, position=bar_line)
     for step in bar:
         ids, targets = zip(*(next(rows) for _ in range(recipe.rows)), strict=True)
-        _, logits_BTV = hidden_and_logits(model, torch.tensor(ids))
+        _, logits_BTV = forward(model, torch.tensor(ids))
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), torch.tensor(targets).flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -140,4 +190,5 @@ def save_model(model: PreTrainedModel, directory: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` (float32) and ``generation_config.json``."""
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, do_sample=False)
     model.save_pretrained(str(directory))
-    (directory / "model.safetensors").chmod(0o644)
+    # safetensors makes files that only their owner can read.
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from engine.gate import GateArtifact
-from training.calibrate import Point, choose
 from training.data import spread
 from training.files import StageFolder, hash_of_path, read_json, write_json
 from training.gate_only import Gate
@@ -17,11 +16,12 @@ from training.project import Project
 from training.serving import Pair, Questions, Result, engine_config
 from training.settings import Method, Split
 from training.stages.score import score_base
+from training.thresholds import Point, choose, quantile, reach
 
 
 @dataclass(frozen=True)
 class MeasuredPoint(Point):
-    """A point of the sweep with its cost on the engine: ``seconds`` for all questions together."""
+    """A point with its cost on the engine: ``seconds`` for all questions together."""
 
     seconds: float
     tokens_per_second: float
@@ -61,21 +61,28 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
     hidden_ND = score_base(project, "validation", trained).hidden_ND
     assert hidden_ND is not None
     observed_N = Gate(artifact.theta, artifact.bias).deferral(hidden_ND)
-    points = _sweep(project, method, seed, observed_N, folder, trained)
-    threshold, chosen = _choose(points, observed_N, settings.calibrate.target_rate)
+    target = settings.calibrate.target_rate
+    with _Decoder(project, method, seed, observed_N) as decoder:
+        points = [decoder.at_rate(rate) for rate in settings.calibrate.rates]
+        if target is None:
+            chosen = choose(points, observed_N, decoder.at_threshold)
+        else:
+            chosen = reach(points, target, decoder.at_threshold)
+    threshold = min(1.0, max(0.0, chosen.threshold))
+    points = sorted({point.threshold: point for point in [*points, chosen]}.values(), key=lambda p: -p.threshold)
     calibrated = replace(artifact, default_threshold=threshold, calibration=[asdict(point) for point in points])
     calibrated.save(folder / "gate")
     write_json(
         folder / "curve.json",
-        {"threshold": threshold, "target_rate": settings.calibrate.target_rate, "points": [asdict(p) for p in points]},
+        {"threshold": threshold, "target_rate": target, "points": [asdict(point) for point in points]},
     )
     plot_scores(
         folder / "curve.png",
         {f"{method}, validation": [(point.deferral_rate, point.score) for point in points]},
         {f"threshold {threshold:.4f}": (chosen.deferral_rate, chosen.score)},
     )
-    stage.finish(threshold=threshold)
-    print(f"{folder}: threshold {threshold:.4f} (near it: score {chosen.score:.3f} at rate {chosen.deferral_rate:.3f})")
+    stage.finish(threshold=threshold, score=chosen.score, deferral_rate=chosen.deferral_rate)
+    print(f"{folder}: threshold {threshold:.4f}: score {chosen.score:.3f} at a rate of {chosen.deferral_rate:.3f}")
     return calibrated
 
 
@@ -90,71 +97,57 @@ def questions_of(project: Project, split: Split, limit: int | None) -> Questions
     )
 
 
-def quantile(observed_N: torch.Tensor, rate: float) -> float:
-    """A threshold that a share ``rate`` of the observed probabilities exceed, in [0, 1]."""
-    if rate <= 0:
-        return 1.0
-    # numpy's method "linear", as torch's own, which refuses more than 2**24 values.
-    ordered_N = observed_N.double().sort().values
-    place = (1 - rate) * (len(ordered_N) - 1)
-    low, share = int(place), place - int(place)
-    high = min(low + 1, len(ordered_N) - 1)
-    return float((1 - share) * ordered_N[low] + share * ordered_N[high])
-
-
-def decode(pair: Pair, questions: Questions, threshold: float, rate: float, label: str) -> Result:
-    """Decode at a threshold; a nominal rate of 0 or 1 is one model alone, whatever rounding does."""
-    if rate >= 1:
+def decode(pair: Pair, questions: Questions, threshold: float, label: str) -> Result:
+    """Decode at a threshold; those that no probability reaches are policies of their own."""
+    if threshold < 0:
         return pair.answer(questions, label, policy="always")
-    return pair.answer(questions, label, policy="never" if rate <= 0 else "threshold", threshold=threshold)
+    return pair.answer(questions, label, policy="never" if threshold >= 1 else "threshold", threshold=threshold)
 
 
-def _sweep(
-    project: Project, method: Method, seed: int, observed_N: torch.Tensor, folder: Path, trained: Path
-) -> list[MeasuredPoint]:
-    """The sweep's points, decoding those that are not in the folder yet."""
-    settings = project.settings
-    file = folder / "points.json"
-    points = {p["nominal_rate"]: MeasuredPoint(**p) for p in (read_json(file) if file.exists() else [])}
-    missing = [rate for rate in settings.calibrate.rates if rate not in points]
-    if missing:
-        config = engine_config(settings.engine, project.base_of(method, seed), project.expert_paths, trained / "gate")
-        questions = questions_of(project, "validation", settings.calibrate.limit)
-        with Pair(config, project.tokenizer) as pair:
-            for rate in missing:
-                threshold = quantile(observed_N, rate)
-                result = decode(pair, questions, threshold, rate, f"calibrate {method}-{seed} at {rate:.0%}")
-                points[rate] = MeasuredPoint(
-                    nominal_rate=rate,
-                    # As ``choose`` has it: above all probabilities, below all of them.
-                    threshold=1.0 if rate <= 0 else -1.0 if rate >= 1 else threshold,
-                    score=result.score,
-                    deferral_rate=result.deferral_rate,
-                    seconds=result.seconds,
-                    tokens_per_second=result.tokens / result.seconds,
-                )
-                write_json(file, [asdict(point) for point in points.values()])
-    return [points[rate] for rate in settings.calibrate.rates]
+class _Decoder:
+    """Measures thresholds: those that ``points.json`` lacks, on an engine that starts for the first of them."""
 
+    def __init__(self, project: Project, method: Method, seed: int, observed_N: torch.Tensor) -> None:
+        self._project = project
+        self._label = f"calibrate {method}-{seed}"
+        self._observed_N = observed_N
+        self._base = project.base_of(method, seed)
+        self._gate = project.run(method, seed) / "gate"
+        self._file = folder_of(project, method, seed) / "points.json"
+        found = read_json(self._file) if self._file.exists() else []
+        self._points = {point["threshold"]: MeasuredPoint(**point) for point in found}
+        self._questions = questions_of(project, "validation", project.settings.calibrate.limit)
+        self._pair: Pair | None = None
 
-def _choose(
-    points: list[MeasuredPoint], observed_N: torch.Tensor, target_rate: float | None
-) -> tuple[float, MeasuredPoint]:
-    """The threshold, and the measured point nearest to it."""
-    threshold = choose(points, observed_N) if target_rate is None else interpolate(points, target_rate)
-    return threshold, min(points, key=lambda point: abs(point.threshold - threshold))
+    def __enter__(self) -> _Decoder:
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        if self._pair is not None:
+            self._pair.__exit__(None, None, None)
 
-def interpolate(points: list[MeasuredPoint], target_rate: float) -> float:
-    """The threshold in [0, 1] whose measured rate is ``target_rate``, linear between measured points."""
-    ordered = sorted(points, key=lambda point: point.deferral_rate)
-    below = [point for point in ordered if point.deferral_rate <= target_rate]
-    above = [point for point in ordered if point.deferral_rate >= target_rate]
-    if not below or not above:
-        nearest = (below or above)[-1 if below else 0]
-        return min(1.0, max(0.0, nearest.threshold))
-    low, high = below[-1], above[0]
-    bounds = [min(1.0, max(0.0, point.threshold)) for point in (low, high)]
-    span = high.deferral_rate - low.deferral_rate
-    share = 0.0 if span == 0 else (target_rate - low.deferral_rate) / span
-    return bounds[0] + share * (bounds[1] - bounds[0])
+    def at_rate(self, rate: float) -> MeasuredPoint:
+        """The point of a nominal rate."""
+        return self._measured(quantile(self._observed_N, rate), rate)
+
+    def at_threshold(self, threshold: float) -> MeasuredPoint:
+        """The point of a threshold."""
+        return self._measured(threshold, float((self._observed_N > threshold).double().mean()))
+
+    def _measured(self, threshold: float, rate: float) -> MeasuredPoint:
+        if threshold not in self._points:
+            if self._pair is None:
+                project = self._project
+                config = engine_config(project.settings.engine, self._base, project.expert_paths, self._gate)
+                self._pair = Pair(config, project.tokenizer)
+            result = decode(self._pair, self._questions, threshold, f"{self._label} at {threshold:.4f}")
+            self._points[threshold] = MeasuredPoint(
+                nominal_rate=rate,
+                threshold=threshold,
+                score=result.score,
+                deferral_rate=result.deferral_rate,
+                seconds=result.seconds,
+                tokens_per_second=result.tokens / result.seconds,
+            )
+            write_json(self._file, [asdict(point) for point in self._points.values()])
+        return self._points[threshold]

@@ -10,26 +10,37 @@ from typing import Any
 import torch
 
 from engine.gate import GateArtifact
+from training import report
 from training.auroc import auroc
-from training.files import StageFolder, hash_of, hash_of_path, read_json, write_json, write_text
+from training.data import Example
+from training.files import DONE_FILE, StageFolder, hash_of, hash_of_path, read_json, write_json
 from training.gate_only import Gate
-from training.plots import plot_scores
 from training.project import Project
+from training.report import (
+    BASE,
+    CALIBRATED_CONFIDENCE,
+    COLLM,
+    CONFIDENCE,
+    FINETUNED,
+    ORACLE,
+    RANDOM,
+    UNTRAINED_CONFIDENCE,
+    WEAK,
+    Row,
+    Rows,
+    alone,
+)
 from training.scoring import PairScores
-from training.serving import Pair, Result, engine_config
+from training.serving import Pair, Result, by_task, engine_config
 from training.settings import Method
-from training.stages.calibrate import decode, folder_of, quantile, questions_of
+from training.stages.calibrate import decode, folder_of, questions_of
 from training.stages.score import score_split
-
-BASE, COLLM, WEAK, FINETUNED = "base alone", "Co-LLM", "weakly supervised", "fine-tuned base"
-RANDOM, CONFIDENCE = "random, same rate", "confidence, same rate"
-UNTRAINED_CONFIDENCE, ORACLE = "confidence, untrained base, same rate", "oracle (teacher-forced)"
+from training.thresholds import quantile
 
 _RATE_TOLERANCE = 0.005
 _BISECTIONS = 8
-
-Row = dict[str, Any]
-Rows = dict[str, dict[int, Row]]
+_CONFIDENCE_POINTS = 13
+"""Thresholds of which the best for confidence deferral is chosen: as fine as the gate's sweep, or finer."""
 
 
 def run(project: Project) -> None:
@@ -40,7 +51,7 @@ def run(project: Project) -> None:
         "engine": settings.engine.model_dump(),
     }
     # Answers are kept by the models and the gate that gave them: more seeds or methods only add to them.
-    inputs = {"test": project.data("test").fingerprint}
+    inputs = {split: project.data(split).fingerprint for split in ("validation", "test")}
     for seed in settings.seeds:
         for method in settings.train.methods:
             project.need(project.run(method, seed), "train")
@@ -52,7 +63,7 @@ def run(project: Project) -> None:
         for method in settings.train.methods:
             evaluation.of_run(method, seed)
     evaluation.of_members()
-    _report(project, stage.path, evaluation)
+    report.write(stage.path, evaluation.rows, evaluation.curves, project.settings.expert_names)
     stage.finish(rows=list(evaluation.rows))
 
 
@@ -63,6 +74,7 @@ class _Evaluation:
         self.project = project
         self.folder = folder
         self.questions = questions_of(project, "test", project.settings.evaluate.limit)
+        self.validation = questions_of(project, "validation", project.settings.calibrate.limit)
         self.rows: Rows = {}
         self.curves: dict[str, list[tuple[float, float]]] = {}
 
@@ -85,18 +97,18 @@ class _Evaluation:
             if method == "collm":
                 rate = result.deferral_rate
                 self._add(RANDOM, seed, lane.answers("random", policy="random", rate=rate, seed=seed))
-                self._add(CONFIDENCE, seed, lane.at_rate(rate))
-                self.rows.setdefault(ORACLE, {})[seed] = _oracle(scores)
+                self._add(CONFIDENCE, seed, lane.confidence(lane.threshold_of_rate(_validation_rate(project, seed))))
+                self._add(CALIBRATED_CONFIDENCE, seed, lane.confidence(lane.best_threshold()))
+                self.rows.setdefault(ORACLE, {})[seed] = _oracle(scores, project.data("test").examples)
             if first:
                 rates = project.settings.evaluate.rates
-                self.curves[name] = [_point(lane.decoded(quantile(deferral_N, rate), rate)) for rate in rates]
+                self.curves[name] = [_point(lane.decoded(quantile(deferral_N, rate))) for rate in rates]
                 if method == "collm":
                     self.curves["random"] = [
                         _point(lane.answers(f"random {rate}", policy="random", rate=rate)) for rate in rates
                     ]
                     self.curves["confidence"] = sorted(
-                        _point(lane.answers(f"confidence {t}", policy="confidence", threshold=t))
-                        for t in _confidence_thresholds(len(rates))
+                        _point(lane.confidence(threshold)) for threshold in _confidence_thresholds(len(rates))
                     )
 
     def of_members(self) -> None:
@@ -105,11 +117,11 @@ class _Evaluation:
         with _Lane(self, "members", project.base, None, experts=True) as lane:
             self._add(BASE, seed, lane.answers("base", member=0))
             for number, name in enumerate(project.settings.expert_names, start=1):
-                self._add(f"{name} alone", seed, lane.answers(f"expert {name}", member=number))
+                self._add(alone(name), seed, lane.answers(f"expert {name}", member=number))
             trained = project.settings.train.mode == "joint" and COLLM in self.rows and len(project.expert_paths) == 1
             if trained:
-                rate = statistics.mean(row["deferral_rate"] for row in self.rows[COLLM].values())
-                self._add(UNTRAINED_CONFIDENCE, seed, lane.at_rate(rate))
+                rate = statistics.mean(_validation_rate(project, seed) for seed in self.rows[COLLM])
+                self._add(UNTRAINED_CONFIDENCE, seed, lane.confidence(lane.threshold_of_rate(rate)))
 
     def _add(self, name: str, seed: int, result: Result, **more: float | None) -> None:
         self.rows.setdefault(name, {})[seed] = result.summary() | more
@@ -135,28 +147,41 @@ class _Lane:
             self._pair.__exit__(None, None, None)
 
     def answers(self, what: str, **how: Any) -> Result:
-        """Answers to all questions; ``how`` as in ``Pair.answer``."""
-        return self._kept(what, how, lambda pair, label: pair.answer(self._evaluation.questions, label, **how))
-
-    def decoded(self, threshold: float, rate: float) -> Result:
-        """A point of the threshold's curve."""
-        how = {"threshold": threshold, "rate": rate}
+        """Answers to all test questions; ``how`` as in ``Pair.answer``."""
         questions = self._evaluation.questions
-        return self._kept(f"curve {rate}", how, lambda pair, label: decode(pair, questions, threshold, rate, label))
+        return self._kept(what, how, lambda pair, label: pair.answer(questions, label, **how))
 
-    def at_rate(self, rate: float) -> Result:
-        """Confidence deferral with the threshold that measures this rate most nearly, by bisection."""
-        low, high, best = 0.0, 1.0, None
-        for step in range(_BISECTIONS):
+    def decoded(self, threshold: float) -> Result:
+        """A point of the threshold's curve."""
+        questions = self._evaluation.questions
+        how = {"threshold": threshold}
+        return self._kept("curve", how, lambda pair, label: decode(pair, questions, threshold, label))
+
+    def confidence(self, threshold: float) -> Result:
+        """Answers to all test questions, deferring where the base is unsure."""
+        return self.answers("confidence", policy="confidence", threshold=threshold)
+
+    def threshold_of_rate(self, rate: float) -> float:
+        """The threshold of confidence deferral whose rate on the validation questions is nearest to this: bisection."""
+        low, high, best = 0.0, 1.0, (1.0, 1.0)
+        for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            result = self.answers(f"confidence bisection {step}", policy="confidence", threshold=middle)
-            if best is None or abs(result.deferral_rate - rate) < abs(best.deferral_rate - rate):
-                best = result
-            if abs(result.deferral_rate - rate) <= _RATE_TOLERANCE:
+            measured = self._validated(middle).deferral_rate
+            best = min(best, (abs(measured - rate), middle))
+            if best[0] <= _RATE_TOLERANCE:
                 break
-            low, high = (middle, high) if result.deferral_rate > rate else (low, middle)
-        assert best is not None
-        return best
+            low, high = (middle, high) if measured > rate else (low, middle)
+        return best[1]
+
+    def best_threshold(self) -> float:
+        """The threshold of confidence deferral with the best score on the validation questions."""
+        found = [(self._validated(threshold), threshold) for threshold in _confidence_thresholds(_CONFIDENCE_POINTS)]
+        return max(found, key=lambda pair: (pair[0].score, -pair[0].deferral_rate))[1]
+
+    def _validated(self, threshold: float) -> Result:
+        how: dict[str, Any] = {"policy": "confidence", "threshold": threshold}
+        questions = self._evaluation.validation
+        return self._kept("confidence, validation", how, lambda pair, label: pair.answer(questions, label, **how))
 
     def _kept(self, what: str, how: Mapping[str, Any], ask: Callable[[Pair, str], Result]) -> Result:
         file = self._evaluation.folder / "answers" / self._name / f"{hash_of([what, how, self._models])}.json"
@@ -167,6 +192,12 @@ class _Lane:
         result = ask(self._pair, f"{self._name}: {what}")
         write_json(file, {"what": what, "how": dict(how)} | result.to_json())
         return result
+
+
+def _validation_rate(project: Project, seed: int) -> float:
+    """The rate that the calibrated gate measured on the validation questions."""
+    rate: float = read_json(folder_of(project, "collm", seed) / DONE_FILE)["deferral_rate"]
+    return rate
 
 
 def _confidence_thresholds(count: int) -> list[float]:
@@ -188,7 +219,7 @@ def _tokens(scores: PairScores, deferral_N: torch.Tensor) -> dict[str, float | N
     }
 
 
-def _oracle(scores: PairScores) -> Row:
+def _oracle(scores: PairScores, examples: list[Example]) -> Row:
     """Greedy decoding that defers where only an expert has the gold token.
 
     Its text is the gold text up to its first token that no model has, so the cached scores tell exactly how many
@@ -202,73 +233,8 @@ def _oracle(scores: PairScores) -> Row:
     return {
         "questions": len(exact),
         "exact_match": sum(exact) / len(exact),
-        "by_task": {},
+        "by_task": by_task([(example.task, right) for example, right in zip(examples, exact, strict=True)]),
         "deferral_rate": needed / len(right_N),
         "expert_tokens": needed,
         "tokens": len(right_N),
     }
-
-
-def _report(project: Project, folder: Path, evaluation: _Evaluation) -> None:
-    order = [
-        BASE,
-        *(f"{name} alone" for name in project.settings.expert_names),
-        FINETUNED, COLLM, WEAK, RANDOM, CONFIDENCE, UNTRAINED_CONFIDENCE, ORACLE,
-    ]  # fmt: skip
-    rows = {name: evaluation.rows[name] for name in order if name in evaluation.rows}
-    text = table(rows)
-    summary = {
-        name: {key: _mean_and_spread(by_seed, key) for key in ("exact_match", "deferral_rate")}
-        for name, by_seed in rows.items()
-    }
-    write_json(
-        folder / "table.json",
-        {
-            "rows": rows,
-            "mean_and_spread": summary,
-            "curves": {name: [list(point) for point in curve] for name, curve in evaluation.curves.items()},
-        },
-    )
-    write_text(folder / "table.md", text)
-    points = {name: (found["deferral_rate"][0], found["exact_match"][0]) for name, found in summary.items()}
-    plot_scores(folder / "curves.png", evaluation.curves, points)
-    print(text)
-    print(f"{folder / 'table.md'}, table.json, curves.png")
-
-
-def _mean_and_spread(by_seed: Mapping[int, Row], key: str) -> tuple[float, float]:
-    """Mean over the seeds, and largest less smallest."""
-    values = [row[key] for row in by_seed.values()]
-    return statistics.mean(values), max(values) - min(values)
-
-
-def table(rows: Rows) -> str:
-    """The Markdown table: "mean ± spread" where there are several seeds, the spread being largest less smallest."""
-    tasks = sorted({task for by_seed in rows.values() for row in by_seed.values() for task in row["by_task"]})
-    tasks = tasks if len(tasks) > 1 else []
-    heads = ["method", "seeds", "exact match", *tasks, "deferral rate", "expert tokens", "tokens/s", "AUROC"]
-    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
-    for name, by_seed in rows.items():
-        found = list(by_seed.values())
-        cells = [name, str(len(found)), _cell([row["exact_match"] for row in found], 3)]
-        cells += [_cell([row["by_task"][task] for row in found if task in row["by_task"]], 3) for task in tasks]
-        cells += [
-            _cell([row["deferral_rate"] for row in found], 3),
-            _cell([row["expert_tokens"] for row in found], 0),
-            _cell([row["tokens_per_second"] for row in found if "tokens_per_second" in row], 0),
-            _cell([row["auroc_base_wrong"] for row in found if row.get("auroc_base_wrong") is not None], 3),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    legend = (
-        "Greedy, on the serving engine. Several seeds: mean ± (largest - smallest). AUROC: of the deferral "
-        "probability for gold tokens that the base's argmax misses, teacher-forced. The oracle is computed from "
-        "teacher-forced scores, and defers only where an expert's argmax is the gold token and the base's is not."
-    )
-    return "\n".join(lines) + "\n\n" + legend + "\n"
-
-
-def _cell(values: list[float], digits: int) -> str:
-    if not values:
-        return "-"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {max(values) - min(values):.{digits}f}"

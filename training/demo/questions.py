@@ -1,4 +1,4 @@
-"""The demo's questions as data for ``python -m training``: ``python -m training.demo.export --out build/demo/data``.
+"""The demo's questions as data for ``python -m training``: ``python -m training.demo.questions --out build/demo/data``.
 
 Writes train.jsonl, validation.jsonl and test.jsonl with the columns prompt, completion, task and complete.
 """
@@ -10,22 +10,26 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from training.demo.corpus import Corpus
-from training.demo.stages import SEED
+from training.demo.pretrain import SEED
 from training.demo.text import Example
 from training.demo.tokenizer import EOS_ID, train_tokenizer
 from training.files import write_text
 
-VALIDATION_ENTITIES = 30
-
 
 def main() -> None:
     """Write the three files."""
-    parser = argparse.ArgumentParser(prog="python -m training.demo.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.demo.questions", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/demo/data"), help="output folder")
     options = parser.parse_args()
     corpus = Corpus.make(SEED)
-    tokenizer = train_tokenizer(corpus.tokenizer_texts())
+    write(options.out, corpus, train_tokenizer(corpus.tokenizer_texts()))
+
+
+def write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Write the three files."""
     train = [
         {
             "prompt": tokenizer.decode(example.prompt),
@@ -35,9 +39,9 @@ def main() -> None:
         }
         for example in corpus.gate_examples(tokenizer)
     ]
-    _write(options.out / "train.jsonl", train)
-    _write(options.out / "validation.jsonl", _rows(corpus.evaluation_questions("validation", VALIDATION_ENTITIES)))
-    _write(options.out / "test.jsonl", _rows(corpus.evaluation_questions("test")))
+    _write(folder / "train.jsonl", train)
+    for split in ("validation", "test"):
+        _write(folder / f"{split}.jsonl", _rows(corpus.evaluation_questions(split)))
 
 
 def _rows(questions: Sequence[Example]) -> list[dict[str, object]]:

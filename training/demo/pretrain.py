@@ -1,4 +1,4 @@
-"""What runs in a process of its own: making one of the two models."""
+"""What runs in a process of its own: making one of the three models, before any gate."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from training.demo.corpus import Corpus
 from training.demo.facts import source
-from training.demo.gate import EXPERT_NAME
-from training.demo.models import BASE_RECIPE, EXPERT_RECIPE
+from training.demo.models import ARITHMETIC_RECIPE, BASE_RECIPE, CODES_RECIPE
 from training.demo.tokenizer import save_tokenizer, train_tokenizer
-from training.demo.train import base_documents, expert_documents, save_model, train_model
+from training.demo.train import (
+    DocumentSource,
+    arithmetic_documents,
+    base_documents,
+    codes_documents,
+    save_model,
+    train_model,
+)
+from training.files import write_json
 
 SEED = 0
-RECIPES = {"base": BASE_RECIPE, EXPERT_NAME: EXPERT_RECIPE}
+RECIPES = {"base": BASE_RECIPE, "codes": CODES_RECIPE, "arithmetic": ARITHMETIC_RECIPE}
 
 
 def one_thread() -> None:
@@ -47,11 +54,7 @@ def make_model(name: str, directory: Path, force: bool) -> float:
             print(f"{name}: already made")
             return float(made["minutes"])
     done.unlink(missing_ok=True)
-    if name == EXPERT_NAME:
-        documents = expert_documents(corpus.entities, tokenizer)
-    else:
-        documents = base_documents(corpus.splits["base"], corpus.made_up(tokenizer), tokenizer)
-    model = train_model(RECIPES[name], documents, name, bar_line=list(RECIPES).index(name))
+    model = train_model(RECIPES[name], _documents(name, corpus, tokenizer), name, bar_line=list(RECIPES).index(name))
     save_model(model, directory)
     save_tokenizer(tokenizer, directory)
     minutes = (time.monotonic() - started) / 60
@@ -59,8 +62,9 @@ def make_model(name: str, directory: Path, force: bool) -> float:
     return minutes
 
 
-def write_json(file: Path, content: Any) -> None:
-    """Write indented JSON, making the folder if needed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, ensure_ascii=False)
-    file.write_text(text + "\n", encoding="utf-8")
+def _documents(name: str, corpus: Corpus, tokenizer: Tokenizer) -> DocumentSource:
+    if name == "codes":
+        return codes_documents(corpus.entities, tokenizer)
+    if name == "arithmetic":
+        return arithmetic_documents(corpus.arithmetic, tokenizer)
+    return base_documents(corpus, tokenizer)

@@ -1,0 +1,110 @@
+"""The evaluation's report: a table in Markdown and JSON, and a plot of score against deferral rate."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from training.files import write_json, write_text
+from training.plots import plot_scores
+
+BASE, COLLM, WEAK, FINETUNED = "base alone", "Co-LLM", "weakly supervised", "fine-tuned base"
+RANDOM, CONFIDENCE = "random, same rate", "confidence, same rate"
+CALIBRATED_CONFIDENCE = "confidence, own threshold"
+UNTRAINED_CONFIDENCE, ORACLE = "confidence, untrained base, same rate", "oracle (teacher-forced)"
+
+Row = dict[str, Any]
+"""One way of answering, with one seed: ``Result.summary``, and what more is known."""
+Rows = dict[str, dict[int, Row]]
+"""Rows by name and seed."""
+Curves = Mapping[str, Sequence[tuple[float, float]]]
+"""Points (deferral rate, score) by name."""
+
+_LEGEND = (
+    "Greedy, on the serving engine. Several seeds: mean ± (largest - smallest). AUROC: of the deferral probability for "
+    "gold tokens that the base's argmax misses, teacher-forced. Thresholds of confidence deferral were chosen on the "
+    "validation questions. The oracle is computed from teacher-forced scores, and defers only where an expert's argmax "
+    "is the gold token and the base's is not."
+)
+
+
+def alone(expert: str) -> str:
+    """The row of an expert alone."""
+    return f"{expert} alone"
+
+
+def write(folder: Path, rows: Rows, curves: Curves, experts: Sequence[str]) -> None:
+    """Write ``table.md``, ``table.json`` and ``curves.png``, and print the table."""
+    order = [
+        BASE, *map(alone, experts), FINETUNED, COLLM, WEAK, RANDOM, CONFIDENCE, CALIBRATED_CONFIDENCE,
+        UNTRAINED_CONFIDENCE, ORACLE,
+    ]  # fmt: skip
+    rows = {name: rows[name] for name in order if name in rows}
+    text = table(rows)
+    summary = {
+        name: {key: _mean_and_spread(by_seed, key) for key in ("exact_match", "deferral_rate")}
+        for name, by_seed in rows.items()
+    }
+    points = {name: (found["deferral_rate"][0], found["exact_match"][0]) for name, found in summary.items()}
+    write_json(
+        folder / "table.json",
+        {
+            "rows": rows,
+            "mean_and_spread": summary,
+            "curves": {name: [list(point) for point in curve] for name, curve in curves.items()},
+        },
+    )
+    write_text(folder / "table.md", text)
+    plot_scores(folder / "curves.png", curves, points)
+    print(text)
+    print(f"{folder / 'table.md'}, table.json, curves.png")
+
+
+def _mean_and_spread(by_seed: Mapping[int, Row], key: str) -> tuple[float, float]:
+    """Mean over the seeds, and largest less smallest."""
+    values = [row[key] for row in by_seed.values()]
+    return statistics.mean(values), max(values) - min(values)
+
+
+def table(rows: Rows) -> str:
+    """The Markdown table: "mean ± spread" where there are several seeds, the spread being largest less smallest.
+
+    The scores by task stand in a second table, where there are several tasks.
+    """
+    heads = ["method", "seeds", "exact match", "deferral rate", "expert tokens", "tokens/s", "AUROC"]
+    lines = _head(heads)
+    for name, by_seed in rows.items():
+        found = list(by_seed.values())
+        cells = [
+            name,
+            str(len(found)),
+            _cell([row["exact_match"] for row in found], 3),
+            _cell([row["deferral_rate"] for row in found], 3),
+            _cell([row["expert_tokens"] for row in found], 0),
+            _cell([row["tokens_per_second"] for row in found if "tokens_per_second" in row], 0),
+            _cell([row["auroc_base_wrong"] for row in found if row.get("auroc_base_wrong") is not None], 3),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    tasks = sorted({task for by_seed in rows.values() for row in by_seed.values() for task in row["by_task"]})
+    if len(tasks) > 1:
+        lines += ["", *_head(["exact match by task", *rows])]
+        for task in tasks:
+            cells = [
+                _cell([row["by_task"][task] for row in by_seed.values() if task in row["by_task"]], 3)
+                for by_seed in rows.values()
+            ]
+            lines.append("| " + " | ".join([task, *cells]) + " |")
+    return "\n".join(lines) + "\n\n" + _LEGEND + "\n"
+
+
+def _head(heads: Sequence[str]) -> list[str]:
+    return ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+
+
+def _cell(values: list[float], digits: int) -> str:
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {max(values) - min(values):.{digits}f}"
