@@ -15,7 +15,7 @@ import pytest
 
 from engine.types import Delta, GenerationRequest
 from tests.browser.conftest import KEY, Open, scripted
-from tests.browser.page import Page
+from tests.browser.page import CTRL, DOWN, END, ENTER, ESCAPE, HOME, RIGHT, TAB, Page
 from tests.cli.servers import MODEL as STANDIN
 from tests.integration.conftest import LiveServer
 from tests.server.fakes import byte_level_tokenizer, deltas_of, writes
@@ -25,8 +25,6 @@ pytestmark = pytest.mark.browser
 
 MODEL = "collm-demo"
 PROMPT = "Question: Which currency codes does Iceland Krona have?\nAnswer:"
-CTRL, ENTER, ESCAPE, HOME, END = "\ue009", "\ue007", "\ue00c", "\ue011", "\ue010"
-RIGHT, DOWN, TAB = "\ue014", "\ue015", "\ue004"
 
 
 def reported(address: str, model: str, **collaboration: Any) -> list[tuple[str, str, float | None]]:
@@ -240,17 +238,6 @@ def test_a_key_is_kept_in_the_tab_alone(keyed: str, open_page: Open) -> None:
     assert page.one("#key").get_attribute("value") == ""
 
 
-def test_the_reference_asks_for_the_key_too(keyed: str, open_page: Open) -> None:
-    page = open_page(f"{keyed}/docs")
-    eventually(lambda: page.one("#key").is_displayed())
-    assert page.all(".route") == []
-    page.keys("#key", KEY, ENTER)
-    eventually(lambda: len(page.all(".route")) > 5)
-    assert not page.one("#key").is_displayed()
-    answer = try_out(page, "GET", "/version")
-    assert "version" in json.loads(answer)
-
-
 def test_two_experts_stand_side_by_side(keyed: str, open_page: Open) -> None:
     page = open_page(keyed)
     page.keys("#key", KEY, TAB)
@@ -416,56 +403,6 @@ def test_dark_and_light_are_readable(demo: LiveServer, open_page: Open, dark: bo
     contrasts = page.js(LUMINANCE, selectors)
     assert len(contrasts) > 50
     assert [(name, ratio) for name, ratio in contrasts if ratio < 4.5] == []
-
-
-def test_reference_shows_every_route(demo: LiveServer, open_page: Open) -> None:
-    page = open_page(f"{demo.url}/docs")
-    paths = httpx.get(f"{demo.url}/openapi.json").json()["paths"]
-    eventually(lambda: len(page.all(".route")) == sum(map(len, paths.values())))
-    titles = [title.get_attribute("textContent") for title in page.all(".route h2")]
-    assert {re.sub("^[A-Z]+", "", title) for title in titles} == set(paths)
-    assert "threshold" in page.js("return document.body.textContent")
-    assert page.console() == []
-    assert [r["url"] for r in page.requests() if not r["url"].startswith(f"{demo.url}/")] == []
-
-
-def try_out(page: Page, method: str, path: str, body: dict[str, Any] | None = None) -> str:
-    """Send a route's form, with another body where one is given; gives the answer that is shown."""
-    [section] = [
-        each
-        for each in page.all(".route")
-        if each.find_element("css selector", "h2").get_attribute("textContent") == f"{method}{path}"
-    ]
-
-    def part(selector: str) -> Any:
-        return section.find_element("css selector", f".try {selector}")
-
-    page.js("arguments[0].open = true", part("summary").find_element("xpath", ".."))
-    if body is not None:
-        page.js("arguments[0].value = arguments[1]", part("textarea"), json.dumps(body))
-    part("button[type=submit]").click()
-    eventually(lambda: part(".answer-status").text.endswith("ms"))
-    return str(part(".answer").get_attribute("textContent"))
-
-
-def test_routes_can_be_tried_out(demo: LiveServer, open_page: Open) -> None:
-    page = open_page(f"{demo.url}/docs")
-    eventually(lambda: len(page.all(".route")) > 5)
-    answer = json.loads(try_out(page, "POST", "/v1/completions"))
-    assert answer["model"] == MODEL
-    assert answer["usage"]["completion_tokens_details"]["expert_tokens"] > 0
-    question = [{"role": "user", "content": "Which currency codes does Iceland Krona have?"}]
-    stream = try_out(
-        page, "POST", "/v1/chat/completions", {"model": MODEL, "messages": question, "stream": True, "temperature": 0}
-    )
-    assert stream.startswith("data: {")
-    assert stream.endswith("data: [DONE]\n\n")
-    assert json.loads(try_out(page, "GET", "/v1/models/{id}"))["id"] == MODEL
-    assert try_out(page, "GET", "/metrics").startswith("# HELP")
-    assert json.loads(try_out(page, "POST", "/detokenize"))["prompt"]
-    refused = json.loads(try_out(page, "POST", "/v1/completions", {"model": "nobody", "prompt": ""}))
-    assert set(refused["error"]) == {"message", "type", "param", "code"}
-    assert [r["url"] for r in page.requests() if not r["url"].startswith(f"{demo.url}/")] == []
 
 
 def test_every_example_is_a_held_out_question() -> None:

@@ -241,10 +241,10 @@ async def test_200_clients_that_go_at_once(wire: Wire, stream: bytes) -> None:
         _, writer = await wire.open()
         writer.write(post(body))
         writers.append(writer)
-    await eventually(lambda: len(wire.house.engine.seen) == 200)
+    await eventually(lambda: len(wire.house.engine.seen) == 200, 120)
     for writer in writers:
         writer.transport.abort()
-    await eventually(lambda: len(wire.house.engine.closed_early) == 200)
+    await eventually(lambda: len(wire.house.engine.closed_early) == 200, 120)
     wire.house.engine.script = good
     await wire.still_serves()
     aborted = await wire.house.metric("collm_requests_total", model_name="collm-demo", outcome="aborted")
