@@ -335,6 +335,38 @@ def test_experts_are_told_apart_without_colour(slow: str, open_page: Open) -> No
     assert len({style for each in styles.values() for style in each}) == len(styles)
 
 
+def test_a_pair_without_a_gate_offers_what_needs_none(open_page: Open) -> None:
+    with scripted(writes([70, 71]), gate=False) as address:
+        page = open_page(address)
+        disabled = {option.get_attribute("value") for option in page.all("#policy option:disabled")}
+        assert disabled == {"threshold", "sample"}
+        assert page.one("#policy").get_attribute("value") == "confidence"
+        page.requests()
+        page.run()
+        bodies = [json.loads(r["postData"]) for r in page.requests() if r["method"] == "POST"]
+        assert bodies[0]["collaboration"] == {"policy": "confidence", "threshold": 0.5, "report": True}
+        assert len(page.tokens(MODEL)) == 2
+
+
+def test_the_line_is_where_a_bar_of_that_probability_ends(slow: str, open_page: Open) -> None:
+    """Also where there are so many bars that they scroll; and the arrow keys scroll to the bar of their token."""
+    page = open_page(slow, 390, 800)
+    page.set_number("#max-tokens", 120)
+    page.run()
+    assert page.js("const s = document.querySelector('.joint .strip'); return s.scrollWidth > s.clientWidth")
+    for at in (0.25, 0.75):
+        page.js("const t = arguments[0]; t.value = arguments[1]; t.dispatchEvent(new Event('input', {bubbles: true}))",
+                page.one("#threshold"), at)  # fmt: skip
+        column = page.one(".joint .column").rect
+        line = page.one(".joint .threshold-line").rect
+        assert line["y"] == pytest.approx(column["y"] + (1 - at) * column["height"], abs=1.5)
+    listbox = page.one(".joint .text")
+    page.js("arguments[0].focus()", listbox)
+    listbox.send_keys(END)
+    strip, last = page.one(".joint .strip").rect, page.one(".joint .column:last-child").rect
+    assert strip["x"] <= last["x"] <= strip["x"] + strip["width"]
+
+
 def test_what_a_model_writes_is_text(open_page: Open) -> None:
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script>&amp;\n<b>bold</b>"
     with scripted(writes(byte_level_tokenizer().encode(evil).ids)) as address:
