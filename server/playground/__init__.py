@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
-from starlette.responses import FileResponse
+from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 STATIC = Path(__file__).parent / "static"
@@ -20,7 +21,15 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-"""Of both pages: nothing but this server's own files is loaded, and nobody else is called."""
+"""Of the pages and their files: nothing but this server's own is loaded, nobody else is called, and a browser asks each
+time whether a file is still the same, so that those of two versions never meet."""
+
+
+class _Files(StaticFiles):
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(HEADERS)
+        return response
 
 
 def is_page(path: str) -> bool:
@@ -41,4 +50,4 @@ def mount_playground(app: FastAPI) -> None:
     async def reference() -> FileResponse:
         return FileResponse(STATIC / "docs.html", headers=HEADERS)
 
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.mount("/static", _Files(directory=STATIC), name="static")

@@ -100,10 +100,10 @@ def open_page(tmp_path: Path) -> Iterator[Open]:
 
 
 @contextmanager
-def scripted(script: Script) -> Iterator[str]:
+def scripted(script: Script, *, gate: bool = True) -> Iterator[str]:
     """The real application around an engine that writes what it is told; gives its address."""
     service = Service(settings(), TextTokenizer(byte_level_tokenizer()))
-    service.attach(FakeEngine(script))
+    service.attach(FakeEngine(script, gate=gate))
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         config = uvicorn.Config(create_app(service), log_config=None, lifespan="off")

@@ -10,6 +10,10 @@ from typing import Any
 
 from tests.waiting import eventually
 
+# Keys, as WebDriver writes them.
+CTRL, ENTER, ESCAPE, HOME, END = "\ue009", "\ue007", "\ue00c", "\ue011", "\ue010"
+RIGHT, DOWN, TAB = "\ue014", "\ue015", "\ue004"
+
 FINISHED = ("stop", "length", "stopped", "error")
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from engine.types import Delta, GenerationRequest
 from tests.browser.conftest import KEY, Open, scripted
-from tests.browser.page import Page
+from tests.browser.page import CTRL, DOWN, END, ENTER, ESCAPE, HOME, RIGHT, TAB, Page
 from tests.cli.servers import MODEL as STANDIN
 from tests.integration.conftest import LiveServer
 from tests.server.fakes import byte_level_tokenizer, deltas_of, writes
@@ -25,8 +25,6 @@ pytestmark = pytest.mark.browser
 
 MODEL = "collm-demo"
 PROMPT = "Question: Which currency codes does Iceland Krona have?\nAnswer:"
-CTRL, ENTER, ESCAPE, HOME, END = "\ue009", "\ue007", "\ue00c", "\ue011", "\ue010"
-RIGHT, DOWN, TAB = "\ue014", "\ue015", "\ue004"
 
 
 def reported(address: str, model: str, **collaboration: Any) -> list[tuple[str, str, float | None]]:
@@ -240,17 +238,6 @@ def test_a_key_is_kept_in_the_tab_alone(keyed: str, open_page: Open) -> None:
     assert page.one("#key").get_attribute("value") == ""
 
 
-def test_the_reference_asks_for_the_key_too(keyed: str, open_page: Open) -> None:
-    page = open_page(f"{keyed}/docs")
-    eventually(lambda: page.one("#key").is_displayed())
-    assert page.all(".route") == []
-    page.keys("#key", KEY, ENTER)
-    eventually(lambda: len(page.all(".route")) > 5)
-    assert not page.one("#key").is_displayed()
-    answer = try_out(page, "GET", "/version")
-    assert "version" in json.loads(answer)
-
-
 def test_two_experts_stand_side_by_side(keyed: str, open_page: Open) -> None:
     page = open_page(keyed)
     page.keys("#key", KEY, TAB)
@@ -348,6 +335,38 @@ def test_experts_are_told_apart_without_colour(slow: str, open_page: Open) -> No
     assert len({style for each in styles.values() for style in each}) == len(styles)
 
 
+def test_a_pair_without_a_gate_offers_what_needs_none(open_page: Open) -> None:
+    with scripted(writes([70, 71]), gate=False) as address:
+        page = open_page(address)
+        disabled = {option.get_attribute("value") for option in page.all("#policy option:disabled")}
+        assert disabled == {"threshold", "sample"}
+        assert page.one("#policy").get_attribute("value") == "confidence"
+        page.requests()
+        page.run()
+        bodies = [json.loads(r["postData"]) for r in page.requests() if r["method"] == "POST"]
+        assert bodies[0]["collaboration"] == {"policy": "confidence", "threshold": 0.5, "report": True}
+        assert len(page.tokens(MODEL)) == 2
+
+
+def test_the_line_is_where_a_bar_of_that_probability_ends(slow: str, open_page: Open) -> None:
+    """Also where there are so many bars that they scroll; and the arrow keys scroll to the bar of their token."""
+    page = open_page(slow, 390, 800)
+    page.set_number("#max-tokens", 120)
+    page.run()
+    assert page.js("const s = document.querySelector('.joint .strip'); return s.scrollWidth > s.clientWidth")
+    for at in (0.25, 0.75):
+        page.js("const t = arguments[0]; t.value = arguments[1]; t.dispatchEvent(new Event('input', {bubbles: true}))",
+                page.one("#threshold"), at)  # fmt: skip
+        column = page.one(".joint .column").rect
+        line = page.one(".joint .threshold-line").rect
+        assert line["y"] == pytest.approx(column["y"] + (1 - at) * column["height"], abs=1.5)
+    listbox = page.one(".joint .text")
+    page.js("arguments[0].focus()", listbox)
+    listbox.send_keys(END)
+    strip, last = page.one(".joint .strip").rect, page.one(".joint .column:last-child").rect
+    assert strip["x"] <= last["x"] <= strip["x"] + strip["width"]
+
+
 def test_what_a_model_writes_is_text(open_page: Open) -> None:
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script>&amp;\n<b>bold</b>"
     with scripted(writes(byte_level_tokenizer().encode(evil).ids)) as address:
@@ -416,56 +435,6 @@ def test_dark_and_light_are_readable(demo: LiveServer, open_page: Open, dark: bo
     contrasts = page.js(LUMINANCE, selectors)
     assert len(contrasts) > 50
     assert [(name, ratio) for name, ratio in contrasts if ratio < 4.5] == []
-
-
-def test_reference_shows_every_route(demo: LiveServer, open_page: Open) -> None:
-    page = open_page(f"{demo.url}/docs")
-    paths = httpx.get(f"{demo.url}/openapi.json").json()["paths"]
-    eventually(lambda: len(page.all(".route")) == sum(map(len, paths.values())))
-    titles = [title.get_attribute("textContent") for title in page.all(".route h2")]
-    assert {re.sub("^[A-Z]+", "", title) for title in titles} == set(paths)
-    assert "threshold" in page.js("return document.body.textContent")
-    assert page.console() == []
-    assert [r["url"] for r in page.requests() if not r["url"].startswith(f"{demo.url}/")] == []
-
-
-def try_out(page: Page, method: str, path: str, body: dict[str, Any] | None = None) -> str:
-    """Send a route's form, with another body where one is given; gives the answer that is shown."""
-    [section] = [
-        each
-        for each in page.all(".route")
-        if each.find_element("css selector", "h2").get_attribute("textContent") == f"{method}{path}"
-    ]
-
-    def part(selector: str) -> Any:
-        return section.find_element("css selector", f".try {selector}")
-
-    page.js("arguments[0].open = true", part("summary").find_element("xpath", ".."))
-    if body is not None:
-        page.js("arguments[0].value = arguments[1]", part("textarea"), json.dumps(body))
-    part("button[type=submit]").click()
-    eventually(lambda: part(".answer-status").text.endswith("ms"))
-    return str(part(".answer").get_attribute("textContent"))
-
-
-def test_routes_can_be_tried_out(demo: LiveServer, open_page: Open) -> None:
-    page = open_page(f"{demo.url}/docs")
-    eventually(lambda: len(page.all(".route")) > 5)
-    answer = json.loads(try_out(page, "POST", "/v1/completions"))
-    assert answer["model"] == MODEL
-    assert answer["usage"]["completion_tokens_details"]["expert_tokens"] > 0
-    question = [{"role": "user", "content": "Which currency codes does Iceland Krona have?"}]
-    stream = try_out(
-        page, "POST", "/v1/chat/completions", {"model": MODEL, "messages": question, "stream": True, "temperature": 0}
-    )
-    assert stream.startswith("data: {")
-    assert stream.endswith("data: [DONE]\n\n")
-    assert json.loads(try_out(page, "GET", "/v1/models/{id}"))["id"] == MODEL
-    assert try_out(page, "GET", "/metrics").startswith("# HELP")
-    assert json.loads(try_out(page, "POST", "/detokenize"))["prompt"]
-    refused = json.loads(try_out(page, "POST", "/v1/completions", {"model": "nobody", "prompt": ""}))
-    assert set(refused["error"]) == {"message", "type", "param", "code"}
-    assert [r["url"] for r in page.requests() if not r["url"].startswith(f"{demo.url}/")] == []
 
 
 def test_every_example_is_a_held_out_question() -> None:

@@ -18,6 +18,7 @@ import pytest
 from tests.deploy.live import Load, Prometheus, demo_pair, prometheus, served, standin_pair, wait_until
 from tests.deploy.promql import selectors
 from tests.deploy.sources import ShippedQuery, dashboard, grafana_quote, need, panel_queries, rules
+from tests.packaging.sources import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -171,6 +172,15 @@ def test_variable_has_values(live: Live, variable: str) -> None:
 def test_annotations_are_taken(live: Live) -> None:
     for annotation in dashboard()["annotations"]["list"]:
         live.prometheus.query(live.filled(annotation["expr"]))
+
+
+def test_queries_of_the_page_have_data(live: Live) -> None:
+    page = (ROOT / "docs/observability.md").read_text("utf-8")
+    [block] = re.findall(r"^```promql\n(.*?)^```$", page, re.M | re.S)
+    queries = [line for line in block.splitlines() if line and not line.startswith("#")]
+    assert len(queries) >= 3
+    for query in queries:
+        assert finite(live.prometheus.query(query)), query
 
 
 def test_rules_are_healthy(live: Live) -> None:

@@ -1,16 +1,10 @@
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
-
-# No deadlines: the machine may be loaded. In CI the same examples every time.
-settings.register_profile("collm", deadline=None, derandomize="CI" in os.environ, print_blob=True)
-settings.load_profile("collm")
 
 
 @pytest.fixture

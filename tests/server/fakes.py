@@ -192,13 +192,6 @@ async def waits_forever(request: GenerationRequest) -> AsyncIterator[Delta]:
     await asyncio.Event().wait()
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 30) -> None:
-    """Return when the condition holds; the test fails if it does not within ``seconds``."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def events(body: str) -> list[Any]:
     """The payloads of a stream; its last event may be "[DONE]"."""
     found: list[Any] = []

@@ -77,6 +77,10 @@ async def test_pages_can_be_opened_to_everybody(build: Build, path: str) -> None
     response = await house.http.get(path)
     assert response.status_code == 200
     assert not any(key in response.text for key in KEYS)
+    assert response.headers["content-security-policy"].startswith("default-src 'none'")
+    assert response.headers["cache-control"] == "no-cache"
+    again = await house.http.get(path, headers={"If-None-Match": response.headers["etag"]})
+    assert (again.status_code == 304) is path.startswith("/static/")
 
 
 @pytest.mark.parametrize(("method", "path"), [route for route in ROUTES if route[1] not in PAGES])

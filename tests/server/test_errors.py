@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from tests.server.conftest import Build, House
-from tests.server.fakes import check_error, eventually, waits_forever
+from tests.server.fakes import check_error, waits_forever
+from tests.waiting import until
 
 
 @pytest.mark.parametrize("path", ["/nope", "/v1", "/v1/completion", "/v1/completions/", "/v1//models"])
@@ -81,7 +82,7 @@ async def test_while_draining_requests_in_flight_finish_and_late_ones_do_not_sta
     assert not drained.done()
     go.set()
     assert (await running).json()["choices"][0]["text"] == "abc"
-    await asyncio.wait_for(drained, 5)
+    await asyncio.wait_for(drained, 30)
 
 
 async def test_a_dead_engine_is_neither_healthy_nor_ready(house: House) -> None:
@@ -119,7 +120,7 @@ async def test_the_queue_limit_holds(build: Build, stream: bool) -> None:
         done |= finished
         requests = [request for request in requests if request not in done]
     # Rejections are answered before the admitted ones have been through tokenisation.
-    await eventually(lambda: len(house.engine.seen) >= 12)
+    await until(lambda: len(house.engine.seen) >= 12)
     assert len(house.engine.seen) == 12
     for request in done:
         response = request.result()

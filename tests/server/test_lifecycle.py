@@ -59,8 +59,11 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     byte_level_tokenizer().save(str(tmp_path / "tokenizer.json"))
     started: list[Process] = []
 
-    async def launch(*argv: str, backend: str = "standin", ready: bool = True) -> Process:
-        lane = 'vllm = { vocab_size = 330, max_model_len = 200000 }\nbackend = "standin"\n'
+    async def launch(
+        *argv: str, backend: str = "standin", ready: bool = True, step_seconds: float | None = None
+    ) -> Process:
+        step = "" if step_seconds is None else f", step_seconds = {step_seconds}"
+        lane = f'vllm = {{ vocab_size = 330, max_model_len = 200000{step} }}\nbackend = "standin"\n'
         config = tmp_path / "pair.toml"
         lane = lane.replace('"standin"', f'"{backend}"')
         config.write_text(
@@ -98,12 +101,11 @@ async def begin_stream(client: httpx.AsyncClient, **fields: Any) -> tuple[contex
 
 
 async def in_flight(client: httpx.AsyncClient, count: int) -> None:
-    """Returns once so many generations are admitted."""
-    found = -1.0
-    async with asyncio.timeout(60):
-        while found != count:
-            text = (await client.get("/metrics")).text
-            found = sum(map(float, re.findall(r"^collm_requests_(?:running|waiting){.*} (\S+)$", text, re.M)))
+    """Returns when so many generations of the joint model have been admitted."""
+    gauges = re.compile(r'^collm_requests_(?:running|waiting){model_name="collm-demo"} (\S+)$', re.M)
+    async with asyncio.timeout(30):
+        while sum(map(float, gauges.findall((await client.get("/metrics")).text))) != count:
+            await asyncio.sleep(0.02)
 
 
 async def gone(pid: int) -> None:
@@ -114,14 +116,15 @@ async def gone(pid: int) -> None:
 
 
 async def test_it_says_how_to_try_it_and_drains_on_sigterm(start: Start) -> None:
-    server = await start()
+    # Slow enough to be in flight still when the server has been told to end and been asked twice more.
+    server = await start(step_seconds=0.002)
     example = await server.said("try: (curl .*)")
     assert server.url in example
     answer = subprocess.run(example, shell=True, capture_output=True, text=True, timeout=30, check=True).stdout
     assert '"text_completion"' in answer
     (engine,) = server.children()
     async with server.client() as client:
-        stack, response = await begin_stream(client, max_tokens=4_000)
+        stack, response = await begin_stream(client, max_tokens=1_500)
         async with stack:
             lines = response.aiter_text()
             first = await anext(lines)
@@ -145,16 +148,16 @@ async def test_a_second_signal_ends_at_once(start: Start) -> None:
     async with server.client() as client:
         stack, response = await begin_stream(client)
         async with stack:
-            lines = response.aiter_text()
-            texts = [await anext(lines)]
             server.process.send_signal(signal.SIGTERM)
             await server.said("draining")
             server.process.send_signal(signal.SIGTERM)
             assert await server.ended() == 143
+            texts: list[str] = []
             with contextlib.suppress(httpx.HTTPError):
-                async for text in lines:
+                async for text in response.aiter_text():
                     texts.append(text)
     # Cut short, and seen to be: by an error event or by a broken connection.
+    assert texts
     assert "[DONE]" not in "".join(texts)
     await gone(engine)
 

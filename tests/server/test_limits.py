@@ -50,7 +50,7 @@ class Wire:
         status, _, body = await self.send(post(BODY))
         assert status == 200
         assert body["choices"][0]["text"] == "ab"
-        # A client that was let go may still be on its way out.
+        # A request whose client has gone gives its place back a little after the engine has let go of it.
         await until(lambda: self.house.service.admission.in_flight == 0)
 
 
@@ -88,7 +88,7 @@ async def wire(build: Build) -> AsyncIterator[Wire]:
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     yield Wire(house, sock.getsockname()[1])
     server.should_exit = True
-    await asyncio.wait_for(serving, 10)
+    await asyncio.wait_for(serving, 30)
 
 
 async def test_a_good_request_and_a_kept_connection(wire: Wire) -> None:
@@ -242,10 +242,10 @@ async def test_200_clients_that_go_at_once(wire: Wire, stream: bytes) -> None:
         _, writer = await wire.open()
         writer.write(post(body))
         writers.append(writer)
-    await until(lambda: len(wire.house.engine.seen) == 200)
+    await until(lambda: len(wire.house.engine.seen) == 200, 120)
     for writer in writers:
         writer.transport.abort()
-    await until(lambda: len(wire.house.engine.closed_early) == 200)
+    await until(lambda: len(wire.house.engine.closed_early) == 200, 120)
     wire.house.engine.script = good
     await wire.still_serves()
     aborted = await wire.house.metric("collm_requests_total", model_name="collm-demo", outcome="aborted")
@@ -263,4 +263,4 @@ async def test_a_root_path(build: Build) -> None:
     check(await wire.send(post(BODY)), 401)
     assert (await wire.send(post(BODY, b"Authorization: Bearer k")))[0] == 200
     server.should_exit = True
-    await asyncio.wait_for(serving, 10)
+    await asyncio.wait_for(serving, 30)

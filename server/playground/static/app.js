@@ -109,7 +109,8 @@ function setDefaults() {
       el("option", { value: name, disabled: Boolean(gate) && !state.defaults.gate }, label),
     ),
   );
-  ui.policy.value = chosen || (state.defaults.gate ? "threshold" : "confidence");
+  const possible = chosen && (state.defaults.gate || !POLICIES[chosen].gate);
+  ui.policy.value = possible ? chosen : state.defaults.gate ? "threshold" : "confidence";
   settingsChanged();
 }
 
@@ -318,4 +319,6 @@ document.addEventListener("keydown", (event) => {
 });
 
 ui.key.value = savedKey();
+setDefaults();
+showSelected();
 connect();

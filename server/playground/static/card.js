@@ -290,6 +290,14 @@ export class Card {
     });
   }
 
+  /** Scroll the strip, and nothing else, to where a column can be seen. */
+  #reveal(column) {
+    if (!column) return;
+    const strip = this.strip.getBoundingClientRect();
+    const { left, right } = column.getBoundingClientRect();
+    if (left < strip.left || right > strip.right) this.strip.scrollLeft += left - (strip.left + strip.width / 2);
+  }
+
   #show(number) {
     if (number === this.active) return;
     for (const list of [this.spans, this.columns]) list[this.active]?.classList.remove("active");
@@ -304,6 +312,7 @@ export class Card {
     span.classList.add("active");
     span.setAttribute("aria-selected", "true");
     this.columns[number]?.classList.add("active");
+    this.#reveal(this.columns[number]);
     this.text.setAttribute("aria-activedescendant", span.id);
     const { text, source, p } = this.tokens[number];
     this.tip.replaceChildren(
