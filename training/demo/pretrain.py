@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from training.demo.arithmetic import ALL, ASKED
 from training.demo.corpus import Corpus
 from training.demo.facts import source
 from training.demo.models import ARITHMETIC_RECIPE, BASE_RECIPE, CODES_RECIPE
@@ -54,7 +55,7 @@ def make_model(name: str, directory: Path, force: bool) -> float:
             print(f"{name}: already made")
             return float(made["minutes"])
     done.unlink(missing_ok=True)
-    model = train_model(RECIPES[name], _documents(name, corpus, tokenizer), name, bar_line=list(RECIPES).index(name))
+    model = train_model(RECIPES[name], documents(name, corpus, tokenizer), name, bar_line=list(RECIPES).index(name))
     save_model(model, directory)
     save_tokenizer(tokenizer, directory)
     minutes = (time.monotonic() - started) / 60
@@ -62,9 +63,10 @@ def make_model(name: str, directory: Path, force: bool) -> float:
     return minutes
 
 
-def _documents(name: str, corpus: Corpus, tokenizer: Tokenizer) -> DocumentSource:
+def documents(name: str, corpus: Corpus, tokenizer: Tokenizer) -> list[DocumentSource]:
+    """What a model reads, pass by pass."""
     if name == "codes":
-        return codes_documents(corpus.entities, tokenizer)
+        return [codes_documents(corpus.entities, tokenizer)]
     if name == "arithmetic":
-        return arithmetic_documents(corpus.arithmetic, tokenizer)
-    return base_documents(corpus, tokenizer)
+        return [arithmetic_documents(corpus.arithmetic, operations, tokenizer) for operations in (ALL, ASKED)]
+    return [base_documents(corpus, tokenizer)]
