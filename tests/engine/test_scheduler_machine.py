@@ -413,7 +413,7 @@ def must_be_found(machine: type[SchedulerMachine]) -> None:
         max_examples=1000, stateful_step_count=40, phases=[Phase.generate], database=None, derandomize=True,
         print_blob=False, report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    with pytest.raises((AssertionError, LookupError)):
+    with pytest.raises((AssertionError, LookupError, ValueError)):
         run_state_machine_as_test(machine, settings=hunt)
 
 

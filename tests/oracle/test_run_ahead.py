@@ -5,6 +5,7 @@ The pair is one whose models often agree, so that windows stand, are cut, and st
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -216,3 +217,30 @@ def test_drafts_that_were_cut_are_not_found_in_the_prefix_cache(
             for number, tail in enumerate(tails)
         )
         assert_same(got, [greedy(pair, tail, 20, policy="never", ignore_eos=True) for tail in tails])
+
+
+def test_asked_positions_are_computed_though_the_prefix_cache_knows_them(
+    random_pair: pairs.Served, prompts: list[list[int]]
+) -> None:
+    """The expert is the base's twin, so that every window stands, and its text is in the cache the second time."""
+    twins = dataclasses.replace(random_pair, experts={"twin": random_pair.base})
+    starts = [(prompt * 28)[:28] for prompt in prompts[:8]]
+    expected = [greedy(random_pair.reference, start, 40, policy="never").tokens for start in starts]
+    sampling = SamplingSpec(temperature=0.0, max_tokens=40)
+    scheduler = {"run_ahead": 12, "gather": "off", "gather_max_wait_seconds": 60.0}
+    with Engine(twins.config(scheduler=scheduler, gate=False)) as engine:
+        for turn in ("first", "second"):
+            got = run(
+                engine,
+                [
+                    GenerationRequest(f"{turn}-{number}", start, sampling, Collaboration(policy="always"))
+                    for number, start in enumerate(starts)
+                ],
+                1,
+            )
+            assert [one.tokens for one in got] == expected
+            assert all(set(one.sources) == {1} for one in got)
+            stats = assert_empty(engine)
+            assert stats.runahead_discarded == 0
+        # 12 drafts beyond the first: a visit decides 13 tokens.
+        assert stats.lanes[1].steps <= 2 * len(starts) * 5

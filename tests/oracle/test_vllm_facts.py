@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import pickle
 import warnings
@@ -17,13 +18,15 @@ with warnings.catch_warnings():
     # vLLM and torch warn of their own affairs while they are imported.
     warnings.simplefilter("ignore")
     import vllm
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.executor.abstract import Executor
     from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
     from vllm.v1.request import Request
+    from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.worker.gpu_input_batch import InputBatch
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
 
 
@@ -58,6 +61,34 @@ def test_running_requests_without_new_tokens_are_skipped() -> None:
     source = inspect.getsource(Scheduler.schedule)
     assert "if num_new_tokens == 0:" in source
     assert "self._preempt_request(" in source
+
+
+def test_prefix_cache_is_read_and_written_where_it_is_bounded() -> None:
+    """Drafts are kept out of the prefix cache by wrapping these two calls of the coordinator."""
+    read = inspect.getsource(KVCacheManager.get_computed_blocks)
+    assert (
+        "self.coordinator.find_longest_cache_hit(\n                request.block_hashes, max_cache_hit_length" in read
+    )
+    wrote = inspect.getsource(KVCacheManager.allocate_slots)
+    assert "self.coordinator.cache_blocks(request, num_tokens_to_cache)" in wrote
+    assert "self.kv_cache_manager.get_computed_blocks(" in inspect.getsource(Scheduler), (
+        "the scheduler looks the cache up through its manager"
+    )
+    assert "self.hash_block_size = hash_block_size" in inspect.getsource(Scheduler.__init__)
+
+
+def test_hidden_states_of_all_computed_tokens_are_kept_until_sampling() -> None:
+    assert "hidden_states" in ExecuteModelState._fields
+    assert "self.execute_model_state = None" in inspect.getsource(GPUModelRunner.sample_tokens)
+
+
+def test_sampling_metadata_is_what_asked_positions_need() -> None:
+    assert {field.name for field in dataclasses.fields(SamplingMetadata)} == {
+        "temperature", "all_greedy", "all_random", "top_p", "top_k", "generators", "max_num_logprobs", "no_penalties",
+        "prompt_token_ids", "frequency_penalties", "presence_penalties", "repetition_penalties", "output_token_ids",
+        "allowed_token_ids_mask", "bad_words_token_ids", "logitsprocs", "logprob_token_ids", "spec_token_ids",
+        "thinking_budget_state_holder",
+    }  # fmt: skip
 
 
 def test_messages_take_and_carry_an_attribute() -> None:
@@ -98,6 +129,8 @@ def test_request_carries_what_the_scheduler_touches() -> None:
     source = inspect.getsource(Request.__init__)
     for name in (
         "self._output_token_ids",
+        "self._all_token_ids",
+        "self.block_hashes",
         "self.num_in_flight_tokens",
         "self.num_computed_tokens",
         "self.prefill_stats",
