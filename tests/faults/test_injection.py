@@ -320,7 +320,29 @@ def test_a_lane_that_stalls_for_good(expert_failure: str) -> None:
 # -- the client's side ----------------------------------------------------------------------------------------
 
 
-async def test_garbage_on_the_wire_is_noticed() -> None:
+GARBAGE = [b"\xc1garbage", b"\x82\xa4type\xa8Shutdown\xa1x" + b"\x91" * 100_000 + b"\x90"]
+"""No MessagePack, and a message whose unknown field is nested deeper than the decoder goes."""
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=["garbage", "nested"])
+async def test_garbage_to_the_engine_is_dropped(garbage: bytes) -> None:
+    """The engine says so in its log, and goes on serving."""
+    from engine.client import EngineClient
+    from tests.engine.builders import request, standin_config
+    from tests.engine.oracle import Pair
+
+    client = await asyncio.wait_for(EngineClient.start(standin_config(Pair(max_model_len=900, experts=1))), 60)
+    try:
+        await client._requests.send(garbage)
+        async with asyncio.timeout(60):
+            deltas = [delta async for delta in client.generate(request("after", max_tokens=20))]
+        assert deltas[-1].finish_reason == "length"
+    finally:
+        await client.shutdown()
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=["garbage", "nested"])
+async def test_garbage_on_the_wire_is_noticed(garbage: bytes) -> None:
     """An engine that sends what is no message: the client does not take it for an answer, and does not hang."""
     from engine.client import EngineClient
     from tests.engine.builders import request, standin_config
@@ -333,7 +355,7 @@ async def test_garbage_on_the_wire_is_noticed() -> None:
         socket = zmq.asyncio.Context.instance().socket(zmq.PUSH)
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(f"ipc://{client._directory / 'batches'}")
-        await socket.send(b"\xc1garbage")
+        await socket.send(garbage)
         await asyncio.sleep(0.2)
         socket.close()
 

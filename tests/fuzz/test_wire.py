@@ -74,6 +74,8 @@ def test_deep_nesting(depth: int) -> None:
     """Arrays within arrays end in an error, not in an overflown stack."""
     assert _decode(ToEngine, b"\x91" * depth + b"\x90") is None
     assert _decode(FromEngine, b"\x82\xa4type\xa5Batch\xa6deltas" + b"\x91" * depth + b"\x90") is None
+    unknown = _decode(ToEngine, b"\x82\xa4type\xa8Shutdown\xa1x" + b"\x91" * depth + b"\x90")
+    assert unknown is None or unknown == Shutdown()
 
 
 def test_lengths_that_lie() -> None:
