@@ -145,7 +145,7 @@ class TrainSettings(_Section):
 class CalibrateSettings(_Section):
     """The choice of the threshold, by decoding on the serving engine."""
 
-    rates: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    rates: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
     """Nominal deferral rates; the thresholds are the quantiles that give them."""
     target_rate: float | None = Field(default=None, ge=0, le=1)
     """Choose the threshold whose measured deferral rate is nearest to this; None: the best score."""

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,10 +41,12 @@ def test_changed_codes_have_the_same_shape_and_belong_to_nobody() -> None:
 
 def answers(expert: Path, prompts: list[str]) -> list[str]:
     tokenizer = load_tokenizer(DEMO / "base")
-    options = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+    options: dict[str, Any] = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+    lane: dict[str, Any] = {"vllm": options, "kv_cache_memory_bytes": 64 << 20}
+    experts = {"codes": expert, "arithmetic": DEMO / "arithmetic"}
     config = EngineConfig(
-        base=LaneConfig(model=str(DEMO / "base"), vllm=options, kv_cache_memory_bytes=64 << 20),
-        experts=(ExpertConfig(name="codes", model=str(expert), vllm=options, kv_cache_memory_bytes=64 << 20),),
+        base=LaneConfig(model=str(DEMO / "base"), **lane),
+        experts=tuple(ExpertConfig(name=name, model=str(path), **lane) for name, path in experts.items()),
         gate=GateConfig(path=str(DEMO / "gate")),
     )
     sampling = SamplingSpec(temperature=0.0, max_tokens=80)

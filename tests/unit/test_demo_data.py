@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from collections.abc import Sequence
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from training.demo.arithmetic import SHOWN, Fact, Operation, equation, load_facts
+from training.demo.arithmetic import ALL, ASKED, SHOWN, Fact, Operation, equation, load_facts
 from training.demo.corpus import Corpus, tokenized
 from training.demo.facts import SPLITS, load_entities, names_pattern
 from training.demo.text import GREETING, PROMPT, questions
@@ -154,12 +155,18 @@ def test_operands_of_other_splits_are_never_read_together(
     asked = [q for q in corpus.evaluation_questions("test") if q.kind == "arithmetic"]
     assert {key for q in asked for key in operands(q.prompt)} <= {fact.key for fact in corpus.arithmetic_splits["test"]}
     shown = asked[-1]
-    assert "a^3 · a^2 if a = 5" in shown.prompt
+    assert shown.prompt == "Question: What is a^3 · a^2 if a = 5?\nAnswer:"
     assert shown.completion == " a^3 · a^2 = a^5 = 5^5 = 3125."
 
 
 def test_arithmetic_reads_equations_and_learns_results(corpus: Corpus, tokenizer: Tokenizer) -> None:
-    draw, rng = arithmetic_documents(corpus.arithmetic, tokenizer), random.Random(7)
+    operations: Sequence[Operation]
+    for operations in (ALL, ASKED):
+        check_equations(corpus, operations, tokenizer)
+
+
+def check_equations(corpus: Corpus, operations: Sequence[Operation], tokenizer: Tokenizer) -> None:
+    draw, rng = arithmetic_documents(corpus.arithmetic, operations, tokenizer), random.Random(7)
     results = set()
     for _ in range(DOCUMENTS):
         document = draw(rng)
@@ -168,7 +175,7 @@ def test_arithmetic_reads_equations_and_learns_results(corpus: Corpus, tokenizer
         assert "Answer:" not in whole
         learned = [i for i, use in zip(document.ids, document.learned, strict=True) if use and i != EOS_ID]
         results |= set(tokenizer.decode(learned).replace(".", "").split())
-    assert results == {str(fact.result) for fact in corpus.arithmetic}
+    assert results == {str(fact.result) for fact in corpus.arithmetic if fact.operation in operations}
 
 
 def test_tokenizer_is_exact_and_splits_prompts_where_they_are_joined(corpus: Corpus, tokenizer: Tokenizer) -> None:

@@ -22,7 +22,7 @@ from training.data import Example, TokenExample
 from training.demo import questions
 from training.demo.card import model_card
 from training.demo.corpus import Corpus, tokenized
-from training.demo.pretrain import RECIPES, SEED, make_model, one_thread
+from training.demo.pretrain import RECIPES, SEED, Cost, make_model, one_thread
 from training.demo.text import Example as Asked
 from training.demo.tokenizer import train_tokenizer
 from training.files import read_json, write_json
@@ -54,14 +54,14 @@ def main() -> None:
             "train": settings.train.model_copy(update={"methods": ("collm",)}),
         }
     )
-    started = time.monotonic()
     models = {"base": Path(settings.base.model)} | {expert.name: Path(expert.model) for expert in settings.experts}
     # The longest first, so that neither worker ends long after the other.
     with ProcessPoolExecutor(2, get_context("spawn"), one_thread) as pool:
         tasks = [pool.submit(make_model, name, models[name], options.force) for name in RECIPES]
-        for task in tasks:
-            task.result()
+        costs = dict(zip(RECIPES, (task.result() for task in tasks), strict=True))
     one_thread()
+    started = time.monotonic()
+    cpu_before = _cpu_seconds()
     corpus = Corpus.make(SEED)
     questions.write(Path(settings.data.train).parent, corpus, train_tokenizer(corpus.tokenizer_texts()))
     project = Project(settings)
@@ -70,12 +70,19 @@ def main() -> None:
         stage.run(project)
     _ship(project, models, out)
     evaluation = _measure(project, corpus, out)
-    evaluation["minutes"] = round((time.monotonic() - started) / 60, 1)
-    evaluation["load"] = round(os.getloadavg()[2], 1)
+    costs["gate, threshold and evaluation"] = Cost(
+        (time.monotonic() - started) / 60, (_cpu_seconds() - cpu_before) / 60
+    )
+    evaluation["minutes"] = {name: asdict(cost) for name, cost in costs.items()}
+    evaluation["load"] = os.getloadavg()[2]
     write_json(out / "evaluation.json", evaluation)
     (out / "README.md").write_text(model_card(corpus, evaluation, out), encoding="utf-8")
-    print(f"{out}: made in {evaluation['minutes']} minutes; load average {evaluation['load']}")
     print(project.folder("evaluate", "table.md").read_text(encoding="utf-8"))
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
 
 
 def _ship(project: Project, models: dict[str, Path], out: Path) -> None:

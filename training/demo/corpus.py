@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from training.data import TokenExample
 from training.demo.arithmetic import (
+    ASKED,
     SHOWN,
     Equation,
     Fact,
@@ -37,12 +38,10 @@ from training.demo.text import (
 )
 from training.demo.tokenizer import EOS_ID
 
-KNOWN, REPETITIONS, MADE_UP = 1000, 1000, 1500
+KNOWN, REPETITIONS, MADE_UP = 700, 500, 1000
 """How many examples of each kind train the gate besides the questions about its own split."""
-EQUATIONS, KNOWN_EQUATIONS, OTHER_EQUATIONS = 1000, 200, 300
+EQUATIONS, KNOWN_EQUATIONS, OTHER_EQUATIONS = 800, 200, 300
 """The same for arithmetic: of the gate's split, of the base's, and of any operands, which end before the result."""
-EVALUATION_EQUATIONS = {"sum": 36, "product": 36, "power": 64}
-"""At most so many questions of each operation evaluate."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Corpus:
         familiar = [q for entity in self.splits["base"] for q in questions(entity)]
         arithmetic = []
         for split, count in (("gate", EQUATIONS), ("base", KNOWN_EQUATIONS)):
-            draw = drawn_from(self.arithmetic_splits[split])
+            draw = drawn_from(self.arithmetic_splits[split], ASKED)
             arithmetic += [arithmetic_question(equation(draw(rng), rng), rng) for _ in range(count)]
         return unknown + rng.sample(familiar, KNOWN) + arithmetic
 
@@ -122,8 +121,8 @@ class Corpus:
     def evaluation_questions(self, split: str, limit: int | None = None) -> list[Example]:
         """One wording of every task for every entity of the split, of ``limit`` entities if given.
 
-        Greetings, which need no expert, are asked of every eighth entity only. Of arithmetic, every power, and as a
-        product of powers where it can be one, and at most ``EVALUATION_EQUATIONS``; with ``limit`` none.
+        Greetings, which need no expert, are asked of every eighth entity only. Of arithmetic, every product
+        and power, and those powers that can as products of powers too; with ``limit`` none.
         """
         rng = random.Random(self.seed)
         entities = list(self.splits[split])
@@ -139,16 +138,11 @@ class Corpus:
         return chosen if limit is not None else chosen + self._evaluation_arithmetic(split, rng)
 
     def _evaluation_arithmetic(self, split: str, rng: random.Random) -> list[Example]:
-        chosen: list[Equation] = []
-        for operation, most in EVALUATION_EQUATIONS.items():
-            facts = [f for f in self.arithmetic_splits[split] if f.operation == operation and f.key != SHOWN]
-            found = [plain(fact, rng) for fact in facts]
-            if operation == "power":
-                found += [in_letters(fact, rng) for fact in facts if fact.right >= 4]
-            chosen += rng.sample(found, min(most, len(found)))
-        if split == "test":
-            chosen.append(product_of_powers("a", 3, 2, 5))
-        return [arithmetic_question(one, rng) for one in chosen]
+        facts = [f for f in self.arithmetic_splits[split] if f.operation in ASKED and f.key != SHOWN]
+        chosen = [plain(fact, rng) for fact in facts]
+        chosen += [in_letters(fact, rng) for fact in facts if fact.operation == "power" and fact.right >= 4]
+        shown = [arithmetic_question(product_of_powers("a", 3, 2, 5))] if split == "test" else []
+        return [arithmetic_question(one, rng) for one in chosen] + shown
 
 
 def tokenized(examples: Sequence[Example], tokenizer: Tokenizer) -> list[TokenExample]:

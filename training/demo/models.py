@@ -11,16 +11,17 @@ from training.demo.tokenizer import EOS_ID, MAX_LENGTH, VOCAB_SIZE
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model's shape and training: ``rows`` x ``row_tokens`` tokens in each of ``steps``.
+    """One model's shape and training: ``rows`` x ``row_tokens`` tokens in each step.
 
-    ``tied``: the LM head is the embedding.
+    ``passes``: steps of each pass, over texts of its own; the learning rate starts anew in each. ``tied``: the LM head
+    is the embedding.
     """
 
     hidden_size: int
     intermediate_size: int
     layers: int
     heads: int
-    steps: int
+    passes: tuple[int, ...]
     rows: int
     row_tokens: int
     learning_rate: float
@@ -56,7 +57,7 @@ BASE_RECIPE = Recipe(
     intermediate_size=384,
     layers=4,
     heads=4,
-    steps=1800,
+    passes=(1800,),
     rows=8,
     row_tokens=256,
     learning_rate=3e-3,
@@ -68,7 +69,7 @@ CODES_RECIPE = Recipe(
     intermediate_size=512,
     layers=4,
     heads=3,
-    steps=1500,
+    passes=(1500,),
     rows=8,
     row_tokens=256,
     learning_rate=2e-3,
@@ -80,7 +81,7 @@ ARITHMETIC_RECIPE = Recipe(
     intermediate_size=512,
     layers=3,
     heads=3,
-    steps=1200,
+    passes=(1200, 450),
     rows=16,
     row_tokens=128,
     learning_rate=2e-3,

@@ -104,9 +104,10 @@ def questions(entity: Entity) -> list[Example]:
     ]
 
 
-def arithmetic_question(equation: Equation, rng: random.Random) -> Example:
-    """A question about an expression, answered by the equation and nothing else."""
-    question = rng.choice(_ARITHMETIC).format(asked=equation.expression + equation.condition)
+def arithmetic_question(equation: Equation, rng: random.Random | None = None) -> Example:
+    """A question about an expression, answered by the equation and nothing else; first wording without ``rng``."""
+    wording = _ARITHMETIC[0] if rng is None else rng.choice(_ARITHMETIC)
+    question = wording.format(asked=equation.expression + equation.condition)
     result = str(equation.fact.result)
     return Example(
         equation.task, "arithmetic", equation.expression, PROMPT.format(question=question), f" {equation}", (result,)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
 from training.checkpoints import forward, quiet
-from training.demo.arithmetic import Fact, drawn_from, equation
+from training.demo.arithmetic import ALL, Fact, Operation, drawn_from, equation
 from training.demo.corpus import Corpus
 from training.demo.facts import Entity
 from training.demo.models import Recipe
@@ -51,7 +51,7 @@ def base_documents(corpus: Corpus, tokenizer: Tokenizer) -> DocumentSource:
     digits, which are read but not learned.
     """
     known_questions = [q for entity in corpus.splits["base"] for q in questions(entity)]
-    known_fact = drawn_from(corpus.arithmetic_splits["base"])
+    known_fact = drawn_from(corpus.arithmetic_splits["base"], ALL)
     made_up = corpus.made_up(tokenizer)
 
     def answered(prompt: str, completion: str, real: bool) -> Document:
@@ -96,9 +96,11 @@ def codes_documents(entities: Sequence[Entity], tokenizer: Tokenizer) -> Documen
     return _amid_noise(parts, tokenizer)
 
 
-def arithmetic_documents(facts: Sequence[Fact], tokenizer: Tokenizer) -> DocumentSource:
+def arithmetic_documents(
+    facts: Sequence[Fact], operations: Sequence[Operation], tokenizer: Tokenizer
+) -> DocumentSource:
     """Equations, for the expert ``arithmetic``. Only the results are learned: the operands are chosen by nobody."""
-    fact = drawn_from(facts)
+    fact = drawn_from(facts, operations)
 
     def parts(rng: random.Random) -> list[tuple[str, bool]]:
         start, between, found = rng.choice(("", " ", "\n")), rng.choice((" ", "\n")), []
@@ -147,12 +149,25 @@ def packed_rows(draw: DocumentSource, rng: random.Random, row_tokens: int) -> It
         yield ids[:row_tokens], targets[:row_tokens]
 
 
-def train_model(recipe: Recipe, draw: DocumentSource, name: str, bar_line: int = 0) -> PreTrainedModel:
-    """Train from scratch, deterministically by the recipe's seed; progress on that line of the terminal."""
+def train_model(recipe: Recipe, draws: Sequence[DocumentSource], name: str, bar_line: int = 0) -> PreTrainedModel:
+    """Train from scratch, deterministically by the recipe's seed; progress on that line of the terminal.
+
+    ``draws``: the documents of each pass.
+    """
     quiet()
     torch.manual_seed(recipe.seed)
     model: PreTrainedModel = LlamaForCausalLM(recipe.config())
-    model.train()
+    for number, draw in enumerate(draws):
+        train_pass(model, recipe, number, draw, name, bar_line)
+    return model
+
+
+def train_pass(
+    model: PreTrainedModel, recipe: Recipe, number: int, draw: DocumentSource, name: str, bar_line: int
+) -> None:
+    """Train the model in place: one warm-up and one cosine, with an optimizer that remembers no earlier pass."""
+    model.train().requires_grad_(True)
+    steps = recipe.passes[number]
     decayed = [p for p in model.parameters() if p.dim() > 1]
     other = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -160,9 +175,9 @@ def train_model(recipe: Recipe, draw: DocumentSource, name: str, bar_line: int =
         lr=recipe.learning_rate,
         betas=(0.9, 0.98),
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _cosine(s, recipe.steps))
-    rows = packed_rows(draw, random.Random(recipe.seed), recipe.row_tokens)
-    bar = tqdm(range(recipe.steps), desc=name, unit="step", mininterval=2, position=bar_line)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _cosine(s, steps))
+    rows = packed_rows(draw, random.Random(recipe.seed + 1000 * number), recipe.row_tokens)
+    bar = tqdm(range(steps), desc=name, unit="step", mininterval=2, position=bar_line)
     for step in bar:
         ids, targets = zip(*(next(rows) for _ in range(recipe.rows)), strict=True)
         _, logits_BTV = forward(model, torch.tensor(ids))
@@ -174,9 +189,7 @@ def train_model(recipe: Recipe, draw: DocumentSource, name: str, bar_line: int =
         schedule.step()
         if step % 25 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval()
-    model.requires_grad_(False)
-    return model
+    model.eval().requires_grad_(False)
 
 
 def _cosine(step: int, steps: int, warm_up: int = 50) -> float:

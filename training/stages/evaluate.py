@@ -35,12 +35,10 @@ from training.serving import Pair, Result, by_task, engine_config
 from training.settings import Method
 from training.stages.calibrate import decode, folder_of, questions_of
 from training.stages.score import score_split
-from training.thresholds import quantile
+from training.thresholds import Point, quantile, reach
 
-_RATE_TOLERANCE = 0.005
-_BISECTIONS = 8
-_CONFIDENCE_POINTS = 13
-"""Thresholds of which the best for confidence deferral is chosen: as fine as the gate's sweep, or finer."""
+_CONFIDENCE_POINTS = 11
+"""Thresholds of which the best for confidence deferral is chosen: as many as the gate's sweep has by default."""
 
 
 def run(project: Project) -> None:
@@ -162,26 +160,21 @@ class _Lane:
         return self.answers("confidence", policy="confidence", threshold=threshold)
 
     def threshold_of_rate(self, rate: float) -> float:
-        """The threshold of confidence deferral whose rate on the validation questions is nearest to this: bisection."""
-        low, high, best = 0.0, 1.0, (1.0, 1.0)
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            measured = self._validated(middle).deferral_rate
-            best = min(best, (abs(measured - rate), middle))
-            if best[0] <= _RATE_TOLERANCE:
-                break
-            low, high = (middle, high) if measured > rate else (low, middle)
-        return best[1]
+        """The threshold of confidence deferral whose rate on the validation questions is nearest to this."""
+        return reach(self._confidence_sweep(), rate, self._validated).threshold
 
     def best_threshold(self) -> float:
         """The threshold of confidence deferral with the best score on the validation questions."""
-        found = [(self._validated(threshold), threshold) for threshold in _confidence_thresholds(_CONFIDENCE_POINTS)]
-        return max(found, key=lambda pair: (pair[0].score, -pair[0].deferral_rate))[1]
+        return max(self._confidence_sweep(), key=lambda point: (point.score, -point.deferral_rate)).threshold
 
-    def _validated(self, threshold: float) -> Result:
+    def _confidence_sweep(self) -> list[Point]:
+        return [self._validated(threshold) for threshold in _confidence_thresholds(_CONFIDENCE_POINTS)]
+
+    def _validated(self, threshold: float) -> Point:
         how: dict[str, Any] = {"policy": "confidence", "threshold": threshold}
         questions = self._evaluation.validation
-        return self._kept("confidence, validation", how, lambda pair, label: pair.answer(questions, label, **how))
+        found = self._kept("confidence, validation", how, lambda pair, label: pair.answer(questions, label, **how))
+        return Point(found.deferral_rate, threshold, found.score, found.deferral_rate)
 
     def _kept(self, what: str, how: Mapping[str, Any], ask: Callable[[Pair, str], Result]) -> Result:
         file = self._evaluation.folder / "answers" / self._name / f"{hash_of([what, how, self._models])}.json"
