@@ -254,7 +254,9 @@ class EngineClient:
         try:
             await self._requests.send(message, zmq.NOBLOCK)
         except zmq.Again:
-            # Nobody is at the other end any more; without the flag this would wait for ever.
+            # Nobody is at the other end any more; without the flag this would wait for ever. Why is known in a moment.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._dead.wait(), 2 * LAST_WORD_SECONDS)
             raise self._dead_error() from None
 
     async def _receive(self) -> None:

@@ -23,18 +23,16 @@ from typing import Literal
 import msgspec
 
 from engine import draws
+from engine.drafts import LONGEST_WINDOW, Draft, window_limit
 from engine.fair_queue import PROMPT_TOKEN_COST, WRITTEN_TOKEN_COST, FairQueue
 from engine.lanes.interface import Extension, LaneRequest, LaneWork, Sample
 from engine.pacing import Agreement, Outlook
 from engine.policies import NOT_FINITE, POLICIES, Position, read_gate
-from engine.sequence import ABSENT, Draft, Sequence
+from engine.sequence import ABSENT, Sequence
 from engine.types import BASE, Delta, FinishReason, GenerationRequest, PolicyName, RunAhead, TokenLogprobs
 
 CONFIDENCE_THRESHOLD = 0.5
 """Default threshold of the ``confidence`` policy; a gate artifact's threshold is on another scale."""
-
-LONGEST_WINDOW = 16
-"""Most drafts of a request whose window length is chosen automatically; bounds what a rejection can waste."""
 
 LOST = "the step of a lane timed out"
 
@@ -127,7 +125,7 @@ class Scheduler:
             threshold=threshold,
             experts=() if collaboration.member is not None else tuple(dict.fromkeys(experts)),
             seed=secrets.randbits(63) if seed is None else seed,
-            run_ahead=self._window_limit(request),
+            run_ahead=window_limit(request, self._run_ahead),
         )
         problem = self._problem(sequence)
         if problem is None:
@@ -194,12 +192,15 @@ class Scheduler:
             sequence = self._running.get(sample.request_id)
             if sequence is None or not _is_awaited(sequence, lane, sample.position):
                 continue
+            problem = None
             if not 0 <= sample.token < self._vocab_size:
-                self._end(sequence, "error", error=f"lane {lane} sampled {sample.token}, which is no token")
-            elif lane == sequence.home:
-                self._look(sequence, sample)
-            else:
+                problem = f"lane {lane} sampled {sample.token}, which is no token"
+            if lane == sequence.home:
+                self._look(sequence, sample, problem)
+            elif problem is None:
                 self._hear(sequence, sample)
+            else:
+                self._end(sequence, "error", error=problem)
 
     def lose(self, lane: int) -> None:
         """An expert lane does not come back from its step: requests that wait for it end, or go on without it.
@@ -273,46 +274,24 @@ class Scheduler:
             self._alone[sequence.home] += sequence.request.collaboration.member is not None
             self._due[sequence.home][request_id] = sequence
 
-    def _window_limit(self, request: GenerationRequest) -> int | None:
-        """Most tokens that the base may draft past a deferral; None is as many as pay."""
-        wish = request.collaboration.run_ahead
-        if wish is None:
-            wish = self._run_ahead
-        sampling = request.sampling
-        # What depends on all tokens before a position is not evaluated inside a window.
-        plain = (
-            sampling.presence_penalty == sampling.frequency_penalty == sampling.min_p == 0
-            and sampling.repetition_penalty == 1
-            and not sampling.logit_bias
-            and sampling.structured_outputs is None
-        )
-        if wish == "off" or not plain:
-            return 0
-        return None if wish == "auto" else wish
-
-    def _look(self, sequence: Sequence, sample: Sample) -> None:
+    def _look(self, sequence: Sequence, sample: Sample, problem: str | None) -> None:
         """The home lane has sampled the position after all drafts: decide who writes there."""
         if sample.prompt_logprobs is not None:
             sequence.note_prompt_logprobs(sample.prompt_logprobs)
-        writer, deferral = sequence.home, None
-        if sequence.experts:
+        draft = Draft(sample.token, sequence.home, logprobs=sample.logprobs, error=problem)
+        if sequence.experts and problem is None:
             try:
-                writer, deferral = self._decide(sequence, sample)
+                draft.writer, draft.deferral = self._decide(sequence, sample)
             except ValueError as error:
                 self.gate_errors += 1
-                self._end(sequence, "error", error=str(error))
-                return
+                draft.error = str(error)
         self.progress += self._standing(sequence)
         window = sequence.window
-        if not window and writer == sequence.home:
-            if self._write(sequence, sample.token, writer, sample.logprobs, deferral):
-                self._due[writer][sample.request_id] = sequence
-            return
-        window.append(Draft(sample.token, writer, deferral, sample.logprobs))
+        window.append(draft)
         if len(window) == 1:
-            self._park(sequence)
-        elif writer == sequence.turn:
-            self._due[writer][sample.request_id] = sequence
+            self._settle(sequence)
+        elif draft.writer == sequence.turn:
+            self._due[draft.writer][sample.request_id] = sequence
         if window and self._drafts_on(sequence):
             self._due[sequence.home][sample.request_id] = sequence
 
@@ -349,21 +328,22 @@ class Scheduler:
 
     def _drafts_on(self, sequence: Sequence) -> bool:
         """Whether the base should look at the token after the drafts before the expert has spoken."""
-        limit, window = sequence.run_ahead, sequence.window
-        if limit == 0 or window[-1].writer not in (BASE, sequence.turn):
+        limit, last = sequence.run_ahead, sequence.window[-1]
+        if limit == 0 or last.writer not in (BASE, sequence.turn) or last.error is not None:
             return False
         sampling = sequence.request.sampling
-        length = len(sequence.tokens) + len(window)
+        ahead = len(sequence.window)
+        length = len(sequence.tokens) + ahead
         if (
             length < sampling.min_tokens
             or length >= sampling.max_tokens
             or sequence.reach >= self._max_model_len
-            or self._is_stop(sequence, window[-1].token)
+            or self._is_stop(sequence, last.token)
         ):
             return False
         if limit is not None:
-            return len(window) <= limit
-        return len(window) < LONGEST_WINDOW and self._worth_drafting(self._standing(sequence))
+            return ahead <= limit
+        return ahead < LONGEST_WINDOW and self._worth_drafting(self._standing(sequence))
 
     def _park(self, sequence: Sequence) -> None:
         """The next position waits for its expert from now on."""
@@ -414,9 +394,13 @@ class Scheduler:
 
     def _settle(self, sequence: Sequence) -> None:
         """Write the drafts that nobody questions any more, up to the next one that waits for an expert."""
-        while sequence.window and sequence.turn == BASE:
+        home = sequence.home
+        while sequence.window and sequence.window[0].writer == home:
             draft = self._pop(sequence)
-            if not self._write(sequence, draft.token, BASE, draft.logprobs, draft.deferral):
+            if draft.error is not None:
+                self._end(sequence, "error", error=draft.error)
+                return
+            if not self._write(sequence, draft.token, home, draft.logprobs, draft.deferral):
                 return
         if sequence.window:
             self._park(sequence)

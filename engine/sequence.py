@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
+from engine.drafts import Draft
 from engine.types import BASE, Delta, FinishReason, GenerationRequest, PolicyName, TokenLogprobs
 
 ABSENT = -1
-
-
-@dataclass(slots=True)
-class Draft:
-    """The base's own token at a position that is not written yet, and who is to write there.
-
-    Attributes:
-        writer: BASE where the token stands as soon as all before it are written; else the expert that has the word.
-        deferral: the deferral probability at this position, as the policy saw it.
-    """
-
-    token: int
-    writer: int
-    deferral: float | None
-    logprobs: TokenLogprobs | None
 
 
 class Sequence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -262,3 +263,21 @@ def test_waits_are_counted_once_a_deferral() -> None:
     now[0] = 2.0
     it.land(1, [sample(position=3, token=7), sample(position=5, token=9)])
     assert it.take_expert_waits() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize("stands", [True, False])
+def test_what_goes_wrong_in_a_draft_counts_only_if_the_text_comes_that_far(stands: bool) -> None:
+    """Step by step, a position that is cut would never have been looked at."""
+    for gate, token in ((math.nan, 8), (BASE_WRITES, 99)):
+        it = scheduler(vocab_size=16)
+        it._vocab_size = 16
+        it.add(request(max_tokens=9, run_ahead=9))
+        draft(it, (7, EXPERT_WRITES), (token, gate), expect_more=False)
+        it.plan(1)
+        it.land(1, [sample(position=3, token=7 if stands else 5)])
+        delta = written(it)
+        assert delta.tokens == [7 if stands else 5]
+        assert (delta.finish_reason == "error") is stands
+        assert (delta.error is not None) is stands
+        if not stands:
+            assert it.plan(0).extend == [Extension("a", 0, [5], 1)]
