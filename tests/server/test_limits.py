@@ -19,9 +19,10 @@ from tests.waiting import until
 
 BODY = b'{"model": "collm-demo", "prompt": "Hello", "max_tokens": 2}'
 LIMITS: dict[str, Any] = {
-    "max_body_bytes": 100_000, "max_header_bytes": 8192, "max_headers": 50, "header_timeout_s": 0.4,
-    "body_timeout_s": 0.4, "write_timeout_s": 0.5, "keep_alive_s": 2, "access_log": False,
+    "max_body_bytes": 100_000, "max_header_bytes": 8192, "max_headers": 50, "keep_alive_s": 2, "access_log": False,
 }  # fmt: skip
+HASTE = {"header_timeout_s": 0.6, "body_timeout_s": 0.6, "write_timeout_s": 0.6}
+"""For tests that wait for these; on a busy machine a test's own requests may take as long."""
 
 
 class Wire:
@@ -80,15 +81,29 @@ def check(response: tuple[int, dict[str, str], Any], *statuses: int) -> None:
     assert set(body["error"]) == {"message", "type", "param", "code"}
 
 
-@pytest.fixture
-async def wire(build: Build) -> AsyncIterator[Wire]:
-    house = await build(server=LIMITS)
+@contextlib.asynccontextmanager
+async def listening(house: House) -> AsyncIterator[Wire]:
     server = HttpServer(uvicorn_config(house.service))
     sock = bind("127.0.0.1", 0)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
-    yield Wire(house, sock.getsockname()[1])
-    server.should_exit = True
-    await asyncio.wait_for(serving, 30)
+    try:
+        yield Wire(house, sock.getsockname()[1])
+    finally:
+        server.should_exit = True
+        await asyncio.wait_for(serving, 30)
+
+
+@pytest.fixture
+async def wire(build: Build) -> AsyncIterator[Wire]:
+    async with listening(await build(server=LIMITS)) as found:
+        yield found
+
+
+@pytest.fixture
+async def hasty(build: Build) -> AsyncIterator[Wire]:
+    """A server that waits for nobody."""
+    async with listening(await build(server=LIMITS | HASTE)) as found:
+        yield found
 
 
 async def test_a_good_request_and_a_kept_connection(wire: Wire) -> None:
@@ -142,28 +157,30 @@ async def test_heads_that_are_too_large(wire: Wire) -> None:
     await wire.still_serves()
 
 
-async def test_a_head_that_never_ends(wire: Wire) -> None:
-    check(await wire.send(post(BODY)[:40]), 408)
+async def test_a_head_that_never_ends(hasty: Wire) -> None:
+    check(await hasty.send(post(BODY)[:40]), 408)
     # Nor does a trickle help.
-    reader, writer = await wire.open()
+    reader, writer = await hasty.open()
     closed = asyncio.create_task(reader.read())
     async with asyncio.timeout(8):
         while not closed.done():
             writer.write(b"G")
             await asyncio.sleep(0.05)
-    assert closed.result().startswith(b"HTTP/1.1 408 ")
+    # Bytes that come after the farewell reset the connection, and may take the farewell with them.
+    reset = isinstance(closed.exception(), ConnectionError)
+    assert reset or closed.result().startswith(b"HTTP/1.1 408 ")
     writer.close()
-    await wire.still_serves()
+    await hasty.still_serves()
 
 
-async def test_a_connection_that_says_nothing_is_closed(wire: Wire) -> None:
-    reader, writer = await wire.open()
+async def test_a_connection_that_says_nothing_is_closed(hasty: Wire) -> None:
+    reader, writer = await hasty.open()
     assert await asyncio.wait_for(reader.read(), 8) == b""
     writer.close()
 
 
-async def test_the_second_head_of_a_connection_is_timed_too(wire: Wire) -> None:
-    reader, writer = await wire.open()
+async def test_the_second_head_of_a_connection_is_timed_too(hasty: Wire) -> None:
+    reader, writer = await hasty.open()
     writer.write(post(BODY))
     assert (await read_response(reader))[0] == 200
     writer.write(b"GET /health HT")
@@ -171,10 +188,10 @@ async def test_the_second_head_of_a_connection_is_timed_too(wire: Wire) -> None:
     writer.close()
 
 
-async def test_a_body_that_never_ends(wire: Wire) -> None:
-    check(await wire.send(post(b'{"model"', length=len(BODY))), 408)
-    check(await wire.send(post(b"5\r\nhello\r\n", b"Transfer-Encoding: chunked", length=-1)), 408)
-    await wire.still_serves()
+async def test_a_body_that_never_ends(hasty: Wire) -> None:
+    check(await hasty.send(post(b'{"model"', length=len(BODY))), 408)
+    check(await hasty.send(post(b"5\r\nhello\r\n", b"Transfer-Encoding: chunked", length=-1)), 408)
+    await hasty.still_serves()
 
 
 @pytest.mark.parametrize(
@@ -207,7 +224,7 @@ async def test_content_length_with_transfer_encoding(wire: Wire) -> None:
     await wire.still_serves()
 
 
-async def test_a_reader_that_reads_nothing_is_let_go(wire: Wire) -> None:
+async def test_a_reader_that_reads_nothing_is_let_go(hasty: Wire) -> None:
     """The engine is held up by it no longer than the write timeout, and memory is bounded meanwhile."""
     written = 0
 
@@ -218,18 +235,18 @@ async def test_a_reader_that_reads_nothing_is_let_go(wire: Wire) -> None:
             yield Delta(request.request_id, [A] * 1000, [0] * 1000, [0.5] * 1000)
             await asyncio.sleep(0)
 
-    good = wire.house.engine.script
-    wire.house.engine.script = endless
-    _, writer = await wire.open()
+    good = hasty.house.engine.script
+    hasty.house.engine.script = endless
+    _, writer = await hasty.open()
     body = (
         b'{"model": "collm-demo", "prompt": "a", "max_tokens": 200, "stream": true, "collaboration": {"report": true}}'
     )
     writer.write(post(body))
-    await until(lambda: bool(wire.house.engine.closed_early))
+    await until(lambda: bool(hasty.house.engine.closed_early))
     assert written * 1000 < 10_000_000
     writer.close()
-    wire.house.engine.script = good
-    await wire.still_serves()
+    hasty.house.engine.script = good
+    await hasty.still_serves()
 
 
 @pytest.mark.parametrize("stream", [b"true", b"false"])
@@ -255,12 +272,7 @@ async def test_200_clients_that_go_at_once(wire: Wire, stream: bytes) -> None:
 async def test_a_root_path(build: Build) -> None:
     """As behind a proxy that strips the prefix; keys are asked for all the same, and probes stay open."""
     house = await build(server={**LIMITS, "root_path": "/llm", "api_keys": ["k"]})
-    server = HttpServer(uvicorn_config(house.service))
-    sock = bind("127.0.0.1", 0)
-    serving = asyncio.create_task(server.serve(sockets=[sock]))
-    wire = Wire(house, sock.getsockname()[1])
-    assert (await wire.send(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"))[0] == 200
-    check(await wire.send(post(BODY)), 401)
-    assert (await wire.send(post(BODY, b"Authorization: Bearer k")))[0] == 200
-    server.should_exit = True
-    await asyncio.wait_for(serving, 30)
+    async with listening(house) as wire:
+        assert (await wire.send(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"))[0] == 200
+        check(await wire.send(post(BODY)), 401)
+        assert (await wire.send(post(BODY, b"Authorization: Bearer k")))[0] == 200

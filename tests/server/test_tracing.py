@@ -260,6 +260,7 @@ async def test_a_dead_collector_costs_a_warning(start: Start, listening: bool) -
         if listening:
             sock.listen()
         server = await start("--server.otlp_endpoint", f"http://127.0.0.1:{sock.getsockname()[1]}")
+        started = time.monotonic()
         body = {"model": "collm-demo", "prompt": "Hello", "max_tokens": 8}
         async with server.client() as client:
             for _ in range(30):
@@ -273,7 +274,8 @@ async def test_a_dead_collector_costs_a_warning(start: Start, listening: bool) -
         assert server.process.stdout is not None
         output = (await server.process.stdout.read()).decode()
         assert "Traceback" not in output
-        assert output.count("opentelemetry") <= 2, output
+        # One warning a minute.
+        assert output.count("opentelemetry") <= 2 + (time.monotonic() - started) // 60, output
         assert "opentelemetry" in output or "could not be sent" in output
 
 
