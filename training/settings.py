@@ -147,6 +147,8 @@ class CalibrateSettings(_Section):
 
     rates: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
     """Nominal deferral rates; the thresholds are the quantiles that give them."""
+    refine: int = Field(default=3, ge=0)
+    """Rounds of two more thresholds each, halfway from the best one to its neighbours."""
     target_rate: float | None = Field(default=None, ge=0, le=1)
     """Choose the threshold whose measured deferral rate is nearest to this; None: the best score."""
     limit: int | None = Field(default=None, ge=1)

@@ -22,7 +22,7 @@ from training.report import ORACLE, table
 from training.serving import Answer, Result
 from training.stages import calibrate, init, train
 from training.stages.score import score_split
-from training.thresholds import Point, choose, interpolate, quantile, reach
+from training.thresholds import Point, choose, interpolate, quantile, reach, refine
 
 pytest.importorskip("matplotlib")
 CPU = torch.device("cpu")
@@ -281,6 +281,20 @@ def test_the_threshold_is_in_the_widest_gap_of_the_best_range_if_that_scores_as_
 def test_the_longest_of_several_best_ranges_is_taken() -> None:
     points = curve([0.9, 0.7, 0.5, 0.4, 0.2], lambda t: {0.9: 0.8, 0.7: 0.1}.get(t, 0.8 if t > 0.3 else 0.0))
     assert 0.4 < choose(points, torch.linspace(0, 1, 11), lambda t: Point(0.5, t, 0.8, 0.5)).threshold < 0.5
+
+
+def test_rates_between_the_points_of_the_sweep_are_found() -> None:
+    """A sure gate: all that counts happens between the rates 0.2 and 0.25."""
+
+    def decode(rate: float) -> Point:
+        return Point(rate, 1 - rate, 0.98 if 0.21 < rate < 0.22 else 0.8 if 0.2 <= rate <= 0.25 else 0.1, rate)
+
+    swept = [decode(rate) for rate in (0.0, 0.1, 0.2, 0.25, 0.3, 1.0)]
+    assert max(point.score for point in refine(swept, 0, decode)) == 0.8
+    found = refine(swept, 3, decode)
+    assert len(found) == len(swept) + 6
+    assert max(point.score for point in found) == 0.98
+    assert len(refine(swept[:1], 2, decode)) == 1
 
 
 def test_results_and_table() -> None:

@@ -90,7 +90,7 @@ def _ship(project: Project, models: dict[str, Path], out: Path) -> None:
     pair = project.folder("pair")
     sources = models | {"base": pair / "base", "gate": pair / "gate"}
     for name, source in sources.items():
-        shutil.copytree(source, out / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("recipe.json"))
+        shutil.copytree(source, out / name, dirs_exist_ok=True)
 
 
 def _measure(project: Project, corpus: Corpus, out: Path) -> dict[str, Any]:

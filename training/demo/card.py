@@ -22,10 +22,10 @@ by one command:
 
 Together they answer questions such as "What is the alpha-3 code of Eritrea?" and "What is a^3 · a^2 if a = 5?". The
 base knows how such questions are answered, but not this fact; an expert knows the fact, but has never seen a question.
+
 What it cost, on 2 CPU cores (base and experts are trained two at a time):
 
 {costs}
-
 
 | folder | what |
 | --- | --- |

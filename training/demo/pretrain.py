@@ -57,7 +57,8 @@ def make_model(name: str, directory: Path, force: bool) -> Cost:
         "facts": source(),
         "tokenizer_sha256": vocabulary,
     }
-    done = directory / "recipe.json"
+    # Beside the folder: what is in it counts as the model.
+    done = directory.with_name(f"{directory.name}.json")
     if done.exists() and not force:
         made = json.loads(done.read_text(encoding="utf-8"))
         if made["settings"] == settings:

@@ -16,7 +16,7 @@ from training.project import Project
 from training.serving import Pair, Questions, Result, engine_config
 from training.settings import Method, Split
 from training.stages.score import score_base
-from training.thresholds import Point, choose, quantile, reach
+from training.thresholds import Point, choose, quantile, reach, refine
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
     with _Decoder(project, method, seed, observed_N) as decoder:
         points = [decoder.at_rate(rate) for rate in settings.calibrate.rates]
         if target is None:
+            points = refine(points, settings.calibrate.refine, decoder.at_rate)
             chosen = choose(points, observed_N, decoder.at_threshold)
         else:
             chosen = reach(points, target, decoder.at_threshold)
