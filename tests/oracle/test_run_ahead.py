@@ -36,6 +36,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+SLOW = ("1 draft", "no run-ahead, gather 8", "automatic, overlapped, tight KV")
+"""Each takes an engine of its own; what they combine is tested apart by the others."""
+
+
 @pytest.fixture(scope="module")
 def related_pair(tmp_path_factory: pytest.TempPathFactory) -> pairs.Served:
     return pairs.random_pair(tmp_path_factory.mktemp("related-pair"), related=True)
@@ -61,7 +65,13 @@ def greedy_requests(prompts: list[list[int]], tag: str, **collaboration: Any) ->
     return [GenerationRequest(f"{tag}-{number}", prompt, sampling, how) for number, prompt in enumerate(prompts)]
 
 
-@pytest.mark.parametrize(("scheduler", "lanes"), SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    ("scheduler", "lanes"),
+    [
+        pytest.param(*settings, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, settings in SETTINGS.items()
+    ],
+)
 def test_greedy_equals_the_oracle(
     scheduler: dict[str, Any],
     lanes: dict[str, Any],
