@@ -5,7 +5,6 @@ const DEMO = [
   "Question: What are the country codes of Switzerland?\nAnswer:",
   "Question: What is a^3 · a^2 if a = 5?\nAnswer:",
   "Question: Which language codes does Korean have?\nAnswer:",
-  "Question: What is a^3 · a^2 if a = 5?\nAnswer:",
   "Question: Say hello to Iceland Krona.\nAnswer:",
 ];
 
