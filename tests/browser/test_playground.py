@@ -72,8 +72,9 @@ def test_sources_are_those_of_the_api_and_models_stand_side_by_side(demo: LiveSe
     assert page.figure(MODEL, "rate") == f"{100 * sources.count('codes') / len(sources):.0f} %"
     assert page.figure(MODEL, "tokens") == str(len(sources))
     assert float(page.figure(MODEL, "speed")) > 0
-    tops = {card.rect["y"] for card in page.all(".card")}
-    assert len(tops) == 1
+    joint, *members = (card.rect["y"] for card in page.all(".card"))
+    assert len(set(members)) == 1
+    assert joint < members[0]
 
 
 def test_cards_can_be_left_out(demo: LiveServer, open_page: Open) -> None:
@@ -147,12 +148,11 @@ def test_focus_goes_from_the_prompt_to_run(demo: LiveServer, open_page: Open) ->
     page = open_page(demo.url)
     page.one("#prompt").click()
     order = []
-    for _ in range(9):
+    while "threshold" not in order and len(order) < 30:
         page.driver.switch_to.active_element.send_keys(TAB)
         order.append(page.js("return document.activeElement.id"))
-    assert order[4:8] == ["max-tokens", "temperature", "seed", "run"]
-    page.driver.switch_to.active_element.send_keys(TAB)
-    assert page.js("return document.activeElement.id") == "threshold"
+    assert order[-6:] == ["max-tokens", "temperature", "seed", "run", "policy", "threshold"]
+    assert order[:-6] == [""] * len(page.all("#examples button"))
 
 
 def test_pointing_at_a_token_shows_the_gate(demo: LiveServer, open_page: Open) -> None:
@@ -271,7 +271,7 @@ def test_chat_is_the_same_question(demo: LiveServer, open_page: Open) -> None:
     page.run()
     bodies = [json.loads(r["postData"]) for r in page.requests() if r["method"] == "POST"]
     question = {"role": "user", "content": "Which currency codes does Iceland Krona have?"}
-    assert [body["messages"] for body in bodies] == [[question]] * 3
+    assert [body["messages"] for body in bodies] == [[question]] * len(page.all(".card"))
     check_same(page.tokens(MODEL), completed)
     code = page.one("#code-python").get_attribute("textContent")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout

@@ -3,8 +3,8 @@
 const DEMO = [
   "Question: Which currency codes does Iceland Krona have?\nAnswer:",
   "Question: What are the country codes of Switzerland?\nAnswer:",
-  "Question: Which language codes does Korean have?\nAnswer:",
   "Question: What is a^3 · a^2 if a = 5?\nAnswer:",
+  "Question: Which language codes does Korean have?\nAnswer:",
   "Question: Say hello to Iceland Krona.\nAnswer:",
 ];
 
