@@ -79,7 +79,7 @@ class House:
             expert_failure=expert_failure,
         )
         self.wakened = threading.Event()
-        self.loop = StepLoop(self.scheduler, self.lanes, coordination, step_timeout, self.wakened.set)
+        self.loop = StepLoop(self.scheduler, self.lanes, coordination, step_timeout=step_timeout, wake=self.wakened.set)
         self.got: dict[str, Delta] = {}
 
     def take(self) -> None:
