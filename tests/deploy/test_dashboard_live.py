@@ -144,8 +144,8 @@ def finite(found: list[tuple[dict[str, str], float]]) -> list[float]:
 
 
 def shown(found: Prometheus, expr: str) -> list[float]:
-    """What a query gives, as soon as it gives anything: a scrape that comes late, or a window without the rare event that
-    a query counts, leave it empty for a moment.
+    """What a query gives, as soon as it gives anything: a scrape that comes late, or a window without the rare event
+    that a query counts, leave it empty for a moment.
     """
     values: list[float] = []
 
