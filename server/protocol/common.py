@@ -15,6 +15,9 @@ from server.protocol.structured import ResponseFormat, StructuredOutputsOptions,
 MAX_STOP_LENGTH = 1024
 """Characters of a stop string."""
 
+MOST_DRAFTS = 64
+"""That a request may ask the base to run ahead."""
+
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
@@ -39,7 +42,7 @@ class CollaborationOptions(Strict):
     experts: list[str] | None = None
     """Names of the experts that may write. Default: all."""
 
-    run_ahead: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=64)] | None = None
+    run_ahead: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=MOST_DRAFTS)] | None = None
     """How many tokens the base drafts past a deferral before the expert has written: "auto", "off" or a number. Changes
     how fast an answer comes, never what it says. Default: the server's, usually "auto"."""
 
@@ -65,6 +68,7 @@ class GenerationFields(Strict):
     messages_by_field: ClassVar[dict[str, str]] = {
         "stop": f"must be a string or an array of 1 to 4 strings, each with 1 to {MAX_STOP_LENGTH} characters",
         "logit_bias": "must map token ids to numbers from -100 to 100",
+        "run_ahead": f"must be 'auto', 'off', or an integer from 1 to {MOST_DRAFTS}",
     }
 
     model: str

@@ -55,3 +55,25 @@ def test_a_tree_that_is_gone_is_empty() -> None:
     process.wait()
     assert processes.tree(process.pid) == []
     assert processes.rss_bytes(process.pid) == 0
+
+
+def test_a_killed_bench_leaves_no_frozen_server_behind() -> None:
+    """The server leads a session, as bench's servers do, has a child, and both are stopped when the bench is killed."""
+    script = """
+import subprocess, sys, time
+from bench import processes, reaper
+child = "import subprocess, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
+server = subprocess.Popen([sys.executable, "-c", child], start_new_session=True)
+reaper.look_after(server.pid)
+while len(processes.tree(server.pid)) < 2:
+    time.sleep(0.02)
+processes.freeze(server.pid)
+print(*processes.tree(server.pid), flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as bench:
+        assert bench.stdout is not None
+        servers = [int(pid) for pid in bench.stdout.readline().split()]
+        assert len(servers) == 2
+        bench.kill()
+    eventually(lambda: not any(processes.tree(pid) for pid in servers))

@@ -237,6 +237,8 @@ async def test_without_report_there_is_none(house: House) -> None:
         ({"policy": "random"}, Collaboration(policy="random", rate=0.5)),
         ({"policy": "random", "rate": 0.1}, Collaboration(policy="random", rate=0.1)),
         ({"threshold": 0, "max_expert_tokens": 0}, Collaboration(threshold=0.0, max_expert_tokens=0)),
+        ({"run_ahead": "off"}, Collaboration(run_ahead="off")),
+        ({"run_ahead": 3}, Collaboration(run_ahead=3)),
         ({"experts": ["codes"], "policy": "confidence"}, Collaboration(policy="confidence", experts=(1,))),
     ],
 )

@@ -113,6 +113,18 @@ async def test_counters_survive_a_restart_of_the_engine(house: House) -> None:
     assert await house.metric("collm_lane_up", **lane) == 1
 
 
+async def test_run_ahead_is_counted_across_a_restart(house: House) -> None:
+    lanes = [LaneStats("base"), LaneStats("codes")]
+    for accepted, discarded in ((2, 1), (5, 1)):
+        house.engine.batch(EngineStats(lanes, runahead_accepted=accepted, runahead_discarded=discarded))
+    house.service.lose()
+    house.service.reload()
+    house.service.attach(house.engine)
+    house.engine.callbacks[-1]([], EngineStats(lanes, runahead_accepted=4, runahead_discarded=3))
+    assert await house.metric("collm_runahead_tokens_total", result="accepted", **JOINT) == 9
+    assert await house.metric("collm_runahead_tokens_total", result="discarded", **JOINT) == 4
+
+
 async def test_load_gauges_return_to_zero(build: Build) -> None:
     house = await build(waits_forever)
     requests = [asyncio.create_task(house.complete()) for _ in range(3)]

@@ -80,6 +80,8 @@ other ways of deferring: [training](../../docs/training.md).
 
 {held_out}
 
+`base` is the base before the gate was trained with it; the one that is shipped gets {shipped_base:.3f} alone.
+
 Questions about entities and facts of the base's own split. It learned them before the gate was trained; the
 training of both together gives it no reason to keep what the experts write as well:
 
@@ -127,6 +129,8 @@ def model_card(corpus: Corpus, evaluation: Mapping[str, Any], pair: Path) -> str
             for name, use in _USES.items()
         ),
         held_out=_table(columns, counts),
+        # The curve's point without deferral.
+        shipped_base=min(evaluation["table"]["curves"][COLLM])[1],
         known=_table(evaluation["known_to_base"], None),
         row=max(recipe.row_tokens for recipe in RECIPES.values()),
     )
