@@ -49,7 +49,6 @@ def test_columns_can_have_other_names(tmp_path: Path) -> None:
     assert (example.prompt, example.completion, example.complete) == ("a", "b", False)
 
 
-@pytest.mark.filterwarnings("ignore::dill.PicklingWarning")  # datasets hashes the table that it makes
 def test_a_folder_of_datasets_is_read(tmp_path: Path) -> None:
     import datasets
 

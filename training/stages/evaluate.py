@@ -100,7 +100,8 @@ class _Evaluation:
                 self.rows.setdefault(ORACLE, {})[seed] = _oracle(scores, project.data("test").examples)
             if first:
                 rates = project.settings.evaluate.rates
-                self.curves[name] = [_point(lane.decoded(quantile(deferral_N, rate))) for rate in rates]
+                swept = [_point(lane.decoded(quantile(deferral_N, rate))) for rate in rates]
+                self.curves[name] = sorted([*swept, _point(result)])
                 if method == "collm":
                     self.curves["random"] = [
                         _point(lane.answers(f"random {rate}", policy="random", rate=rate)) for rate in rates
