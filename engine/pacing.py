@@ -14,6 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
+LEAST_PROBABILITY = 0.05
+"""Of standing, that a draft must have however little its place in a step seems to cost."""
+
 Gather = Literal["auto", "off"] | int
 
 
@@ -180,5 +183,6 @@ class Pacer:
         """Whether a draft that stands with this probability gains more than its place in both lanes' steps costs."""
         if not self._tokens_per_second:
             return probability >= 0.5
-        cost = sum(costs.slope for costs in self._costs[:2] if costs.known)
-        return probability > max(cost * self._tokens_per_second, 0.05)
+        base, *experts = self._costs
+        dearest = max((costs.slope for costs in experts if costs.known), default=0.0)
+        return probability > max((base.slope + dearest) * self._tokens_per_second, LEAST_PROBABILITY)
