@@ -84,8 +84,8 @@ def test_models_are_made_once(tiny: Pair) -> None:
     assert config.stat().st_mtime_ns == before
 
 
-def test_the_demo_pair_has_real_prompts() -> None:
-    pair = get_pair("demo", Path("unused"))
+def test_the_demo_pair_has_real_prompts(tmp_path: Path) -> None:
+    pair = get_pair("demo", tmp_path)
     assert len(pair.prompts) > 100
     assert all(0 <= token < pair.vocab_size for prompt in pair.prompts for token in prompt)
 

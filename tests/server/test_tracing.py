@@ -37,8 +37,8 @@ from tests.waiting import until
 
 start = test_lifecycle.start
 
-TRACE = "0af7651916cd43dd8448eb211c80319c"
-PARENT = "b7ad6b7169203331"
+TRACE = "0af7651916cd43dd8448eb211c80319c"  # pragma: allowlist secret
+PARENT = "b7ad6b7169203331"  # pragma: allowlist secret
 SAMPLED = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=abc", "X-Request-Id": "req-1"}
 SECRET = "zebra"
 
