@@ -257,7 +257,7 @@ def test_no_remote_code_unless_asked_for() -> None:
         lane = LaneConfig(model="models/demo/base")
         prepare_environment((lane,))
         arguments = engine_arguments(
-            lane, label="base", lane=0, max_num_seqs=4, vocab_size=1024, gate_path=None, gate_in_head=False
+            lane, label="base", max_num_seqs=4, vocab_size=1024, gate_path=None, gate_in_head=False
         )
         from vllm.engine.arg_utils import EngineArgs
         made = EngineArgs(**arguments)
