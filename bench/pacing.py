@@ -1,4 +1,4 @@
-"""What gather and run-ahead bring: the engine alone, the same jobs, with and without each of them.
+"""What gather and run-ahead bring: the engine alone, jobs of one kind, with and without each of them.
 
 Two engines, one that never lets an expert's step wait and one that does; whether the base drafts ahead is said with
 every request. The engines take turns, each frozen while the other is measured.
@@ -54,12 +54,14 @@ async def measure(
         async with running([at_once, gathers], lambda name: progress.say(f"starting {name}")):
             for turn in range(rounds):
                 for cell in cells:
-                    for service, way in ways:
+                    for number, (service, way) in enumerate(ways):
                         progress.say(f"round {turn + 1}: {way.name}, {cell}")
                         processes.thaw(service.pid)
-                        warm_up = make_jobs(settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, turn)
+                        # Every way has jobs of its own: one engine serves several, and knows the prompts it has seen.
+                        lot = turn * len(ways) + number
+                        warm_up = make_jobs(settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, lot)
                         await drive(way, warm_up, cell.concurrency)
-                        jobs = make_jobs(settings.pair, cell, cell.concurrency * requests, max_tokens, seed, turn)
+                        jobs = make_jobs(settings.pair, cell, cell.concurrency * requests, max_tokens, seed, lot)
                         before = way.account()
                         outcome = await drive(way, jobs, cell.concurrency)
                         found.setdefault((cell, way.name), []).append((outcome, way.account().since(before)))

@@ -4,7 +4,7 @@ An expert's step reads all of its weights whether one row waits or thirty. In lo
 letting deferred rows wait for company (*gather*), while the base goes on with the others and drafts ahead for those
 that wait (*run-ahead*), buys throughput with latency. How long is worth it follows from the marginal value theorem
 (Charnov 1976, on foraging: leave a patch when its yield falls to the average of the whole trip): a cycle is some base
-steps and the expert step that ends it, and it goes on as long as the next base step gains more tokens a second than
+steps and the expert step that ends it; it goes on while the next base step gains markedly more tokens a second than
 the cycle would have gained on the whole if it ended now.
 """
 
@@ -16,6 +16,10 @@ from typing import Literal, NamedTuple
 
 LEAST_PROBABILITY = 0.05
 """Of standing, that a draft must have however little its place in a step seems to cost."""
+
+MARGIN = 1.15
+"""How much faster than the whole cycle the next base step must gain for parked rows to wait for it. At 1 throughput is
+greatest, but near its top it is flat: the last of it would be bought with long waits."""
 
 Gather = Literal["auto", "off"] | int
 
@@ -177,7 +181,7 @@ class Pacer:
         row = expert.slope * expert.tokens_per_row
         marginal = base.seconds(max(1.0, outlook.progress)) + row * parks
         cycle = self._spent[lane] + expert.seconds(outlook.parked * expert.tokens_per_row)
-        return outlook.progress / marginal > gained / cycle
+        return outlook.progress / marginal > MARGIN * gained / cycle
 
     def worth_drafting(self, probability: float) -> bool:
         """Whether a draft that stands with this probability gains more than its place in both lanes' steps costs."""

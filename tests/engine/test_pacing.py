@@ -74,8 +74,8 @@ def test_tokens_of_a_row() -> None:
 # -- when an expert waits -------------------------------------------------------------------------------------
 
 
-def best_number_of_base_steps(rows: int, rate: float, base: tuple[float, float], expert: tuple[float, float]) -> int:
-    """By brute force: after how many base steps an expert step makes the cycle's tokens a second greatest."""
+def speeds_of_cycles(rows: int, rate: float, base: tuple[float, float], expert: tuple[float, float]) -> list[float]:
+    """By brute force: tokens a second of a cycle of 1, 2, 3, ... base steps and an expert step."""
     speeds = []
     gained, seconds, active, parked = 0.0, 0.0, float(rows), 0.0
     for _ in range(60):
@@ -83,7 +83,7 @@ def best_number_of_base_steps(rows: int, rate: float, base: tuple[float, float],
         gained += active
         parked, active = parked + active * rate, active * (1 - rate)
         speeds.append(gained / (seconds + expert[0] + expert[1] * parked))
-    return speeds.index(max(speeds)) + 1
+    return speeds
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.3, 0.9])
@@ -96,7 +96,7 @@ def best_number_of_base_steps(rows: int, rate: float, base: tuple[float, float],
         ((0.001, 0.0001), (0.001, 0.001)),
     ],
 )
-def test_it_steps_where_the_cycle_is_fastest(
+def test_it_steps_where_a_longer_cycle_would_hardly_be_faster(
     rate: float, base: tuple[float, float], expert: tuple[float, float]
 ) -> None:
     it = pacer(max_wait=100.0)
@@ -110,8 +110,9 @@ def test_it_steps_where_the_cycle_is_fastest(
         parked, active = parked + active * rate, active * (1 - rate)
         if not it.holds(1, outlook(parked=max(1, round(parked)), progress=active)):
             break
-    best = best_number_of_base_steps(32, rate, base, expert)
-    assert abs(steps - best) <= max(1, 0.2 * best)
+    speeds = speeds_of_cycles(32, rate, base, expert)
+    assert speeds[steps - 1] > 0.93 * max(speeds)
+    assert steps <= speeds.index(max(speeds)) + 1, "no longer than the fastest cycle"
 
 
 def ready_to_hold(**options: Any) -> Pacer:

@@ -36,7 +36,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-SLOW = ("1 draft", "no run-ahead, gather 8", "automatic, overlapped, tight KV")
+SLOW = (
+    "1 draft",
+    "16 drafts, gather 28",
+    "no run-ahead, gather 8",
+    "automatic, chunked prefill, tight KV",
+    "automatic, overlapped, tight KV",
+)
 """Each takes an engine of its own; what they combine is tested apart by the others."""
 
 
