@@ -212,8 +212,7 @@ class Scheduler:
             if lane == sequence.home:
                 self._end(sequence, "error", error=LOST)
             else:
-                del self._parked[lane][sequence]
-                sequence.parked_at = None
+                self._unpark(sequence)
                 self._without_expert(sequence)
 
     def regain(self, lane: int) -> None:
@@ -363,7 +362,10 @@ class Scheduler:
         draft = window[0]
         agreed = draft.token == sample.token
         self._agreement[lane].observe(agreed)
-        self._unpark(sequence)
+        now = self._clock()
+        self._expert_waits.append(now - self._unpark(sequence))
+        if sequence.timeline is not None:
+            sequence.timeline.append(now)
         if agreed:
             self._pop(sequence)
         else:
@@ -374,16 +376,14 @@ class Scheduler:
         if self._write(sequence, sample.token, lane, sample.logprobs, draft.deferral):
             self._settle(sequence)
 
-    def _unpark(self, sequence: Sequence) -> None:
+    def _unpark(self, sequence: Sequence) -> float:
+        """The next position waits no more; returns since when it has."""
         lane = sequence.turn
         del self._parked[lane][sequence]
         self._due[lane].pop(sequence.request.request_id, None)
-        assert sequence.parked_at is not None
-        now = self._clock()
-        self._expert_waits.append(now - sequence.parked_at)
-        sequence.parked_at = None
-        if sequence.timeline is not None:
-            sequence.timeline.append(now)
+        since, sequence.parked_at = sequence.parked_at, None
+        assert since is not None
+        return since
 
     def _pop(self, sequence: Sequence) -> Draft:
         """Take the first draft, which stands; those after it have stood the test so far."""

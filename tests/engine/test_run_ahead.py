@@ -281,3 +281,14 @@ def test_what_goes_wrong_in_a_draft_counts_only_if_the_text_comes_that_far(stand
         assert (delta.error is not None) is stands
         if not stands:
             assert it.plan(0).extend == [Extension("a", 0, [5], 1)]
+
+
+def test_a_lane_that_comes_back_is_not_asked_for_what_was_given_up() -> None:
+    """Parked while the lane's step was under way, so that the lane was never told; then written by the base."""
+    it = scheduler(expert_failure="base")
+    it.add(request(max_tokens=9))
+    draft(it, (7, EXPERT_WRITES), expect_more=False)
+    it.lose(1)
+    assert written(it).tokens == [7]
+    it.regain(1)
+    assert not it.plan(1)
