@@ -15,15 +15,28 @@ _PROC = Path("/proc")
 def tree(pid: int) -> list[int]:
     """A process and all its living descendants, parents before children."""
     children: dict[int, list[int]] = {}
-    for entry in _PROC.iterdir():
-        if entry.name.isdigit():
-            parent = _parent(int(entry.name))
-            if parent is not None:
-                children.setdefault(parent, []).append(int(entry.name))
+    for member in _all():
+        parent = _parent(member)
+        if parent is not None:
+            children.setdefault(parent, []).append(member)
     found = [pid] if _parent(pid) is not None else []
     for member in found:
         found += children.get(member, [])
     return found
+
+
+def of_sessions(leaders: set[int]) -> list[int]:
+    """These processes, and all that are in a session that one of them leads."""
+    found = []
+    for pid in _all():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if pid in leaders or os.getsid(pid) in leaders:
+                found.append(pid)
+    return found
+
+
+def _all() -> list[int]:
+    return [int(entry.name) for entry in _PROC.iterdir() if entry.name.isdigit()]
 
 
 def _parent(pid: int) -> int | None:

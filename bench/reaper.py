@@ -12,9 +12,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 
-from bench.processes import send
+from bench import processes
 
 _reaper: subprocess.Popen[bytes] | None = None
 
@@ -33,25 +32,11 @@ def look_after(pid: int) -> None:
     _reaper.stdin.flush()
 
 
-def _of_session(leaders: set[int]) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            session = os.getsid(int(entry.name))
-        except (ProcessLookupError, PermissionError):
-            continue
-        if session in leaders or int(entry.name) in leaders:
-            found.append(int(entry.name))
-    return found
-
-
 def main(lines: Iterable[str]) -> None:
     """Read ids until the end, then kill."""
     leaders = {int(line) for line in lines} - {os.getpid()}
-    for pid in _of_session(leaders):
-        send(pid, signal.SIGKILL)
+    for pid in processes.of_sessions(leaders):
+        processes.send(pid, signal.SIGKILL)
 
 
 if __name__ == "__main__":

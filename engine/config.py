@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from engine.types import PolicyName
+from engine.types import MOST_DRAFTS, PolicyName
 
 
 class _Config(BaseModel):
@@ -95,7 +95,7 @@ class SchedulerConfig(_Config):
     gather_max_wait_seconds: float = Field(default=0.2, ge=0)
     """Longest that a deferred request is held back so that others can join it."""
 
-    run_ahead: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=64)] = "auto"
+    run_ahead: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=MOST_DRAFTS)] = "auto"
     """How many tokens the base drafts past a deferral before the expert has written, for requests that do not say.
     The expert decides all of a window's deferred positions in one visit. "auto" adapts to how often the expert
     agrees with the drafts. What is written does not depend on it."""

@@ -15,6 +15,9 @@ BASE = 0
 """The base lane's number, and the source of every token that the base writes."""
 
 RunAhead = Literal["auto", "off"] | int
+MOST_DRAFTS = 64
+"""Greatest number that run-ahead may be set to."""
+
 PolicyName = Literal["threshold", "sample", "always", "never", "random", "confidence"]
 FinishReason = Literal["stop", "length", "error", "aborted"]
 

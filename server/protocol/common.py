@@ -7,16 +7,13 @@ from typing import Annotated, ClassVar, Literal, Self, TypeVar
 from fastapi import Request
 from pydantic import Field, ValidationError, model_validator
 
-from engine.types import PolicyName, StructuredOutputs
+from engine.types import MOST_DRAFTS, PolicyName, StructuredOutputs
 from server.errors import ApiError, FieldError, from_validation
 from server.protocol.base import Strict, TokenId, Unsupported
 from server.protocol.structured import ResponseFormat, StructuredOutputsOptions, engine_grammar
 
 MAX_STOP_LENGTH = 1024
 """Characters of a stop string."""
-
-MOST_DRAFTS = 64
-"""That a request may ask the base to run ahead."""
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 

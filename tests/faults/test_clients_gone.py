@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from typing import Any
 
@@ -103,6 +104,15 @@ def _sum_tokens(metrics: dict[str, float]) -> float:
     return sum(value for key, value in metrics.items() if key.startswith("collm_tokens_total"))
 
 
+def _four_that_always_defer(server: FaultServer, first: int, stream: bool) -> list[socket.socket]:
+    """Four clients with fresh prompts, numbered from ``first``, whose requests are sent and not answered yet."""
+    socks = [raw.connect(server) for _ in range(4)]
+    for number, sock in enumerate(socks):
+        prompt = _fresh(first + number, stream)
+        sock.sendall(raw.post(server, _body(stream, prompt, max_tokens=50, collaboration={"policy": "always"})))
+    return socks
+
+
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_19_gone_in_the_middle_of_the_prompt(tight: FaultServer, stream: bool) -> None:
     """The base lane is at work on the prompts; no token is written yet. That is a matter of a few steps, so it takes
@@ -110,10 +120,7 @@ def test_19_gone_in_the_middle_of_the_prompt(tight: FaultServer, stream: bool) -
     """
     for attempt in range(ATTEMPTS):
         aborted, tokens = tight.outcomes("aborted"), _tokens(tight)
-        socks = [raw.connect(tight) for _ in range(4)]
-        for number, sock in enumerate(socks):
-            prompt = _fresh(100 + 4 * attempt + number, stream)
-            sock.sendall(raw.post(tight, _body(stream, prompt, max_tokens=50, collaboration={"policy": "always"})))
+        socks = _four_that_always_defer(tight, 100 + 4 * attempt, stream)
         eventually(lambda: _arrived(now := tight.metrics()) == 4 and now["collm_lane_batch_rows{lane=base}"] > 0)
         for sock in socks:
             raw.hang_up(sock)
@@ -143,10 +150,7 @@ def test_19_gone_while_parked(tight: FaultServer, stream: bool) -> None:
     parked = False
     for attempt in range(ATTEMPTS):
         aborted, tokens = tight.outcomes("aborted"), _tokens(tight)
-        socks = [raw.connect(tight) for _ in range(4)]
-        for number, sock in enumerate(socks):
-            prompt = _fresh(10 + 4 * attempt + number, stream)
-            sock.sendall(raw.post(tight, _body(stream, prompt, max_tokens=50, collaboration={"policy": "always"})))
+        socks = _four_that_always_defer(tight, 10 + 4 * attempt, stream)
         parked = _expert_at_work_before_any_token(tight, tokens)
         for sock in socks:
             raw.hang_up(sock)
