@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import compare, context, coordination, memory, pacing
+from bench import compare, context, coordination, memory, pacing, prediction
 from bench.contenders.interface import BenchError, Settings
 from bench.report import Report, bar_table, environment, environment_line, json_line
 from bench.shapes import DEMO, NAMES, Pair, get_pair
@@ -26,6 +26,7 @@ COMMANDS = {
     "all": "everything in about ten minutes on two cores: the shares, the comparisons, context, memory",
     "coordination": "the engine alone: which part of its time goes to anything but the models",
     "pacing": "the engine alone: lockstep as it is, with gather, with run-ahead, with both",
+    "predict": "the engine alone: what a model of cost says beforehand, what is measured, when a pair is worth it",
     "compare": "server, engine, stock vLLM, and the reference way, side by side",
     "context": "the engine alone: its own time a token as the context grows",
     "memory": "the server's resident memory over many requests",
@@ -89,6 +90,8 @@ async def _all(options: argparse.Namespace, workdir: Path) -> list[Report]:
         pair = _pair(options, shape, workdir)
         reports.append(await _measure("coordination", pair, options, workdir))
         reports.append(await _measure("pacing", pair, options, workdir))
+    pair = _pair(options, shapes[0], workdir)
+    reports.append(await _measure("predict", pair, options, workdir))
     for shape in shapes if options.shape else ["tiny", *large]:
         pair = _pair(options, shape, workdir)
         reports.append(await _measure("compare", pair, options, workdir))
@@ -136,6 +139,17 @@ async def _measure(command: str, pair: Pair, options: argparse.Namespace, workdi
         cells = _cells(options, [8, 32], gate or [0.1, 0.3], ["short"])
         return await pacing.measure(
             for_cells(cells), cells, rounds=rounds, requests=requests, max_tokens=max_tokens, seed=options.seed
+        )
+    if command == "predict":
+        concurrencies = options.concurrency or [1, 8, 32]
+        return await prediction.measure(
+            for_cells(_cells(options, concurrencies, [0.0], ["short"])),
+            concurrencies,
+            options.deferral or gate or [0.1, 0.3],
+            rounds=rounds,
+            requests=requests,
+            max_tokens=max_tokens,
+            seed=options.seed,
         )
     if command == "compare":
         concurrencies = [1, 8, 32, 256] if cuda else [1, 8, 32]

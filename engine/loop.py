@@ -116,6 +116,7 @@ class StepLoop:
             scheduler.expert_failures,
             scheduler.runahead_accepted,
             scheduler.runahead_discarded,
+            scheduler.agreements,
         )
 
     def shutdown(self) -> None:

@@ -103,6 +103,7 @@ class Scheduler:
         self._agreement = [Agreement() for _ in range(lanes)]
         self.gate_errors = 0
         self.expert_failures = 0
+        self.agreements = 0
         self.progress = 0.0
         self.runahead_accepted = 0
         self.runahead_discarded = 0
@@ -362,6 +363,7 @@ class Scheduler:
         draft = window[0]
         agreed = draft.token == sample.token
         self._agreement[lane].observe(agreed)
+        self.agreements += agreed
         now = self._clock()
         self._expert_waits.append(now - self._unpark(sequence))
         if sequence.timeline is not None:

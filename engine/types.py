@@ -257,6 +257,7 @@ class EngineStats(msgspec.Struct, array_like=True):
         expert_failures: deferrals whose expert was lost, whatever became of their requests.
         runahead_accepted: tokens that the base drafted past a deferral and that stand.
         runahead_discarded: such tokens that do not.
+        agreements: deferred positions at which the expert wrote what the base would have written.
     """
 
     lanes: list[LaneStats]
@@ -270,3 +271,4 @@ class EngineStats(msgspec.Struct, array_like=True):
     expert_failures: int = 0
     runahead_accepted: int = 0
     runahead_discarded: int = 0
+    agreements: int = 0

@@ -33,13 +33,18 @@ def engine_config(settings: Settings) -> EngineConfig:
     )
 
 
-def engine_request(job: Job, run_ahead: RunAhead | None = None) -> GenerationRequest:
-    """A job as the engine takes it. Without ``run_ahead`` the engine's own setting holds."""
+def engine_request(job: Job, run_ahead: RunAhead | None = None, member: int | None = None) -> GenerationRequest:
+    """A job as the engine takes it.
+
+    Args:
+        run_ahead: None leaves it to the engine's settings.
+        member: lane that is to write alone; None is the pair.
+    """
     sampling = SamplingSpec(temperature=0.0, seed=job.seed, ignore_eos=True, max_tokens=job.max_tokens)
     if job.deferral == "gate":
-        collaboration = Collaboration(run_ahead=run_ahead)
+        collaboration = Collaboration(run_ahead=run_ahead, member=member)
     else:
-        collaboration = Collaboration(policy="random", rate=job.deferral, run_ahead=run_ahead)
+        collaboration = Collaboration(policy="random", rate=job.deferral, run_ahead=run_ahead, member=member)
     return GenerationRequest(job.name, job.prompt, sampling, collaboration)
 
 
@@ -84,6 +89,7 @@ class EngineService:
         account = self.account
         account.loop_seconds, account.step_seconds = stats.loop_seconds, stats.step_seconds
         account.accepted, account.discarded = stats.runahead_accepted, stats.runahead_discarded
+        account.agreements = stats.agreements
         for lane, report in enumerate(stats.lanes):
             # In lockstep a batch has at most one step of each lane, and this is exact; else it is an estimate.
             account.rows[lane] += report.rows * (report.steps - account.steps[lane])

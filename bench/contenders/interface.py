@@ -98,6 +98,7 @@ class Account:
         lane_seconds: duration of the steps, per lane.
         accepted: tokens that the base drafted past a deferral and that stood.
         discarded: those that did not.
+        agreements: deferred positions at which the expert wrote what the base would have written.
     """
 
     loop_seconds: float = 0.0
@@ -110,6 +111,7 @@ class Account:
     lane_seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
     accepted: int = 0
     discarded: int = 0
+    agreements: int = 0
 
     def since(self, before: Account) -> Account:
         """What came after ``before``."""
@@ -128,6 +130,7 @@ class Account:
             minus(self.lane_seconds, before.lane_seconds),
             self.accepted - before.accepted,
             self.discarded - before.discarded,
+            self.agreements - before.agreements,
         )
 
     @property

@@ -215,7 +215,7 @@ class StandinLane:
         request = row.request
         sampling = request.sampling
         tokens = row.tokens[:position]
-        token = next_token(self._number, tokens, self._vocab_size)
+        token = self._write(tokens)
         prompt_logprobs = None
         if row.wants_prompt_logprobs:
             row.wants_prompt_logprobs = False
@@ -233,6 +233,10 @@ class StandinLane:
             logprobs=self._logprobs(token, sampling.logprobs) if sampling.logprobs is not None else None,
             prompt_logprobs=prompt_logprobs,
         )
+
+    def _write(self, tokens: Sequence[int]) -> int:
+        """The token after ``tokens``; what a kind of stand-in differs in."""
+        return next_token(self._number, tokens, self._vocab_size)
 
     def _logprobs(self, token: int, count: int) -> TokenLogprobs:
         others = [(token + step) % self._vocab_size for step in range(count)]

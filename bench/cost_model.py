@@ -1,0 +1,221 @@
+"""What steps cost, fitted to what an engine said of itself, and what a pair would do at these costs.
+
+A lane's step costs a fixed time (reading the weights, starting kernels), a time for each token computed and a time for
+each row (attention, sampling). The engine's own time is a fixed part of each pass and a part of each row. How many
+steps of how many rows there are is not put into a formula: the engine's own scheduler, pacer and step loop run on
+stand-in lanes whose steps take the modelled time of a virtual clock. So everything that they decide is in the
+prediction: catch-up, gather, run-ahead, prompts that come in while others are written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from array import array
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bench.contenders.engine_alone import engine_request
+from bench.contenders.interface import Account
+from bench.workload import Job
+from engine.config import SchedulerConfig
+from engine.lanes.interface import Lane, LaneReport
+from engine.lanes.standin import StandinLane, next_token
+from engine.loop import StepLoop
+from engine.pacing import Pacer
+from engine.scheduler import Scheduler
+from engine.types import BASE, RunAhead
+
+_CONTEXT = 1 << 20
+
+
+class Stretch(NamedTuple):
+    """What a stretch of work was made of: the counts that its seconds are explained by."""
+
+    counts: tuple[float, ...]
+    seconds: float
+
+
+def fit(stretches: Sequence[Stretch]) -> list[float]:
+    """Seconds of each thing counted, by least squares of the relative errors; none is negative.
+
+    Args:
+        stretches: all with the same kinds of counts, of which there are few.
+    """
+    counts = np.array([stretch.counts for stretch in stretches])
+    relative = counts / np.array([[stretch.seconds] for stretch in stretches])
+    kinds = range(counts.shape[1])
+    best: tuple[float, npt.NDArray[np.float64]] | None = None
+    # The best non-negative solution is the ordinary one of some of the columns. There are few: try all choices.
+    for used in itertools.chain.from_iterable(itertools.combinations(kinds, size) for size in range(1, len(kinds) + 1)):
+        chosen = list(used)
+        found = np.linalg.lstsq(relative[:, chosen], np.ones(len(relative)), rcond=None)[0]
+        if (found < 0).any():
+            continue
+        error = float(np.square(relative[:, chosen] @ found - 1.0).sum())
+        if best is None or error < best[0]:
+            whole = np.zeros(len(kinds))
+            whole[chosen] = found
+            best = error, whole
+    assert best is not None, "counts are not negative, so one of them alone fits"
+    return [float(value) for value in best[1]]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """What a step of a lane takes, in seconds: always, for each token computed, for each row."""
+
+    fixed: float
+    token: float
+    row: float
+
+    def seconds(self, tokens: float, rows: float) -> float:
+        """Duration of one step."""
+        return self.fixed + self.token * tokens + self.row * rows
+
+
+@dataclass(frozen=True)
+class PairCost:
+    """A pair on a machine.
+
+    Attributes:
+        lanes: base, expert.
+        pass_seconds: the engine's own time in each pass of its loop.
+        row_seconds: its own time for each row of each step.
+    """
+
+    lanes: tuple[StepTime, StepTime]
+    pass_seconds: float
+    row_seconds: float
+
+    @classmethod
+    def of(cls, accounts: Iterable[Account]) -> PairCost:
+        """Fitted to stretches of work in lockstep that differ in rows, in prompts, and in which lanes they used."""
+        seen = list(accounts)
+
+        def lane(number: int) -> StepTime:
+            stretches = [
+                Stretch((account.steps[number], account.computed[number], account.rows[number]), seconds)
+                for account in seen
+                if (seconds := account.lane_seconds[number]) > 0
+            ]
+            return StepTime(*fit(stretches))
+
+        # In lockstep every pass steps the base, as long as anything is to be written.
+        own = [
+            Stretch((account.steps[BASE], sum(account.rows)), account.loop_seconds - account.step_seconds)
+            for account in seen
+        ]
+        return cls((lane(0), lane(1)), *fit(own))
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What would come out; seconds of the virtual clock."""
+
+    seconds: float
+    tokens: int
+    expert_tokens: int
+    steps: tuple[int, int]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all requests together."""
+        return self.tokens / self.seconds
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class _PricedLane(StandinLane):
+    """A stand-in whose steps take modelled time, and that agrees with the base as often as it is told to."""
+
+    _TOKENS = 1 << 31
+    """So many that none agrees with another by chance."""
+
+    def __init__(self, number: int, cost: StepTime, clock: _Clock, agreement: float) -> None:
+        super().__init__(number, str(number), vocab_size=self._TOKENS, max_model_len=_CONTEXT, token_budget=2048)
+        self._lane = number
+        self._cost = cost
+        self._clock = clock
+        self._agreement = agreement
+        self.stepped = 0
+        self.rows = 0
+
+    def start(self) -> Future[LaneReport]:
+        """One step; the virtual clock goes on by what it costs."""
+        future = super().start()
+        report = future.result()
+        report.seconds = self._cost.seconds(report.tokens, report.rows)
+        self._clock.now += report.seconds
+        self.stepped += 1
+        self.rows += report.rows
+        return future
+
+    def _write(self, tokens: Sequence[int]) -> int:
+        agrees = zlib.crc32(array("I", tokens).tobytes(), 7) < self._agreement * (1 << 32)
+        return next_token(BASE if agrees else self._lane, tokens, self._TOKENS)
+
+
+def predict(
+    cost: PairCost,
+    jobs: Sequence[Job],
+    concurrency: int,
+    settings: SchedulerConfig,
+    *,
+    run_ahead: RunAhead | None = None,
+    agreement: float = 0.0,
+    member: int | None = None,
+) -> Predicted:
+    """Run jobs in lockstep on the virtual clock, ``concurrency`` at a time, the next one when one has finished.
+
+    Args:
+        jobs: with forced deferrals, not a gate's.
+        run_ahead: asked for with every job; None leaves it to ``settings``.
+        agreement: how often base and expert write the same token, 0 to 1.
+        member: lane that writes everything alone; None is the pair.
+    """
+    clock = _Clock()
+    lanes = [_PricedLane(number, each, clock, agreement) for number, each in enumerate(cost.lanes)]
+    pacer = Pacer(len(lanes), gather=settings.gather, max_wait=settings.gather_max_wait_seconds, clock=clock)
+    scheduler = Scheduler(
+        lanes=len(lanes),
+        max_num_seqs=concurrency,
+        max_model_len=_CONTEXT,
+        eos_token_ids=(),
+        has_gate=False,
+        policy="random",
+        run_ahead=settings.run_ahead,
+        worth_drafting=pacer.worth_drafting,
+        clock=clock,
+    )
+    plain: list[Lane] = list(lanes)
+    loop = StepLoop(scheduler, plain, "lockstep", pacer)
+    waiting = (engine_request(job, run_ahead, member) for job in jobs)
+    for request in itertools.islice(waiting, concurrency):
+        scheduler.add(request)
+    tokens = expert_tokens = 0
+    rows = 0
+    while scheduler.running or scheduler.waiting:
+        loop.step()
+        for delta in scheduler.take_deltas():
+            tokens += len(delta.tokens)
+            expert_tokens += sum(source != BASE for source in delta.sources)
+            if delta.finish_reason is not None:
+                assert delta.error is None, delta.error
+                for request in itertools.islice(waiting, 1):
+                    scheduler.add(request)
+        stepped_rows = sum(lane.rows for lane in lanes)
+        clock.now += cost.pass_seconds + cost.row_seconds * (stepped_rows - rows)
+        rows = stepped_rows
+    return Predicted(clock.now, tokens, expert_tokens, (lanes[0].stepped, lanes[1].stepped))
