@@ -46,7 +46,7 @@ class SamplingSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         temperature: 0 is greedy.
         top_k: 0 keeps the whole vocabulary.
-        seed: makes the request reproducible, alone and in any batch; None draws from the lane's shared generator.
+        seed: makes the request reproducible, alone and in any batch; None is another answer each time.
         logit_bias: token id -> added logit.
         logprobs: how many of the most probable tokens to report beside each written one; None reports nothing.
         prompt_logprobs: the same for prompt tokens, by the base; None reports nothing.

@@ -37,6 +37,8 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # When a step is lost is the step loop's decision; to vLLM a late answer is the end of the engine.
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(7 * 24 * 3600),
         # Every start would print some dozens of lines that concern nobody who serves a pair; errors still show.
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -104,6 +106,11 @@ def engine_arguments(
         # CPU: eager is the default until torch.compile is measured to pay there.
         arguments |= {"block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
     arguments |= config.vllm
+    grammars = arguments.get("structured_outputs_config", {})
+    if isinstance(grammars, dict):
+        # With "auto" a lane takes whatever back end suits the first grammar that it sees, for all that follow: two
+        # lanes could come to differ in what they accept, and a later grammar in what of it is heeded.
+        arguments["structured_outputs_config"] = {"backend": "xgrammar", **grammars}
     kv_bytes = config.kv_cache_memory_bytes
     if kv_bytes is None and is_cpu:
         kv_bytes = CPU_KV_CACHE_BYTES
