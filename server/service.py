@@ -101,10 +101,12 @@ class Service:
     def set_load(self) -> None:
         """Bring the load gauges up to date, before a scrape.
 
-        The engine's account is as old as its last step, so it is bounded by what is really in flight: when nothing
-        is, the gauges say so.
+        The engine's account is as old as its last step, so it is bounded by what is really to be written still: when
+        nothing is, the gauges say so. A choice that has ended does not wait, though it holds its place until the whole
+        response is complete.
         """
         if self._engine is None:
             return
-        running = min(self._engine.stats.running, self.admission.in_flight)
-        self.metrics.set_load(running, self.admission.in_flight - running)
+        unfinished = self.admission.unfinished
+        running = min(self._engine.stats.running, unfinished)
+        self.metrics.set_load(running, unfinished - running)
