@@ -54,10 +54,8 @@ async def _prepare(call: Call[CompletionRequest]) -> Answer:
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     prompts = await _prompt_ids(service, body, info)
-    limits = [
-        fit(len(prompt), body.max_tokens or None, DEFAULT_MAX_TOKENS, info.max_model_len, "prompt", "max_tokens")
-        for prompt in prompts
-    ]
+    asked, context, least = body.max_tokens or None, info.max_model_len, body.min_tokens
+    limits = [fit(len(prompt), asked, DEFAULT_MAX_TOKENS, context, "prompt", "max_tokens", least) for prompt in prompts]
     echo_only = body.max_tokens == 0
     choices: list[Choice] = []
     for prompt_index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
