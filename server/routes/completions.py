@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter, Request, Response
 
 from engine.types import EngineInfo
@@ -9,11 +11,12 @@ from server.generation import Choice
 from server.openapi import GENERATION_ERRORS, operation
 from server.protocol.completions import DEFAULT_MAX_TOKENS, CompletionRequest
 from server.protocol.responses import CompletionResponse
-from server.rendering.completions import CompletionRenderer, EchoedPrompt
+from server.rendering.completions import CompletionRenderer
 from server.routes.generation import Call, receive
 from server.sampling import check_length, check_prompt, fit, for_choice, sampling_of
 from server.service import Service
 from server.stream import Answer
+from server.text.echo import EchoedPrompt, echoed
 from server.text.tokenizer import TextTokenizer
 
 router = APIRouter(tags=["generation"])
@@ -73,7 +76,7 @@ async def _prepare(call: Call[CompletionRequest]) -> Answer:
         service.models.lane_names,
         head=call.head(),
         prompt_ids=prompts,
-        prompts=_echoed(service.tokenizer, body, prompts) if body.echo else None,
+        prompts=await _echoed(service.tokenizer, body, prompts) if body.echo else None,
     )
     return call.answer(choices, renderer, sum(map(len, prompts)))
 
@@ -89,11 +92,10 @@ async def _prompt_ids(service: Service, body: CompletionRequest, info: EngineInf
     return ids
 
 
-def _echoed(tokenizer: TextTokenizer, body: CompletionRequest, prompts: list[list[int]]) -> list[EchoedPrompt]:
-    echoed = []
-    for given, tokens in zip(body.prompts, prompts, strict=True):
-        detokenizer = tokenizer.detokenizer()
-        texts = [detokenizer.push(token) for token in tokens]
-        texts[-1] += detokenizer.flush()
-        echoed.append(EchoedPrompt(given if isinstance(given, str) else "".join(texts), tokens, texts))
-    return echoed
+async def _echoed(tokenizer: TextTokenizer, body: CompletionRequest, prompts: list[list[int]]) -> list[EchoedPrompt]:
+    given: Sequence[str | list[int]] = body.prompts
+
+    def work() -> list[EchoedPrompt]:
+        return [echoed(tokenizer, prompt, tokens) for prompt, tokens in zip(given, prompts, strict=True)]
+
+    return await tokenizer.run(work)

@@ -328,3 +328,28 @@ async def test_a_refusal_is_no_failure_of_ours(build: Build, stream: bool) -> No
         assert await house.metric("collm_requests_total", model_name="collm-demo", outcome=outcome) == 0
     assert await house.metric("collm_request_seconds_count", model_name="collm-demo") == 0
     assert await house.metric("collm_requests_waiting", model_name="collm-demo") == 0
+
+
+SPECIAL = ["<|end|>", "one<|user|>two", "été<|end|><|user|> 日本 <|end|>😀!", "  two  <|end|>  spaces ", "<|end"]
+
+
+@pytest.mark.parametrize("text", SPECIAL)
+async def test_offsets_of_an_echoed_text_with_special_tokens(house: House, text: str) -> None:
+    body = (await house.complete(prompt=text, echo=True, logprobs=0, max_tokens=3)).json()
+    choice = body["choices"][0]
+    logprobs = choice["logprobs"]
+    assert choice["text"] == f"{text}abc"
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        assert token.startswith("bytes:") or choice["text"][offset:].startswith(token), (token, offset)
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+
+
+async def test_offsets_of_echoed_token_ids_skip_special_tokens_as_their_text_does(
+    house: House, tokenizer: TextTokenizer
+) -> None:
+    prompt = ids(tokenizer, "one<|user|>two")
+    choice = (await house.complete(prompt=prompt, echo=True, logprobs=0, max_tokens=1)).json()["choices"][0]
+    assert choice["text"] == "onetwoa"
+    logprobs = choice["logprobs"]
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        assert token == "<|user|>" or choice["text"][offset:].startswith(token)
