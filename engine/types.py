@@ -129,6 +129,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int
 
 
+GRAMMAR_AT_FAULT = "structured_outputs: "
+"""How the error of a refused request begins where it is its grammar that cannot be served."""
+
+
 class Delta(msgspec.Struct, array_like=True):
     """What one request gained since its last delta. The per-token lists have the same length, always.
 
@@ -142,7 +146,8 @@ class Delta(msgspec.Struct, array_like=True):
         finish_reason: set on the last delta.
         stop_token: the token id that ended the request, if one did.
         error: what went wrong, when finish_reason is "error".
-        refused: the error is the request's own fault; nothing was written.
+        refused: the error is the request's own fault; nothing was written. It begins with ``GRAMMAR_AT_FAULT`` where
+            the fault is the grammar's.
         timeline: with the last delta, if asked for: seconds of the machine's monotonic clock at which the request was
             admitted, then for each deferral when it was parked and when its expert token came.
     """

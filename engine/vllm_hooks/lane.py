@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -18,7 +19,15 @@ from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from engine.lanes.interface import Failure, LaneReport, LaneWork, Sample
-from engine.types import GenerationRequest, LaneInfo, LaneStats, SamplingSpec, StructuredOutputs, TokenLogprobs
+from engine.types import (
+    GRAMMAR_AT_FAULT,
+    GenerationRequest,
+    LaneInfo,
+    LaneStats,
+    SamplingSpec,
+    StructuredOutputs,
+    TokenLogprobs,
+)
 from engine.vllm_hooks.scheduler import LaneScheduler
 from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
 
@@ -86,11 +95,13 @@ class VllmLane:
         """What vLLM itself has against the sampling parameters, or a token id that the model does not have."""
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
             return f"prompt has a token id outside [0, {self._vocab_size})"
-        try:
-            self._sampling_params(request.sampling)
-        except (ValueError, VLLMValidationError) as error:
-            return str(error)
-        return None
+        spec = request.sampling
+        problem = self._complaint(spec)
+        if problem is None or spec.structured_outputs is None:
+            return problem
+        # vLLM looks at everything at once: what it does not mind without the grammar is the grammar's fault.
+        without = self._complaint(msgspec.structs.replace(spec, structured_outputs=None))
+        return without or GRAMMAR_AT_FAULT + problem
 
     def apply(self, work: LaneWork) -> None:
         """Take in what changed."""
@@ -191,6 +202,13 @@ class VllmLane:
         self._core.shutdown()
 
     # -- inside -----------------------------------------------------------------------------------------------
+
+    def _complaint(self, spec: SamplingSpec) -> str | None:
+        try:
+            self._sampling_params(spec)
+        except (ValueError, VLLMValidationError) as error:
+            return str(error)
+        return None
 
     def _sampling_params(self, spec: SamplingSpec) -> SamplingParams:
         params = SamplingParams(

@@ -20,6 +20,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from engine.lanes.interface import Extension, Failure, LaneRequest
+from engine.types import GRAMMAR_AT_FAULT
 from engine.vllm_hooks.wire import EDITS, Edit, LaneEdits
 
 
@@ -109,7 +110,7 @@ class LaneScheduler(Scheduler):
                 continue
             del self._compiling[request_id]
             if isinstance(grammar, Exception):
-                message = f"structured_outputs: the grammar cannot be compiled: {grammar}"
+                message = f"{GRAMMAR_AT_FAULT}the grammar cannot be compiled: {grammar}"
                 self._failures.append(Failure(request_id, message, refused=True))
             else:
                 self._enqueue(request, written)
