@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple
 
+import msgspec
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
@@ -40,6 +41,26 @@ class Landed(NamedTuple):
     asked: bool
 
 
+class _Row(msgspec.Struct):
+    """What the lane knows of a request beyond vLLM's own record.
+
+    Attributes:
+        request: vLLM's record.
+        final: number of tokens, prompt included, that can no longer be cut.
+        asked: positions before the end at which a sample is still to be taken, in order.
+        synced: how many leading output tokens the runner's own copy has right.
+        followed: how many output tokens the runner's last sample followed; -1 if that is of no interest any more.
+        sample: the runner's last sample.
+    """
+
+    request: Request
+    final: int
+    asked: list[int]
+    synced: int = 0
+    followed: int = -1
+    sample: int = -1
+
+
 class LaneScheduler(Scheduler):
     """vLLM's scheduler with parked rows."""
 
@@ -50,14 +71,7 @@ class LaneScheduler(Scheduler):
         self._evicted: dict[str, Request] = {}
         # Requests that are parked now, the longest parked first.
         self._parked: dict[str, None] = {}
-        # request id -> how many leading output tokens the runner's own copy has right.
-        self._synced: dict[str, int] = {}
-        # request id -> (number of output tokens it followed, the runner's own sample there).
-        self._sampled: dict[str, tuple[int, int]] = {}
-        # request id -> positions before the end at which a sample is still to be taken, in order.
-        self._asked: dict[str, list[int]] = {}
-        # request id -> number of tokens, prompt included, that can no longer be cut.
-        self._final: dict[str, int] = {}
+        self._rows: dict[str, _Row] = {}
         self._wants_top_probability: set[str] = set()
         # Requests whose grammar is being compiled in another thread; vLLM's queues do not know them yet.
         self._compiling: dict[str, tuple[Request, list[int]]] = {}
@@ -83,8 +97,8 @@ class LaneScheduler(Scheduler):
         # vLLM's own report on prefills, which nobody reads here. It takes a cached prefix beyond the prompt for an
         # error, and written tokens that another request wrote before may well be cached.
         request.prefill_stats = None
-        self._synced[request.request_id] = 0
-        self._note(request, added.final, added.asked)
+        final = request.num_prompt_tokens + added.final
+        self._rows[request.request_id] = _Row(request, final, list(added.asked))
         if added.wants_top_probability:
             self._wants_top_probability.add(request.request_id)
         structured = request.structured_output_request
@@ -129,16 +143,20 @@ class LaneScheduler(Scheduler):
     def extend(self, extension: Extension) -> int:
         """Cut a request if need be, append tokens, and make it runnable again. Returns its catch-up tokens."""
         request_id, keep, tokens, final, asked = extension
-        request = self.requests[request_id]
-        synced = min(self._synced[request_id], keep)
-        if (sampled := self._sampled.pop(request_id, None)) is not None:
-            followed, own_sample = sampled
-            synced = keep + (tokens[0] == own_sample) if keep == followed else min(keep, followed)
-        self._synced[request_id] = synced
+        row = self._rows[request_id]
+        request = row.request
+        if row.followed < 0:
+            row.synced = min(row.synced, keep)
+        elif row.followed == keep:
+            row.synced = keep + (tokens[0] == row.sample)
+        else:
+            row.synced = min(keep, row.followed)
+        row.followed = -1
         if keep < request.num_output_tokens:
             self._cut(request, keep)
         request.append_output_token_ids(tokens)
-        self._note(request, final, asked)
+        row.final = request.num_prompt_tokens + final
+        row.asked = list(asked)
         self._accept(request, tokens)
         self._parked.pop(request_id, None)
         if self._evicted and self._evicted.pop(request_id, None) is not None:
@@ -153,13 +171,6 @@ class LaneScheduler(Scheduler):
         del request._all_token_ids[length:]
         del request.block_hashes[length // self.hash_block_size :]
         request.num_computed_tokens = min(request.num_computed_tokens, length)
-
-    def _note(self, request: Request, final: int, asked: tuple[int, ...]) -> None:
-        self._final[request.request_id] = request.num_prompt_tokens + final
-        if asked:
-            self._asked[request.request_id] = list(asked)
-        elif self._asked:
-            self._asked.pop(request.request_id, None)
 
     def remove(self, request_ids: Iterable[str]) -> None:
         """Drop requests and free their KV blocks. Unknown ids are ignored."""
@@ -194,7 +205,8 @@ class LaneScheduler(Scheduler):
             if not tokens:
                 continue  # an unfinished chunk
             (token,) = tokens
-            self._sampled[request_id] = (request.num_output_tokens, token)
+            ours = self._rows[request_id]
+            ours.followed, ours.sample = request.num_output_tokens, token
             self._parked[request_id] = None
             landed.append(Landed(request, request.num_tokens, token, row, asked=False))
         return landed
@@ -221,10 +233,7 @@ class LaneScheduler(Scheduler):
         return (
             self._evicted,
             self._parked,
-            self._synced,
-            self._sampled,
-            self._asked,
-            self._final,
+            self._rows,
             self._compiling,
         )
 
@@ -245,15 +254,15 @@ class LaneScheduler(Scheduler):
         edits: dict[str, Edit] = {}
         asked: dict[str, list[int]] = {}
         for request_id, num_tokens in output.num_scheduled_tokens.items():
-            request = self.requests[request_id]
-            if request_id in self._asked:
+            row = self._rows[request_id]
+            request = row.request
+            if row.asked:
                 begin = request.num_computed_tokens - num_tokens
-                if indices := [position - 1 - begin for position in self._pass(request)]:
+                if indices := [position - 1 - begin for position in _pass(row)]:
                     asked[request_id] = indices
-            start = self._synced[request_id]
-            if start < request.num_output_tokens:
-                edits[request_id] = Edit(start, request._output_token_ids[start:])
-                self._synced[request_id] = request.num_output_tokens
+            if row.synced < request.num_output_tokens:
+                edits[request_id] = Edit(row.synced, request._output_token_ids[row.synced :])
+                row.synced = request.num_output_tokens
         wanted = self._wants_top_probability
         setattr(
             output,
@@ -262,23 +271,14 @@ class LaneScheduler(Scheduler):
         )
         return output
 
-    def _pass(self, request: Request) -> list[int]:
-        """Take out the asked positions that the step which was just scheduled passes."""
-        positions = self._asked.pop(request.request_id)
-        passed = [position for position in positions if position <= request.num_computed_tokens]
-        if len(passed) < len(positions):
-            self._asked[request.request_id] = positions[len(passed) :]
-        return passed
-
     def _get_computed_blocks(self, get: Callable[[Request], Any], request: Request) -> Any:
         """Look up the prefix cache, but no further than the request may share blocks with others.
 
         What has to be sampled must be computed even if it is cached. And a draft's block must be the request's own:
         after a cut it is overwritten, while others read what they share.
         """
-        final = self._final[request.request_id]
-        asked = self._asked.get(request.request_id)
-        self._longest_hit = min(final, asked[0] - 1) if asked else final
+        row = self._rows[request.request_id]
+        self._longest_hit = min(row.final, row.asked[0] - 1) if row.asked else row.final
         return get(request)
 
     def _find_cache_hit(self, find: Callable[..., Any], block_hashes: Any, max_cache_hit_length: int) -> Any:
@@ -286,7 +286,7 @@ class LaneScheduler(Scheduler):
 
     def _cache_blocks(self, cache: Callable[..., None], request: Request, num_computed_tokens: int) -> None:
         """Publish hashes of blocks only as far as their tokens cannot be cut any more."""
-        cache(request, min(num_computed_tokens, self._final[request.request_id]))
+        cache(request, min(num_computed_tokens, self._rows[request.request_id].final))
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
@@ -304,3 +304,10 @@ class LaneScheduler(Scheduler):
         self.running.remove(request)
         self._preempt_request(request, time.monotonic())
         return True
+
+
+def _pass(row: _Row) -> list[int]:
+    """Take out the asked positions that the step which was just scheduled passes."""
+    passed = [position for position in row.asked if position <= row.request.num_computed_tokens]
+    row.asked = row.asked[len(passed) :]
+    return passed
