@@ -151,7 +151,7 @@ def test_a_loss_that_is_not_a_number_keeps_what_was_finished(
     assert main([*diverging, "--set", "train.joint.clip=1e30"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: train collm, seed 0: the loss is ")
-    assert error.endswith("lower the learning rate")
+    assert error.endswith("lower the learning rate, with which this training starts from its beginning")
     assert (tiny.folder / "out" / "init" / "seed-0" / "done.json").exists()
     assert main(["train", "--config", config, "--set", "train.mode=joint"]) == 0
 
