@@ -7,7 +7,7 @@ import shutil
 
 from training.files import write_text
 from training.project import Project
-from training.stages.calibrate import folder_of
+from training.stages import calibrate
 
 
 def run(project: Project) -> None:
@@ -15,11 +15,11 @@ def run(project: Project) -> None:
     seed = project.settings.seeds[0]
     if "collm" not in project.settings.train.methods:
         return
-    project.need(folder_of(project, "collm", seed), "calibrate")
+    calibrate.stage_of(project, "collm", seed).need("calibrate")
     folder = project.folder("pair")
     trained = project.base_of("collm", seed)
     base = project.base
-    shutil.copytree(folder_of(project, "collm", seed) / "gate", folder / "gate", dirs_exist_ok=True)
+    shutil.copytree(calibrate.folder_of(project, "collm", seed) / "gate", folder / "gate", dirs_exist_ok=True)
     if trained != project.base:
         base = folder / "base"
         shutil.copytree(trained, base, dirs_exist_ok=True)
