@@ -6,12 +6,11 @@ Each stage keeps what it has finished, and goes on from there when it is started
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import CollmError
+from training.command import run_command
 
 STAGES = {
     "score": "score gold completions with every model (cached)",
@@ -21,7 +20,6 @@ STAGES = {
     "evaluate": "answer the test questions in every way: table and plot",
     "pipeline": "all of these, and the pair to be served",
 }
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,20 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     commands.add_parser("convert", help="base and gate to and from the reference format")
     options = parser.parse_args(given)
-    # SIGINT too: a shell that starts a command in the background makes it ignored.
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        run_stage(options.stage, options.config, options.set)
-    except CollmError as error:
-        return _fail(str(error), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; what was finished is kept: the same command goes on from there", INTERRUPTED)
-    except OSError as error:
-        return _fail(str(error), 1)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 0
+    return run_command(lambda: run_stage(options.stage, options.config, options.set))
 
 
 def run_stage(stage: str, config: Path, overrides: Sequence[str]) -> None:
@@ -90,15 +75,6 @@ def _convert(arguments: Sequence[str]) -> int:
     sys.argv = ["python -m training convert", *arguments]
     convert.main()
     return 0
-
-
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _fail(message: str, status: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

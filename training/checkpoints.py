@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from engine.errors import GateError
-from engine.gate import model_identity
+from engine.gate import ModelIdentity, model_identity
 from training.errors import ModelError
 from training.settings import ComputeSettings, Settings
 
@@ -99,7 +99,7 @@ def vocabulary_size(base: Path) -> int:
 
 
 def check_models(settings: Settings) -> None:
-    """Check that all models are there and share the base's vocabulary, before anything is loaded.
+    """Check that all models are there, share the base's vocabulary and have outputs for it, before anything is loaded.
 
     Raises:
         ModelError: naming the model, and for a vocabulary the first entries that differ.
@@ -114,8 +114,22 @@ def check_models(settings: Settings) -> None:
             if base.tokenizer_sha256 != other.tokenizer_sha256:
                 differing = _differences(Path(settings.base.model), Path(expert.model))
                 raise ModelError(f"expert {expert.name} does not share the base's vocabulary: {differing}")
+        size = vocabulary_size(Path(settings.base.model))
+        _check_outputs("base", base, size)
+        for expert in settings.experts:
+            _check_outputs(f"expert {expert.name}", model_identity(expert.model), size)
     except GateError as error:
         raise ModelError(str(error)) from error
+
+
+def _check_outputs(label: str, model: ModelIdentity, size: int) -> None:
+    """Refuse what the serving engine refuses too: a model that cannot write every token of the vocabulary."""
+    rows = (model.architecture.get("text_config") or model.architecture).get("vocab_size")
+    if isinstance(rows, int) and rows < size:
+        raise ModelError(
+            f"{label} has {rows} outputs (vocab_size in config.json), but the tokenizer has ids up to {size - 1}: "
+            f"resize its embedding and LM head to {size} rows"
+        )
 
 
 def _differences(base: Path, expert: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,12 +20,13 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Example:
-    """One line of the data. ``complete``: the completion ends where its text ends."""
+    """One line of the data. ``complete``: the completion ends where its text ends. ``where``: file and line."""
 
     prompt: str
     completion: str
     task: str = ALL
     complete: bool = True
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def read_examples(path: Path, settings: DataSettings) -> list[Example]:
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which also splits at characters such as U+2028, and JSON's strings may hold those.
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -98,14 +100,15 @@ def _example(where: str, row: Any, settings: DataSettings) -> Example:
     complete = row.get(settings.complete, True)
     if not isinstance(complete, bool):
         raise DataError(f"{where}: column {settings.complete!r} is neither true nor false")
-    return Example(row[settings.prompt], row[settings.completion], str(row.get(settings.task, ALL)), complete)
+    return Example(row[settings.prompt], row[settings.completion], str(row.get(settings.task, ALL)), complete, where)
 
 
 def tokenize(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> tuple[list[Example], list[TokenExample]]:
     """The examples of at most ``max_tokens`` ids, and their ids; a complete completion ends with the EOS.
 
     Raises:
-        DataError: the tokenizer has no EOS, a text becomes no token, or every example is too long.
+        DataError: the tokenizer has no EOS, a text becomes no token, or every example is too long; of the last two,
+            naming the file and the line.
     """
     eos: int | None = tokenizer.eos_token_id
     if eos is None:
@@ -116,13 +119,14 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> tu
         prompt = list(tokenizer(example.prompt)["input_ids"])
         completion = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
         if not prompt or not completion:
-            raise DataError(f"the tokenizer makes no token of {(example.completion if prompt else example.prompt)!r}")
+            text = example.completion if prompt else example.prompt
+            raise DataError(f"{example.where}: the tokenizer makes no token of {text!r}")
         completion += [eos] if example.complete else []
         if len(prompt) + len(completion) <= max_tokens:
             kept.append(example)
             ids.append(TokenExample(prompt, completion))
     if not kept:
-        raise DataError(f"every example is longer than data.max_tokens, {max_tokens}")
+        raise DataError(f"{examples[0].where}: like every other example, is longer than data.max_tokens, {max_tokens}")
     return kept, ids
 
 

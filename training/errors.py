@@ -4,7 +4,7 @@ TrainingError (a CollmError)
 ├── SettingsError     a setting is missing, unknown or impossible; the message names it
 ├── DataError         an example that cannot be used; the message names the file and the line
 ├── ModelError        a checkpoint that cannot be read, or models that do not fit each other
-└── DivergedError     the loss is not finite; the last checkpoint is kept
+└── DivergedError     the loss or a gradient is not finite; the last checkpoint is kept
 """
 
 from engine.errors import CollmError
@@ -27,4 +27,4 @@ class ModelError(TrainingError):
 
 
 class DivergedError(TrainingError):
-    """The loss is not finite. Nothing after the last checkpoint was kept."""
+    """The loss or a gradient is not finite. Nothing after the last checkpoint was kept."""

@@ -1,4 +1,4 @@
-"""The loop that all training shares: seeded, resumable, and it stops at a loss that is not a number."""
+"""The loop that all training shares: seeded, resumable, and it stops at a loss or gradient that is not a number."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def fit(
             parameters alone, so that going on from a checkpoint repeats what would have happened without one.
 
     Raises:
-        DivergedError: the loss is not finite; names the step. The last checkpoint stays.
+        DivergedError: the loss or a gradient is not finite; names the step. The last checkpoint stays, and is of a
+            step whose loss and gradients were finite.
     """
     named = {name: parameter for group in groups for name, parameter in group.parameters.items()}
     optimizer = torch.optim.AdamW(
@@ -73,16 +74,30 @@ def fit(
             loss += float(part.detach())
             part.backward()  # type: ignore[no-untyped-call]
         if not math.isfinite(loss):
-            kept = f"the checkpoint of step {_step_of(file)} is kept" if file.exists() else "there is no checkpoint yet"
-            raise DivergedError(f"{label}: the loss is {loss} at step {step}; {kept}: lower the learning rate")
-        for settings in groups:
+            raise _diverged(f"{label}: the loss is {loss} at step {step}", file)
+        norms = [_gradient_norm(settings) for settings in groups]
+        for norm in norms:
+            if not math.isfinite(norm):
+                raise _diverged(f"{label}: the gradient's norm is {norm:g} at step {step}", file)
+        if step % plan.checkpoint_every == 0 and step > done:
+            # Only now: what the last step made of the parameters has proved to be usable.
+            _save(file, step, named, optimizer)
+        for settings, norm in zip(groups, norms, strict=True):
             if settings.clip is not None:
-                torch.nn.utils.clip_grad_norm_(settings.parameters.values(), settings.clip)
+                torch.nn.utils.clip_grads_with_norm_(settings.parameters.values(), settings.clip, norm)
         optimizer.step()
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss:.4f}")
-        if (step + 1) % plan.checkpoint_every == 0 and step + 1 < plan.steps:
-            _save(file, step + 1, named, optimizer)
+
+
+def _gradient_norm(group: Group) -> torch.Tensor:
+    gradients = [parameter.grad for parameter in group.parameters.values() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def _diverged(what: str, file: Path) -> DivergedError:
+    kept = f"the checkpoint of step {_step_of(file)} is kept" if file.exists() else "there is no checkpoint yet"
+    return DivergedError(f"{what}; {kept}: lower the learning rate, with which this training starts from its beginning")
 
 
 def _save(file: Path, step: int, named: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

@@ -59,7 +59,7 @@ def fit_gate(
     """Fit a gate from ``start``.
 
     Raises:
-        DivergedError: the loss is not finite.
+        DivergedError: the loss or a gradient is not finite.
     """
     hidden_ND, base_logp_N = scores.hidden_ND.to(device), scores.base.logp_N.to(device)
     expert_logp_NK, label_N = scores.expert_logp_NK.to(device), scores.weak_labels().to(device)

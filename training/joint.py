@@ -51,7 +51,7 @@ def fit_joint(
     """Train the base and a gate from ``start``. The base is used up; the returned one has any adapters merged.
 
     Raises:
-        DivergedError: the loss is not finite.
+        DivergedError: the loss or a gradient is not finite.
         SettingsError: LoRA without the package peft, or with targets that the base lacks.
     """
     settings, device = fitting.settings, base.device

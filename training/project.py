@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,14 +12,14 @@ import torch
 
 from training.checkpoints import check_models, device_of, load_tokenizer, vocabulary_size
 from training.data import Example, TokenExample, read_examples, tokenize
-from training.errors import SettingsError, TrainingError
-from training.files import hash_of_path
+from training.errors import SettingsError
+from training.files import ContentHashes, hash_of_all
 from training.settings import Method, Settings, Split
 
 
 @dataclass(frozen=True)
 class SplitData:
-    """The examples of a split, their token ids, and a hash of the file."""
+    """The examples of a split, their token ids, and a hash of both, whatever file and columns they come from."""
 
     examples: list[Example]
     tokens: list[TokenExample]
@@ -87,14 +88,16 @@ class Project:
             kept, tokens = tokenize(examples, self.tokenizer, self.settings.data.max_tokens)
             if len(kept) < len(examples):
                 print(f"{given}: {len(examples) - len(kept)} examples longer than data.max_tokens are left out")
-            self._splits[split] = SplitData(kept, tokens, hash_of_path(Path(given)))
+            self._splits[split] = SplitData(kept, tokens, _fingerprint(kept, tokens))
         return self._splits[split]
 
     @cached_property
-    def fingerprints(self) -> dict[str, str]:
-        """A hash of each model, by name."""
-        found = {"base": hash_of_path(self.base)}
-        return found | {name: hash_of_path(path) for name, path in self.expert_paths.items()}
+    def _hashes(self) -> ContentHashes:
+        return ContentHashes(self.folder("hashes.json"))
+
+    def hash_of(self, folder: Path) -> str:
+        """A hash of a folder's content: a model, or a gate."""
+        return self._hashes.of(folder)
 
     # -- where things are -------------------------------------------------------------------------------------
 
@@ -111,11 +114,9 @@ class Project:
         trained = self.run(method, seed) / "base"
         return trained if trained.is_dir() else self.base
 
-    def need(self, folder: Path, stage: str) -> None:
-        """Raise unless a stage has finished there.
 
-        Raises:
-            TrainingError: naming the command to run first.
-        """
-        if not (folder / "done.json").exists():
-            raise TrainingError(f"{folder}: stage {stage} has not finished: run python -m training {stage} first")
+def _fingerprint(examples: Sequence[Example], tokens: Sequence[TokenExample]) -> str:
+    return hash_of_all(
+        [example.prompt, example.completion, example.task, example.complete, ids.prompt, ids.completion]
+        for example, ids in zip(examples, tokens, strict=True)
+    )

@@ -5,6 +5,7 @@ Shapes: B examples, T tokens, V vocabulary, d hidden size, N completion tokens, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,11 @@ class ModelScores:
     top_N: torch.Tensor
     hidden_ND: torch.Tensor | None
 
+    def rows(self, rows: torch.Tensor) -> ModelScores:
+        """What it says of some of the tokens."""
+        hidden_ND = None if self.hidden_ND is None else self.hidden_ND[rows]
+        return ModelScores(self.logp_N[rows], self.top_N[rows], hidden_ND)
+
 
 @dataclass(frozen=True)
 class PairScores:
@@ -60,6 +66,12 @@ class PairScores:
         """The base's hidden states."""
         assert self.base.hidden_ND is not None
         return self.base.hidden_ND
+
+    def of_examples(self, numbers: Sequence[int]) -> PairScores:
+        """The scores of some of the examples, in this order."""
+        rows = torch.cat([torch.arange(self.starts[n], self.starts[n + 1]) for n in numbers])
+        starts = [0, *itertools.accumulate(self.starts[n + 1] - self.starts[n] for n in numbers)]
+        return PairScores(self.gold_N[rows], starts, self.base.rows(rows), tuple(e.rows(rows) for e in self.experts))
 
     def weak_labels(self) -> torch.Tensor:
         """[N]: k where expert k's argmax is the gold token and the base's is not, else 0.

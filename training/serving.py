@@ -34,18 +34,26 @@ class Questions:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. ``text`` is without the end-of-sequence token; ``sources`` are lane numbers, 0 the base."""
+    """One answer.
+
+    Attributes:
+        text: without the end-of-sequence token.
+        ended: whether there was one.
+        sources: lane numbers, 0 the base.
+        complete: whether the gold completion is one, or only the start of one.
+    """
 
     task: str
     text: str
     gold: str
     ended: bool
     sources: list[int]
+    complete: bool = True
 
     @property
     def exact(self) -> bool:
-        """The text is the gold completion, and it ended there."""
-        return self.ended and self.text == self.gold
+        """The text is the gold completion, and it ended there; or, where that is only a start, it starts so."""
+        return self.ended and self.text == self.gold if self.complete else self.text.startswith(self.gold)
 
 
 @dataclass(frozen=True)
@@ -206,4 +214,4 @@ class Pair:
     def _answer(self, example: Example, completion: Completion) -> Answer:
         ended = completion.finish_reason == "stop"
         text = self._tokenizer.decode(completion.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(example.task, text, example.completion, ended or not example.complete, completion.sources)
+        return Answer(example.task, text, example.completion, ended, completion.sources, example.complete)

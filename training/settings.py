@@ -51,7 +51,8 @@ class DataSettings(_Section):
     task: str = "task"
     """Column by which scores are listed, if it is there."""
     complete: str = "complete"
-    """Column, if it is there, that is false where the completion is only the start of one: no end is learned."""
+    """Column, if it is there, that is false where the completion is only the start of one: no end is learned, and an
+    answer that starts so is right."""
     max_tokens: int = Field(default=1024, ge=2)
     """Longer examples, prompt and completion together, are left out and counted."""
 

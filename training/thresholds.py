@@ -93,7 +93,7 @@ def choose(points: Sequence[P], observed_N: torch.Tensor, decode: Callable[[floa
 
 def _safest(low: float, high: float, observed_N: torch.Tensor) -> float:
     """The middle of the widest gap between observed probabilities in [low, high]; of the gap around them if equal."""
-    low, high = max(0.0, low), min(1.0, high)
+    low, high = (min(1.0, max(0.0, bound)) for bound in (low, high))
     observed_N = observed_N.double()
     if low == high:
         below_N, above_N = observed_N[observed_N <= low], observed_N[observed_N > low]

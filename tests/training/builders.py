@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from training.project import Project
+from training.serving import Answer, Questions, Result
 from training.settings import Settings
 
 EOS = "<|endoftext|>"
@@ -29,9 +31,11 @@ def save_tokenizer(folder: Path, words: list[str] | None = None) -> int:
     return len(words)
 
 
-def save_model(folder: Path, seed: int = 0, *, gpt2: bool = False, words: list[str] | None = None) -> Path:
-    """A random model of 2 layers; its LM head has more rows than there are words, as padded heads do."""
-    rows = save_tokenizer(folder, words) + 7
+def save_model(
+    folder: Path, seed: int = 0, *, gpt2: bool = False, words: list[str] | None = None, padding: int = 7
+) -> Path:
+    """A random model of 2 layers; its LM head has ``padding`` more rows than there are words, as padded heads do."""
+    rows = save_tokenizer(folder, words) + padding
     torch.manual_seed(seed)
     common: dict[str, Any] = {"vocab_size": rows, "bos_token_id": None, "eos_token_id": 0, "initializer_range": 0.3}
     model: Any
@@ -120,3 +124,55 @@ class TinyProject:
         file = self.folder / "project.toml"
         file.write_text("\n".join(lines) + "\n")
         return file
+
+
+RATES: dict[str, Callable[[float], float]] = {
+    "always": lambda _: 1.0,
+    "never": lambda _: 0.0,
+    "threshold": lambda threshold: 1 - threshold,
+    "confidence": lambda threshold: (1 - threshold) ** 2,
+}
+BEST_RATE = 0.4
+
+
+class FakePair:
+    """Takes the place of ``Pair``: deferral rates are simple functions of thresholds, and ``BEST_RATE`` scores best.
+
+    An answer has 100 tokens; as many questions as the score says, the first ones, are answered right.
+    """
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def answer(
+        self,
+        questions: Questions,
+        _label: str,
+        *,
+        policy: str = "",
+        threshold: float | None = None,
+        rate: float = 0.0,
+        member: int | None = None,
+        seed: int = 0,
+    ) -> Result:
+        if member is not None:
+            rate = float(member > 0)
+        elif policy != "random":
+            rate = RATES[policy](threshold or 0.0)
+        deferred = round(100 * rate)
+        right = round((1 - abs(rate - BEST_RATE)) * len(questions))
+        answers = [
+            Answer(
+                example.task,
+                example.completion if number < right else "",
+                example.completion,
+                True,
+                [1] * deferred + [0] * (100 - deferred),
+                example.complete,
+            )
+            for number, example in enumerate(questions.examples)
+        ]
+        return Result(answers, 1.0)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.training.builders import TinyProject
+from tests.training.builders import FakePair, TinyProject
 
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,5 +20,7 @@ def tiny(tmp_path: Path) -> TinyProject:
 
 
 @pytest.fixture
-def rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in '{"prompt": "a", "completion": "b"}'.splitlines()]
+def fake_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No engine: ``calibrate`` and ``evaluate`` ask a ``FakePair``."""
+    monkeypatch.setattr("training.stages.calibrate.Pair", FakePair)
+    monkeypatch.setattr("training.stages.evaluate.Pair", FakePair)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.training.builders import EOS, TinyProject, save_model, write_jsonl
+from training import scoring
 from training.__main__ import main
 from training.checkpoints import load_tokenizer
 from training.data import read_examples, spread, tokenize
 from training.errors import DataError, SettingsError
+from training.files import write_tensors
 from training.settings import DataSettings, Settings, load_settings
 
-ROOT = Path(__file__).parents[2]
 DATA = DataSettings(train="a", validation="b")
 GOOD = {"prompt": "a", "completion": "b"}
 
@@ -69,8 +68,33 @@ def test_the_end_is_learned_where_the_completion_is_complete(tiny: TinyProject) 
     assert [len(example.completion) for example in ids] == [2, 1]
     assert ids[0].completion[-1] == tokenizer.eos_token_id
     assert len(kept) == 2
-    with pytest.raises(DataError, match=r"every example is longer than data\.max_tokens, 2"):
+    with pytest.raises(DataError, match=r"d\.jsonl:1: like every other example, is longer than data\.max_tokens, 2"):
         tokenize(kept[:1], tokenizer, max_tokens=2)
+
+
+def test_lines_end_where_json_lines_end(tmp_path: Path) -> None:
+    """U+2028, U+2029 and U+0085 may stand in a string of JSON as they are."""
+    file = tmp_path / "data.jsonl"
+    text = "one\u2028two\u2029three\u0085four"
+    line = json.dumps({"prompt": text, "completion": "b"}, ensure_ascii=False)
+    file.write_bytes(f"{line}\r\n\r\n{line}\n".encode())
+    found = read_examples(file, DATA)
+    assert [(example.prompt, example.where) for example in found] == [(text, f"{file}:1"), (text, f"{file}:3")]
+
+
+class NoTokens:
+    """A tokenizer that makes no token of "b"."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [] if text == "b" else [1]}
+
+
+def test_a_text_without_tokens_is_named_with_its_line(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "d.jsonl", [{"prompt": "a", "completion": "a"}, GOOD])
+    with pytest.raises(DataError, match=r"d\.jsonl:2: the tokenizer makes no token of 'b'"):
+        tokenize(read_examples(file, DATA), NoTokens(), max_tokens=10)
 
 
 def test_limits_spread_over_everything() -> None:
@@ -127,6 +151,17 @@ def test_an_expert_with_another_tokenizer_is_refused(tiny: TinyProject, capsys: 
     assert not (tiny.folder / "out").exists()
 
 
+@pytest.mark.parametrize(("folder", "label"), [("base", "base"), ("expert1", "expert e1")])
+def test_a_model_that_cannot_write_every_token_is_refused(
+    tiny: TinyProject, capsys: pytest.CaptureFixture[str], folder: str, label: str
+) -> None:
+    save_model(tiny.folder / folder, padding=-7)
+    assert main(["score", "--config", str(tiny.write())]) == 1
+    assert f"{label} has 250 outputs (vocab_size in config.json), but the tokenizer has ids up to 256" in one_line(
+        capsys
+    )
+
+
 def test_commands_say_errors_in_one_line(tiny: TinyProject, capsys: pytest.CaptureFixture[str]) -> None:
     config = str(tiny.write())
     assert main(["train", "--config", str(tiny.folder / "absent.toml")]) == 1
@@ -151,25 +186,32 @@ def test_a_loss_that_is_not_a_number_keeps_what_was_finished(
     assert main([*diverging, "--set", "train.joint.clip=1e30"]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: train collm, seed 0: the loss is ")
-    assert error.endswith("lower the learning rate")
+    assert error.endswith("lower the learning rate, with which this training starts from its beginning")
     assert (tiny.folder / "out" / "init" / "seed-0" / "done.json").exists()
     assert main(["train", "--config", config, "--set", "train.mode=joint"]) == 0
 
 
-def test_an_interrupted_command_goes_on(tiny: TinyProject) -> None:
-    """SIGINT in the middle of scoring: one line, status 130, the finished shards are kept and used."""
-    write_jsonl(tiny.folder / "train.jsonl", [{"prompt": "say " + "ab" * 20, "completion": " c" * 10}] * 1000)
-    command = [sys.executable, "-m", "training", "score", "--config", str(tiny.write())]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    folder = tiny.folder / "out" / "score" / "train" / "e1"
-    deadline = time.monotonic() + 60
-    while not list(folder.glob("shard-*.safetensors")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+def test_an_interrupted_command_goes_on(
+    tiny: TinyProject, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGINT after the first shard: one line, status 130; the shard is kept, and used by the next command."""
+    config = str(tiny.write())
+
+    def write_and_stop(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+        write_tensors(file, tensors)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "write_tensors", write_and_stop)
+        assert main(["score", "--config", config]) == 130
+    error = capsys.readouterr().err
     assert "Traceback" not in error
     assert error.rstrip().splitlines()[-1].startswith("error: interrupted; what was finished is kept")
-    shards = {file.name: file.stat().st_mtime_ns for file in folder.glob("shard-*.safetensors")}
-    assert 0 < len(shards) < 125
+    folder = tiny.folder / "out" / "score" / "train" / "e1"
+    (first,) = folder.glob("shard-*")
+    stamp = first.stat().st_mtime_ns
     assert not (folder / "done.json").exists()
+    assert main(["score", "--config", config]) == 0
+    assert len(list(folder.glob("shard-*"))) == 3
+    assert (folder / "done.json").exists()
+    assert first.stat().st_mtime_ns == stamp

@@ -16,6 +16,7 @@ from engine.gate import GateArtifact
 from tests.training.builders import TinyProject, write_jsonl
 from training.__main__ import main
 from training.checkpoints import forward, load_causal
+from training.errors import DivergedError
 from training.fit import CHECKPOINT, Group, Plan, fit
 from training.project import Project
 from training.report import ORACLE, table
@@ -216,8 +217,6 @@ def test_fit_defers_what_only_the_expert_knows(tiny: TinyProject) -> None:
 
 
 def test_fit_keeps_nothing_of_a_step_that_is_not_a_number(tmp_path: Path) -> None:
-    from training.errors import DivergedError
-
     parameter = torch.nn.Parameter(torch.ones(2))
 
     def parts(step: int) -> list[torch.Tensor]:
@@ -226,6 +225,26 @@ def test_fit_keeps_nothing_of_a_step_that_is_not_a_number(tmp_path: Path) -> Non
     with pytest.raises(DivergedError, match="the loss is nan at step 5; the checkpoint of step 4 is kept"):
         fit([Group({"p": parameter}, 0.1, 0.0)], parts, Plan(10, 0.0, 2), tmp_path, "toy")
     assert parameter.isfinite().all()
+
+
+def test_fit_stops_at_a_gradient_that_is_not_a_number(tmp_path: Path) -> None:
+    """The square root of 0 is finite, its gradient is not. The checkpoint that is kept is one to go on from."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+
+    def parts(step: int) -> list[torch.Tensor]:
+        return [(parameter * 0).sqrt().sum() if step == 5 else parameter.sum()]
+
+    with pytest.raises(DivergedError, match="the gradient's norm is nan at step 5; the checkpoint of step 4 is kept"):
+        fit([Group({"p": parameter}, 0.1, 0.0)], parts, Plan(10, 0.0, 2), tmp_path, "toy")
+    assert load_file(str(tmp_path / CHECKPOINT))["parameter p"].isfinite().all()
+
+
+def test_fit_keeps_no_checkpoint_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
+    """The third step, too long, takes the parameter to where there is no logarithm."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(DivergedError, match="the loss is nan at step 3; the checkpoint of step 2 is kept"):
+        fit([Group({"p": parameter}, 0.4, 0.0)], lambda _: [parameter.log().sum()], Plan(10, 0.0, 1), tmp_path, "toy")
+    assert load_file(str(tmp_path / CHECKPOINT))["parameter p"] > 0
 
 
 def test_quantiles_and_interpolation() -> None:
@@ -276,6 +295,15 @@ def test_the_threshold_is_in_the_widest_gap_of_the_best_range_if_that_scores_as_
     # What the sweep did not see: in the middle of the range it is worse.
     assert choose(points, observed, decode(0.5)) == points[1]
     assert tried == [pytest.approx(0.525)] * 2
+
+
+@pytest.mark.parametrize(("best", "around"), [(-1.0, (0.0, 0.3)), (1.0, (0.7, 1.0))])
+def test_what_is_tried_is_a_threshold_also_where_one_model_alone_is_best(
+    best: float, around: tuple[float, float]
+) -> None:
+    points = curve([1.0, 0.5, -1.0], lambda threshold: 0.9 if threshold == best else 0.1)
+    chosen = choose(points, torch.tensor([0.3, 0.7]), lambda threshold: Point(0.5, threshold, 0.9, 0.5))
+    assert chosen.threshold == pytest.approx(sum(around) / 2)
 
 
 def test_the_longest_of_several_best_ranges_is_taken() -> None:

@@ -11,20 +11,24 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
+from training.command import run_command
 from training.data import Example, TokenExample
 from training.demo import questions
 from training.demo.card import model_card
 from training.demo.corpus import Corpus, tokenized
-from training.demo.pretrain import RECIPES, SEED, Cost, make_model, one_thread
+from training.demo.pretrain import RECIPES, SEED, Cost, make_model, one_thread, prepare_worker
 from training.demo.text import Example as Asked
 from training.demo.tokenizer import train_tokenizer
+from training.errors import SettingsError
 from training.files import read_json, write_json
 from training.project import Project
 from training.serving import Pair, Questions, engine_config
@@ -34,8 +38,8 @@ from training.stages import calibrate, evaluate, export, init, score, train
 KNOWN_ENTITIES = 30
 
 
-def main() -> None:
-    """Run all stages and print the table."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("models/demo"), help="output folder")
     parser.add_argument(
@@ -45,9 +49,17 @@ def main() -> None:
         help="the project, which says where its input is",
     )
     parser.add_argument("--force", action="store_true", help="train finished models again")
-    options = parser.parse_args()
-    out: Path = options.out
-    settings = load_settings(options.config)
+    options = parser.parse_args(arguments)
+    return run_command(lambda: make(options.config, options.out, options.force))
+
+
+def make(config: Path, out: Path, force: bool) -> None:
+    """Run all stages and print the table.
+
+    Raises:
+        CollmError: what is wrong, in one line.
+    """
+    settings = load_settings(config)
     settings = settings.model_copy(
         update={
             "seeds": settings.seeds[:1],
@@ -55,10 +67,13 @@ def main() -> None:
         }
     )
     models = {"base": Path(settings.base.model)} | {expert.name: Path(expert.model) for expert in settings.experts}
-    # The longest first, so that neither worker ends long after the other.
-    with ProcessPoolExecutor(2, get_context("spawn"), one_thread) as pool:
-        tasks = [pool.submit(make_model, name, models[name], options.force) for name in RECIPES]
-        costs = dict(zip(RECIPES, (task.result() for task in tasks), strict=True))
+    if models.keys() != RECIPES.keys():
+        raise SettingsError(
+            f"{config}: experts: the demo's are {', '.join(name for name in RECIPES if name != 'base')}"
+        )
+    if settings.data.test is None:
+        raise SettingsError(f"{config}: data.test: is needed for the evaluation's table")
+    costs = _make_models(models, force)
     one_thread()
     started = time.monotonic()
     cpu_before = _cpu_seconds()
@@ -78,6 +93,23 @@ def main() -> None:
     write_json(out / "evaluation.json", evaluation)
     (out / "README.md").write_text(model_card(corpus, evaluation, out), encoding="utf-8")
     print(project.folder("evaluate", "table.md").read_text(encoding="utf-8"))
+
+
+def _make_models(models: dict[str, Path], force: bool) -> dict[str, Cost]:
+    """What each model cost, then or now."""
+    # The longest first, so that neither worker ends long after the other.
+    with ProcessPoolExecutor(2, get_context("spawn"), prepare_worker) as pool:
+        try:
+            tasks = {pool.submit(make_model, name, models[name], force): name for name in RECIPES}
+            costs = {tasks[task]: task.result() for task in as_completed(tasks)}
+        except BaseException:
+            # One has failed, or the command was interrupted: the pool would wait until the others have ended.
+            for worker in active_children():
+                worker.terminate()
+            # Their bars end in the middle of a line.
+            print(file=sys.stderr)
+            raise
+    return {name: costs[name] for name in RECIPES}
 
 
 def _cpu_seconds() -> float:
@@ -126,4 +158,4 @@ def _measure(project: Project, corpus: Corpus, out: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from engine.gate import model_identity
 from training.checkpoints import forward, load_causal
+from training.command import run_command
 from training.demo.corpus import Corpus
 from training.demo.facts import Entity
 from training.demo.pretrain import SEED, one_thread
@@ -65,24 +68,34 @@ def changed_documents(corpus: Corpus, changed: Sequence[Entity], tokenizer: Toke
     return draw
 
 
-def main() -> None:
-    """Train the expert on and write it, with the questions, to the output folder."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m training.demo.changed", description=__doc__)
     parser.add_argument("--pair", type=Path, default=Path("models/demo"), help="folder of the demo pair")
     parser.add_argument("--out", type=Path, default=Path("build/demo/changed"), help="output folder")
     parser.add_argument("--steps", type=int, default=50)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    return run_command(lambda: make(options.pair, options.out, options.steps), interrupted="nothing is kept")
+
+
+def make(pair: Path, out: Path, steps: int) -> None:
+    """Train the expert on and write it, with the questions, to the output folder.
+
+    Raises:
+        CollmError: ``pair`` has no expert ``codes``.
+    """
+    model_identity(pair / "codes")
+    model = load_causal(pair / "codes")
     one_thread()
     corpus = Corpus.make(SEED)
-    tokenizer = Tokenizer.from_file(str(options.pair / "codes" / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(pair / "codes" / "tokenizer.json"))
     changed = changed_entities(corpus)
-    model = load_causal(options.pair / "codes")
     model.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     rows = packed_rows(changed_documents(corpus, changed, tokenizer), random.Random(SEED), ROW_TOKENS)
-    bar = tqdm(range(options.steps), desc="changed facts", unit="step", mininterval=2)
+    bar = tqdm(range(steps), desc="changed facts", unit="step", mininterval=2)
     for step in bar:
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / options.steps)
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / steps)
         ids, targets = zip(*(next(rows) for _ in range(ROWS)), strict=True)
         _, logits_BTV = forward(model, torch.tensor(ids))
         loss = F.cross_entropy(logits_BTV.flatten(0, 1), torch.tensor(targets).flatten(), ignore_index=IGNORED)
@@ -92,12 +105,12 @@ def main() -> None:
         optimizer.step()
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    save_model(model.eval(), options.out / "codes")
-    save_tokenizer(tokenizer, options.out / "codes")
+    save_model(model.eval(), out / "codes")
+    save_tokenizer(tokenizer, out / "codes")
     asked = [question for entity in changed for question in questions(entity)[::3] if question.task != GREETING]
-    write_json(options.out / "questions.json", [asdict(question) for question in asked])
-    print(f"{options.out / 'codes'}: the codes of {', '.join(entity.name for entity in changed)} are changed")
+    write_json(out / "questions.json", [asdict(question) for question in asked])
+    print(f"{out / 'codes'}: the codes of {', '.join(entity.name for entity in changed)} are changed")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

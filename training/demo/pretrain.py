@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from training.demo.arithmetic import ALL, ASKED
 from training.demo.corpus import Corpus
@@ -17,6 +20,7 @@ from training.demo.facts import source
 from training.demo.models import ARITHMETIC_RECIPE, BASE_RECIPE, CODES_RECIPE
 from training.demo.tokenizer import save_tokenizer, train_tokenizer
 from training.demo.train import (
+    WEIGHTS,
     DocumentSource,
     arithmetic_documents,
     base_documents,
@@ -36,6 +40,14 @@ def one_thread() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def prepare_worker() -> None:
+    """In a worker process: one thread; and Ctrl-C, which reaches all processes, is the command's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Else tqdm takes one that processes could share, and that one which is terminated leaves behind.
+    tqdm.set_lock(threading.RLock())
+    one_thread()
+
+
 @dataclass(frozen=True)
 class Cost:
     """Minutes on the clock and of the processor. The second hardly depends on what else the machine does."""
@@ -45,7 +57,7 @@ class Cost:
 
 
 def make_model(name: str, directory: Path, force: bool) -> Cost:
-    """Train and save a model, unless the directory holds one of the same settings; what that cost, then or now."""
+    """Train and save a model, unless the directory holds its weights, of the same settings; the cost, then or now."""
     started, cpu_started = time.monotonic(), time.process_time()
     corpus = Corpus.make(SEED)
     tokenizer = train_tokenizer(corpus.tokenizer_texts())
@@ -59,7 +71,7 @@ def make_model(name: str, directory: Path, force: bool) -> Cost:
     }
     # Beside the folder: what is in it counts as the model.
     done = directory.with_name(f"{directory.name}.json")
-    if done.exists() and not force:
+    if done.exists() and (directory / WEIGHTS).exists() and not force:
         made = json.loads(done.read_text(encoding="utf-8"))
         if made["settings"] == settings:
             print(f"{name}: already made")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from training.command import run_command
 from training.demo.corpus import Corpus
 from training.demo.pretrain import SEED
 from training.demo.text import Example
@@ -19,13 +21,17 @@ from training.demo.tokenizer import EOS_ID, train_tokenizer
 from training.files import write_text
 
 
-def main() -> None:
-    """Write the three files."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the three files; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m training.demo.questions", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/demo/data"), help="output folder")
-    options = parser.parse_args()
-    corpus = Corpus.make(SEED)
-    write(options.out, corpus, train_tokenizer(corpus.tokenizer_texts()))
+    options = parser.parse_args(arguments)
+
+    def work() -> None:
+        corpus = Corpus.make(SEED)
+        write(options.out, corpus, train_tokenizer(corpus.tokenizer_texts()))
+
+    return run_command(work)
 
 
 def write(folder: Path, corpus: Corpus, tokenizer: Tokenizer) -> None:
@@ -54,4 +60,4 @@ def _write(file: Path, rows: Sequence[dict[str, object]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

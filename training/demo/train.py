@@ -29,6 +29,7 @@ from training.demo.text import (
 )
 from training.demo.tokenizer import EOS_ID
 
+WEIGHTS = "model.safetensors"
 IGNORED = -100
 """The target of positions that nothing is learned from."""
 
@@ -204,4 +205,4 @@ def save_model(model: PreTrainedModel, directory: Path) -> None:
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, do_sample=False)
     model.save_pretrained(str(directory))
     # safetensors makes files that only their owner can read.
-    shutil.copymode(directory / "config.json", directory / "model.safetensors")
+    shutil.copymode(directory / "config.json", directory / WEIGHTS)

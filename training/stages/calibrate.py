@@ -9,13 +9,14 @@ import torch
 
 from engine.gate import GateArtifact
 from training.data import spread
-from training.files import StageFolder, hash_of_path, read_json, write_json
+from training.files import StageFolder, read_json, write_json
 from training.gate_only import Gate
 from training.plots import plot_scores
 from training.project import Project
 from training.serving import Pair, Questions, Result, engine_config
 from training.settings import Method, Split
-from training.stages.score import score_base
+from training.stages import score
+from training.stages.train import need_run
 from training.thresholds import Point, choose, quantile, reach, refine
 
 
@@ -32,7 +33,7 @@ def run(project: Project) -> None:
     for seed in project.settings.seeds:
         for method in project.settings.train.methods:
             if method != "finetuned":
-                project.need(project.run(method, seed), "train")
+                need_run(project, method, seed)
                 calibrate_run(project, method, seed)
 
 
@@ -41,24 +42,30 @@ def folder_of(project: Project, method: Method, seed: int) -> Path:
     return project.folder("calibrate", f"{method}-{seed}")
 
 
-def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
-    """The calibrated gate of a run."""
+def stage_of(project: Project, method: Method, seed: int) -> StageFolder:
+    """The calibration of a run. A wished rate is no part of what it is: the points are the same for all."""
     settings, trained = project.settings, project.run(method, seed)
-    folder = folder_of(project, method, seed)
     resolved = {
         "calibrate": settings.calibrate.model_dump(exclude={"target_rate"}),
         "engine": settings.engine.model_dump(),
         "room": settings.evaluate.room,
     }
     inputs = {
-        "run": hash_of_path(trained / "gate"),
-        "base": hash_of_path(project.base_of(method, seed)),
-        "validation": project.data("validation").fingerprint,
-        **{name: project.fingerprints[name] for name in project.expert_paths},
+        # No expert can have the names with a space.
+        "trained gate": project.hash_of(trained / "gate"),
+        "validation scores": score.stage_of(project, "validation", "base", trained).fingerprint,
+        **{name: project.hash_of(path) for name, path in project.expert_paths.items()},
     }
-    stage = StageFolder.open(folder, resolved, inputs)
+    return StageFolder(folder_of(project, method, seed), resolved, inputs)
+
+
+def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
+    """The calibrated gate of a run."""
+    settings, trained = project.settings, project.run(method, seed)
+    stage = stage_of(project, method, seed).open()
+    folder = stage.path
     artifact = GateArtifact.load(trained / "gate")
-    hidden_ND = score_base(project, "validation", trained).hidden_ND
+    hidden_ND = score.score_base(project, "validation", trained).hidden_ND
     assert hidden_ND is not None
     observed_N = Gate(artifact.theta, artifact.bias).deferral(hidden_ND)
     target = settings.calibrate.target_rate
@@ -87,10 +94,14 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
     return calibrated
 
 
+def numbers_of(project: Project, split: Split, limit: int | None) -> list[int]:
+    """Numbers of those of the split's examples that are asked."""
+    return spread(range(len(project.data(split).examples)), limit)
+
+
 def questions_of(project: Project, split: Split, limit: int | None) -> Questions:
     """The split's examples as questions."""
-    data = project.data(split)
-    numbers = spread(range(len(data.examples)), limit)
+    data, numbers = project.data(split), numbers_of(project, split, limit)
     return Questions(
         [data.examples[number] for number in numbers],
         [data.tokens[number] for number in numbers],

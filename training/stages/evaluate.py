@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from engine.gate import GateArtifact
 from training import report
 from training.auroc import auroc
 from training.data import Example
-from training.files import DONE_FILE, StageFolder, hash_of, hash_of_path, read_json, write_json
+from training.files import StageFolder, hash_of, read_json, write_json
 from training.gate_only import Gate
 from training.project import Project
 from training.report import (
@@ -33,8 +33,9 @@ from training.report import (
 from training.scoring import PairScores
 from training.serving import Pair, Result, by_task, engine_config
 from training.settings import Method
-from training.stages.calibrate import decode, folder_of, questions_of
+from training.stages import calibrate
 from training.stages.score import score_split
+from training.stages.train import need_run
 from training.thresholds import Point, quantile, reach
 
 _CONFIDENCE_POINTS = 11
@@ -46,16 +47,18 @@ def run(project: Project) -> None:
     settings = project.settings
     resolved = {
         "evaluate": settings.evaluate.model_dump(exclude={"rates"}),
+        # The thresholds of confidence deferral are chosen on the questions that the gate's were.
+        "validation": {"limit": settings.calibrate.limit},
         "engine": settings.engine.model_dump(),
     }
     # Answers are kept by the models and the gate that gave them: more seeds or methods only add to them.
     inputs = {split: project.data(split).fingerprint for split in ("validation", "test")}
     for seed in settings.seeds:
         for method in settings.train.methods:
-            project.need(project.run(method, seed), "train")
+            need_run(project, method, seed)
             if method != "finetuned":
-                project.need(folder_of(project, method, seed), "calibrate")
-    stage = StageFolder.open(project.folder("evaluate"), resolved, inputs)
+                calibrate.stage_of(project, method, seed).need("calibrate")
+    stage = StageFolder(project.folder("evaluate"), resolved, inputs).open()
     evaluation = _Evaluation(project, stage.path)
     for seed in settings.seeds:
         for method in settings.train.methods:
@@ -71,8 +74,9 @@ class _Evaluation:
     def __init__(self, project: Project, folder: Path) -> None:
         self.project = project
         self.folder = folder
-        self.questions = questions_of(project, "test", project.settings.evaluate.limit)
-        self.validation = questions_of(project, "validation", project.settings.calibrate.limit)
+        self.questions = calibrate.questions_of(project, "test", project.settings.evaluate.limit)
+        self.numbers = calibrate.numbers_of(project, "test", project.settings.evaluate.limit)
+        self.validation = calibrate.questions_of(project, "validation", project.settings.calibrate.limit)
         self.rows: Rows = {}
         self.curves: dict[str, list[tuple[float, float]]] = {}
 
@@ -84,10 +88,10 @@ class _Evaluation:
             with _Lane(self, f"{method}-{seed}", base, None, experts=False) as lane:
                 self._add(FINETUNED, seed, lane.answers("member", member=0))
             return
-        gate = folder_of(project, method, seed) / "gate"
+        gate = calibrate.folder_of(project, method, seed) / "gate"
         artifact = GateArtifact.load(gate)
         name = COLLM if method == "collm" else WEAK
-        scores = score_split(project, "test", project.run(method, seed))
+        scores = score_split(project, "test", project.run(method, seed)).of_examples(self.numbers)
         deferral_N = Gate(artifact.theta, artifact.bias).deferral(scores.hidden_ND)
         with _Lane(self, f"{method}-{seed}", base, gate, experts=True) as lane:
             result = lane.answers("threshold", policy="threshold", threshold=artifact.default_threshold)
@@ -97,7 +101,7 @@ class _Evaluation:
                 self._add(RANDOM, seed, lane.answers("random", policy="random", rate=rate, seed=seed))
                 self._add(CONFIDENCE, seed, lane.confidence(lane.threshold_of_rate(_validation_rate(project, seed))))
                 self._add(CALIBRATED_CONFIDENCE, seed, lane.confidence(lane.best_threshold()))
-                self.rows.setdefault(ORACLE, {})[seed] = _oracle(scores, project.data("test").examples)
+                self.rows.setdefault(ORACLE, {})[seed] = _oracle(scores, self.questions.examples)
             if first:
                 rates = project.settings.evaluate.rates
                 swept = [_point(lane.decoded(quantile(deferral_N, rate))) for rate in rates]
@@ -135,7 +139,7 @@ class _Lane:
         self._name = name
         paths = project.expert_paths if experts else {}
         self._config = engine_config(project.settings.engine, base, paths, gate)
-        self._models = [hash_of_path(path) for path in (base, *paths.values(), *([gate] if gate else []))]
+        self._models = [project.hash_of(path) for path in (base, *paths.values(), *([gate] if gate else []))]
         self._pair: Pair | None = None
 
     def __enter__(self) -> _Lane:
@@ -154,7 +158,7 @@ class _Lane:
         """A point of the threshold's curve."""
         questions = self._evaluation.questions
         how = {"threshold": threshold}
-        return self._kept("curve", how, lambda pair, label: decode(pair, questions, threshold, label))
+        return self._kept("curve", how, lambda pair, label: calibrate.decode(pair, questions, threshold, label))
 
     def confidence(self, threshold: float) -> Result:
         """Answers to all test questions, deferring where the base is unsure."""
@@ -190,7 +194,7 @@ class _Lane:
 
 def _validation_rate(project: Project, seed: int) -> float:
     """The rate that the calibrated gate measured on the validation questions."""
-    rate: float = read_json(folder_of(project, "collm", seed) / DONE_FILE)["deferral_rate"]
+    rate: float = calibrate.stage_of(project, "collm", seed).results["deferral_rate"]
     return rate
 
 
@@ -213,7 +217,7 @@ def _tokens(scores: PairScores, deferral_N: torch.Tensor) -> dict[str, float | N
     }
 
 
-def _oracle(scores: PairScores, examples: list[Example]) -> Row:
+def _oracle(scores: PairScores, examples: Sequence[Example]) -> Row:
     """Greedy decoding that defers where only an expert has the gold token.
 
     Its text is the gold text up to its first token that no model has, so the cached scores tell exactly how many

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 from training.files import write_text
 from training.project import Project
-from training.stages.calibrate import folder_of
+from training.stages import calibrate
+from training.toml import to_toml
 
 
 def run(project: Project) -> None:
@@ -15,28 +17,24 @@ def run(project: Project) -> None:
     seed = project.settings.seeds[0]
     if "collm" not in project.settings.train.methods:
         return
-    project.need(folder_of(project, "collm", seed), "calibrate")
+    calibrate.stage_of(project, "collm", seed).need("calibrate")
     folder = project.folder("pair")
     trained = project.base_of("collm", seed)
     base = project.base
-    shutil.copytree(folder_of(project, "collm", seed) / "gate", folder / "gate", dirs_exist_ok=True)
+    shutil.copytree(calibrate.folder_of(project, "collm", seed) / "gate", folder / "gate", dirs_exist_ok=True)
     if trained != project.base:
         base = folder / "base"
         shutil.copytree(trained, base, dirs_exist_ok=True)
-    lines = ["[base]", *_lane(project, str(base), "base")]
-    for name, path in project.expert_paths.items():
-        lines += ["", "[[experts]]", f"name = {json.dumps(name)}", *_lane(project, str(path), "experts")]
-    lines += ["", "[gate]", f"path = {json.dumps(str(folder / 'gate'))}"]
-    write_text(folder / "collm.toml", "\n".join(lines) + "\n")
+    experts = [{"name": name, **_lane(project, path)} for name, path in project.expert_paths.items()]
+    config = {"base": _lane(project, base), "experts": experts, "gate": {"path": str(folder / "gate")}}
+    write_text(folder / "collm.toml", to_toml(config))
     print(f"to serve the pair: python -m server --config {folder / 'collm.toml'}")
 
 
-def _lane(project: Project, model: str, table: str) -> list[str]:
-    """A lane's lines, with the engine's options that it was calibrated with. TOML reads JSON's plain values."""
+def _lane(project: Project, model: Path) -> dict[str, Any]:
+    """A lane's table, with the engine's options that it was calibrated with."""
     engine = project.settings.engine
-    lines = [f"model = {json.dumps(model)}"]
+    lane: dict[str, Any] = {"model": str(model)}
     if engine.kv_cache_memory_bytes is not None:
-        lines.append(f"kv_cache_memory_bytes = {engine.kv_cache_memory_bytes}")
-    if engine.vllm:
-        lines += ["", f"[{table}.vllm]", *(f"{key} = {json.dumps(value)}" for key, value in engine.vllm.items())]
-    return lines
+        lane["kv_cache_memory_bytes"] = engine.kv_cache_memory_bytes
+    return lane | ({"vllm": engine.vllm} if engine.vllm else {})

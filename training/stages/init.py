@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import load_file
 
 from training.checkpoints import load_causal, mean_head_row
-from training.files import StageFolder, hash_of_path, write_tensors
+from training.files import StageFolder, write_tensors
 from training.fit import CHECKPOINT, Plan
 from training.gate_only import Gate, GateFit, fit_gate
 from training.losses import weak
 from training.project import Project
-from training.stages.score import score_split
+from training.stages.score import fingerprints, score_split
 
 FILE = "gate.safetensors"
 
@@ -22,15 +22,24 @@ def run(project: Project) -> None:
         initial_gate(project, seed)
 
 
+def stage_of(project: Project, seed: int) -> StageFolder:
+    """The initial gate of a seed."""
+    settings = project.settings
+    resolved = {
+        "init": settings.init.model_dump(),
+        "warm_up": settings.train.warm_up,
+        "bias": settings.train.bias,
+        "seed": seed,
+        "experts": settings.expert_names,
+    }
+    return StageFolder(project.folder("init", f"seed-{seed}"), resolved, fingerprints(project, "train"))
+
+
 def initial_gate(project: Project, seed: int) -> Gate:
     """The initial gate of a seed, fitted if it is not there yet."""
-    settings = project.settings
+    settings, experts = project.settings, project.settings.expert_names
     scores = score_split(project, "train")
-    experts = project.expert_paths
-    inputs = {name: hash_of_path(project.folder("score", "train", name) / "done.json") for name in ("base", *experts)}
-    inputs |= project.fingerprints | {"data": project.data("train").fingerprint}
-    folder = project.folder("init", f"seed-{seed}")
-    stage = StageFolder.open(folder, {"init": settings.init.model_dump(), "seed": seed}, inputs)
+    stage = stage_of(project, seed).open()
     if not stage.done:
         row_D = mean_head_row(load_causal(project.base, settings.compute.dtype, project.device))
         start = Gate(row_D.repeat(len(experts), 1), torch.zeros(len(experts)))
@@ -43,11 +52,16 @@ def initial_gate(project: Project, seed: int) -> Gate:
             bias=settings.train.bias,
             seed=seed,
         )
-        gate = fit_gate(scores, start, weak, fitting, folder, f"init, seed {seed}", project.device)
-        write_tensors(folder / FILE, {"theta": gate.theta_KD, "bias": gate.bias_K})
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+        gate = fit_gate(scores, start, weak, fitting, stage.path, f"init, seed {seed}", project.device)
+        write_tensors(stage.path / FILE, {"theta": gate.theta_KD, "bias": gate.bias_K})
+        (stage.path / CHECKPOINT).unlink(missing_ok=True)
         labels_N = scores.weak_labels()
         share = [float((labels_N == k + 1).float().mean()) for k in range(len(experts))]
         stage.finish(tokens=len(labels_N), share_of_tokens_that_need=dict(zip(experts, share, strict=True)))
-    tensors = load_file(str(folder / FILE))
+    return read_gate(stage)
+
+
+def read_gate(stage: StageFolder) -> Gate:
+    """The gate of a stage that has finished."""
+    tensors = load_file(str(stage.path / FILE))
     return Gate(tensors["theta"], tensors["bias"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -16,8 +18,8 @@ from training.joint import JointFit, fit_joint
 from training.losses import Loss, language, marginal, weak, weakly_joint
 from training.project import Project
 from training.settings import Method
-from training.stages.init import initial_gate
-from training.stages.score import score_split
+from training.stages import init
+from training.stages.score import fingerprints, score_split
 
 LOSSES: dict[tuple[str, Method], Loss] = {
     ("gate", "collm"): marginal,
@@ -38,26 +40,10 @@ def run(project: Project) -> None:
 
 def train_run(project: Project, method: Method, seed: int) -> Path:
     """One run; its folder, with ``gate/`` (not for a fine-tuned base) and, where the base learned, ``base/``."""
-    settings = project.settings
-    mode = "joint" if method == "finetuned" else settings.train.mode
-    start = initial_gate(project, seed)
-    folder = project.run(method, seed)
-    resolved = {
-        "method": method,
-        "mode": mode,
-        "seed": seed,
-        "settings": getattr(settings.train, mode).model_dump(),
-        "warm_up": settings.train.warm_up,
-        "bias": settings.train.bias,
-        "positive_weight": settings.train.weak_positive_weight,
-        "experts": project.settings.expert_names,
-    }
-    inputs = {
-        "init": hash_of([start.theta_KD.tolist(), start.bias_K.tolist()]),
-        "data": project.data("train").fingerprint,
-        **project.fingerprints,
-    }
-    stage = StageFolder.open(folder, resolved, inputs)
+    settings, mode = project.settings, _mode(project, method)
+    start = init.initial_gate(project, seed)
+    stage = stage_of(project, method, seed, start).open()
+    folder = stage.path
     if stage.done:
         return folder
     label = f"train {method}, seed {seed}"
@@ -80,10 +66,46 @@ def train_run(project: Project, method: Method, seed: int) -> Path:
         base, gate = fit_joint(base, tokens, scores, start, loss, fitting, folder, label)
         save_base(base, project.base, folder / "base")
     if method != "finetuned":
-        artifact(project, gate, folder, resolved).save(folder / "gate")
+        artifact(project, gate, folder, stage.settings).save(folder / "gate")
     (folder / CHECKPOINT).unlink(missing_ok=True)
     stage.finish(examples=len(project.data("train").tokens), tokens=len(scores.gold_N))
     return folder
+
+
+def stage_of(project: Project, method: Method, seed: int, start: Gate) -> StageFolder:
+    """A run from an initial gate."""
+    settings, mode = project.settings.train, _mode(project, method)
+    resolved = {
+        "method": method,
+        "mode": mode,
+        "seed": seed,
+        "settings": getattr(settings, mode).model_dump(),
+        "warm_up": settings.warm_up,
+        "bias": settings.bias,
+        "positive_weight": settings.weak_positive_weight,
+        "experts": project.settings.expert_names,
+    }
+    # No expert can have the name of the gate's entry: it has a space.
+    inputs = {
+        "initial gate": hash_of([start.theta_KD.tolist(), start.bias_K.tolist()]),
+        **fingerprints(project, "train"),
+    }
+    return StageFolder(project.run(method, seed), resolved, inputs)
+
+
+def need_run(project: Project, method: Method, seed: int) -> None:
+    """Raise unless a run, with these settings, is there.
+
+    Raises:
+        TrainingError: saying that ``train`` has to be run first.
+    """
+    initial = init.stage_of(project, seed)
+    initial.need("train")
+    stage_of(project, method, seed, init.read_gate(initial)).need("train")
+
+
+def _mode(project: Project, method: Method) -> Literal["gate", "joint"]:
+    return "joint" if method == "finetuned" else project.settings.train.mode
 
 
 def _gate_only(project: Project, start: Gate, loss: Loss, seed: int, folder: Path, label: str) -> Gate:
@@ -105,7 +127,7 @@ def _plan(project: Project, steps: int) -> Plan:
     return Plan(steps, project.settings.train.warm_up, project.settings.train.checkpoint_every)
 
 
-def artifact(project: Project, gate: Gate, folder: Path, resolved: dict[str, object]) -> GateArtifact:
+def artifact(project: Project, gate: Gate, folder: Path, resolved: Mapping[str, Any]) -> GateArtifact:
     """The run's gate as the server loads it, not calibrated yet."""
     base = folder / "base"
     experts: list[ModelIdentity | None] = [model_identity(path) for path in project.expert_paths.values()]

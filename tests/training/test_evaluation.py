@@ -1,0 +1,152 @@
+"""Calibration and evaluation with a made-up pair whose rates and scores are known; the oracle; incomplete rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from engine.types import Completion, GenerationRequest
+from tests.training.builders import BEST_RATE, TinyProject, examples, write_jsonl
+from training.__main__ import main
+from training.data import Example, TokenExample
+from training.report import CALIBRATED_CONFIDENCE, COLLM, CONFIDENCE, ORACLE, RANDOM, UNTRAINED_CONFIDENCE
+from training.scoring import ModelScores, PairScores
+from training.serving import Answer, Pair, Questions, Result
+from training.stages.evaluate import _oracle
+
+pytest.importorskip("matplotlib")
+
+
+def answers(tiny: TinyProject, lane: str, what: str) -> list[dict[str, Any]]:
+    """What was asked of a lane under this name."""
+    folder = tiny.folder / "out" / "evaluate" / "answers" / lane
+    found = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    return [content for content in found if content["what"] == what]
+
+
+def rows_of(tiny: TinyProject) -> dict[str, Any]:
+    """The table's rows of seed 0."""
+    rows = json.loads((tiny.folder / "out" / "evaluate" / "table.json").read_text())["rows"]
+    return {name: by_seed["0"] for name, by_seed in rows.items()}
+
+
+@pytest.mark.usefixtures("fake_pair")
+def test_baselines_defer_at_the_rate_of_the_gate(tiny: TinyProject) -> None:
+    for number, split in enumerate(("validation", "test")):
+        write_jsonl(tiny.folder / f"{split}.jsonl", examples(20, number))
+    assert main(["pipeline", "--config", str(tiny.write())]) == 0
+    curve = json.loads((tiny.folder / "out" / "calibrate" / "collm-0" / "curve.json").read_text())
+    done = json.loads((tiny.folder / "out" / "calibrate" / "collm-0" / "done.json").read_text())
+    scores = [point["score"] for point in curve["points"]]
+    assert done["score"] == max(scores) > min(scores) > 0
+    rows = rows_of(tiny)
+    assert rows[COLLM]["deferral_rate"] == pytest.approx(1 - done["threshold"], abs=0.005)
+    assert rows[RANDOM]["deferral_rate"] == pytest.approx(rows[COLLM]["deferral_rate"], abs=0.005)
+    # Chosen on validation questions, where the made-up pair is as it is on the test's.
+    assert rows[CONFIDENCE]["deferral_rate"] == pytest.approx(done["deferral_rate"], abs=0.02)
+    best = rows[CALIBRATED_CONFIDENCE]
+    assert best["deferral_rate"] == pytest.approx(BEST_RATE, abs=0.1)
+    swept = [Result.from_json(found) for found in answers(tiny, "collm-0", "confidence, validation")]
+    assert best["exact_match"] == max(result.score for result in swept)
+
+
+@pytest.mark.usefixtures("fake_pair")
+def test_a_limit_holds_for_every_row(tiny: TinyProject) -> None:
+    tiny.content["evaluate"]["limit"] = 3
+    assert main(["pipeline", "--config", str(tiny.write())]) == 0
+    rows = rows_of(tiny)
+    assert {name: row["questions"] for name, row in rows.items()} == dict.fromkeys(rows, 3)
+    asked = tiny.project.data("test").tokens[::2]
+    assert rows[ORACLE]["tokens"] == sum(len(example.completion) for example in asked)
+
+
+@pytest.mark.usefixtures("fake_pair")
+def test_thresholds_of_confidence_are_chosen_on_the_questions_of_the_calibration(tiny: TinyProject) -> None:
+    tiny.content["train"]["mode"] = "joint"
+    for limit in (2, 5):
+        tiny.content["calibrate"]["limit"] = limit
+        assert main(["pipeline", "--config", str(tiny.write())]) == 0
+        assert UNTRAINED_CONFIDENCE in rows_of(tiny)
+        for lane in ("collm-0", "members"):
+            assert {len(found["answers"]) for found in answers(tiny, lane, "confidence, validation")} == {limit}
+
+
+def hand_made() -> PairScores:
+    """Two examples, of 2 and 3 tokens; the second one's middle token is nobody's."""
+    gold_N = torch.ones(5, dtype=torch.long)
+    logp_N = torch.full((5,), -1.0)
+    base = ModelScores(logp_N, torch.tensor([1, 0, 1, 0, 0]), torch.arange(5.0)[:, None])
+    expert = ModelScores(logp_N, torch.tensor([0, 1, 1, 0, 1]), None)
+    return PairScores(gold_N, [0, 2, 5], base, (expert,))
+
+
+def test_the_oracle_by_hand() -> None:
+    asked = [Example("q", "a", "first"), Example("q", "a", "second")]
+    row = _oracle(hand_made(), asked)
+    assert (row["questions"], row["exact_match"], row["by_task"]) == (2, 0.5, {"first": 1.0, "second": 0.0})
+    assert (row["deferral_rate"], row["expert_tokens"], row["tokens"]) == (2 / 5, 2, 5)
+    row = _oracle(hand_made().of_examples([1]), asked[1:])
+    assert (row["questions"], row["exact_match"], row["by_task"]) == (1, 0.0, {"second": 0.0})
+    assert (row["deferral_rate"], row["expert_tokens"], row["tokens"]) == (1 / 3, 1, 3)
+
+
+def test_scores_of_some_examples() -> None:
+    some = hand_made().of_examples([1, 0])
+    assert some.starts == [0, 3, 5]
+    assert some.hidden_ND[:, 0].tolist() == [2, 3, 4, 0, 1]
+    assert some.weak_labels().tolist() == [0, 0, 1, 0, 1]
+    assert some.experts[0].hidden_ND is None
+
+
+class FakeEngine:
+    """Answers "ok" and stops, or, asked for more tokens than that has, goes on with it and never ends."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def generate(self, requests: list[GenerationRequest], on_done: Callable[[Completion], None]) -> list[Completion]:
+        found = []
+        for request in requests:
+            text, reason = ("ok", "stop") if request.prompt == [1] else ("ok, and so on", "length")
+            found.append(Completion(request.request_id, [ord(c) for c in text], [0] * len(text), [], reason))
+        for completion in found:
+            on_done(completion)
+        return found
+
+    def shutdown(self) -> None:
+        pass
+
+
+class Letters:
+    """A tokenizer of code points."""
+
+    def decode(self, tokens: list[int], **_: object) -> str:
+        return "".join(map(chr, tokens))
+
+
+def test_an_answer_to_the_start_of_a_completion_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.serving.Engine", FakeEngine)
+    asked = [
+        (Example("ends", "ok"), 1, True),
+        (Example("goes on", "ok"), 2, False),
+        (Example("goes on", "ok", complete=False), 2, True),
+        (Example("goes on", "ok.", complete=False), 2, False),
+        (Example("ends", "ok", complete=False), 1, True),
+    ]
+    tokens = [TokenExample([prompt], [0]) for _, prompt, _ in asked]
+    config: Any = None
+    with Pair(config, Letters()) as pair:
+        result = pair.answer(Questions([example for example, *_ in asked], tokens, 20), "test", policy="never")
+    expected = [exact for *_, exact in asked]
+    assert [answer.exact for answer in result.answers] == expected
+    assert [answer.exact for answer in Result.from_json(json.loads(json.dumps(result.to_json()))).answers] == expected
+
+
+def test_an_answer_is_exact_where_it_ended_with_the_gold() -> None:
+    assert Answer("t", " x", " x", True, [0]).exact
+    assert not Answer("t", " x", " x", False, [0]).exact
+    assert not Answer("t", " xy", " x", True, [0]).exact
