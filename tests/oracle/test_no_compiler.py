@@ -1,13 +1,14 @@
-"""Logprobs ask nothing of the machine: no compiler, no folder to write to."""
+"""Nothing that a request asks for is compiled while it is served: no compiler is needed, no folder to write to."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from engine.client import Engine
-from engine.types import Collaboration, GenerationRequest, SamplingSpec
+from engine.types import Collaboration, GenerationRequest, SamplingSpec, StructuredOutputs
 from tests.oracle import pairs
 from tests.oracle.checks import assert_empty
 
@@ -27,14 +28,19 @@ def test_without(
     else:
         # Importing vLLM makes the folder, so there must be one.
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/sys")
+    plain = SamplingSpec(temperature=0.0, max_tokens=8, logprobs=2, prompt_logprobs=1)
+    sampled = msgspec.structs.replace(plain, temperature=1.0, top_p=0.9, top_k=20, min_p=0.01)
+    kinds = [
+        plain,
+        msgspec.structs.replace(sampled, seed=1),
+        msgspec.structs.replace(
+            sampled, presence_penalty=1.0, repetition_penalty=1.1, logit_bias={5: 1.0}, min_tokens=2
+        ),
+        msgspec.structs.replace(plain, structured_outputs=StructuredOutputs(regex="[ab]{8}")),
+    ]
     requests = [
-        GenerationRequest(
-            f"{number}",
-            prompt,
-            SamplingSpec(temperature=number / 2, seed=number, max_tokens=8, logprobs=2, prompt_logprobs=1),
-            Collaboration(policy="random", rate=0.5),
-        )
-        for number, prompt in enumerate(prompts[:3])
+        GenerationRequest(f"{number}", prompt, sampling, Collaboration(policy="random", rate=0.5))
+        for number, (prompt, sampling) in enumerate(zip(prompts, kinds, strict=False))
     ]
     with Engine(random_pair.config()) as engine:
         completions = engine.generate(requests)
