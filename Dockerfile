@@ -2,7 +2,8 @@
 # The server with everything it needs. For NVIDIA GPUs:      docker build -t collm .
 # For machines without one (TORCH_INDEX: the extra index that PyTorch publishes for CPU wheels):
 #                                  docker build -t collm:cpu --build-arg DEVICE=cpu --build-arg TORCH_INDEX=... .
-# Runs as a user without rights; the root file system may be read-only, with /tmp and /var/cache/collm writable.
+# Runs as a user without rights; the root file system may be read-only, with /tmp and /var/cache/collm writable. What is
+# compiled at run time is loaded from the latter, which must not be mounted noexec (as Docker mounts a tmpfs).
 
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
@@ -46,6 +47,7 @@ ENV PATH=/opt/collm/bin:$PATH \
     XDG_CACHE_HOME=/var/cache/collm \
     HF_HOME=/var/cache/collm/huggingface \
     TRITON_CACHE_DIR=/var/cache/collm/triton \
+    TORCHINDUCTOR_CACHE_DIR=/var/cache/collm/torchinductor \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     VLLM_NO_USAGE_STATS=1 \
@@ -53,6 +55,6 @@ ENV PATH=/opt/collm/bin:$PATH \
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+    CMD ["python", "-m", "server.healthcheck"]
 ENTRYPOINT ["python", "-m", "server", "--host", "0.0.0.0", "--port", "8000"]
 CMD ["--config", "deploy/config/demo.toml"]

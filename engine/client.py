@@ -40,6 +40,7 @@ from engine.messages import (
     Shutdown,
     Start,
     Submit,
+    ToEngine,
 )
 from engine.process import BATCHES_SOCKET, REQUESTS_SOCKET
 from engine.types import Completion, Delta, EngineInfo, EngineStats, GenerationRequest
@@ -79,6 +80,7 @@ class EngineClient:
             socket.bind(f"ipc://{directory / name}")
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._checker = msgspec.msgpack.Decoder(ToEngine)
         self._numbers = itertools.count()
         # On the wire every request has an id of its own: what is still under way for an abandoned request must not
         # reach a later one of the same name.
@@ -179,9 +181,11 @@ class EngineClient:
         wire_id = f"{next(self._numbers)}:{request_id}"
         try:
             message = self._encoder.encode(Submit([msgspec.structs.replace(request, request_id=wire_id)]))
+            # Structs do not check their fields when they are made; the engine could only drop what it cannot read.
+            self._checker.decode(message)
         except (OverflowError, TypeError, ValueError) as error:
             raise RequestError(f"the request cannot be sent: {error}") from error
-        if not self._streams:
+        if not self._awaited:
             self._heard = time.monotonic()  # an idle engine says nothing
         stream = self._streams[wire_id] = _Stream(request_id)
         self._wire_ids[request_id] = wire_id
@@ -245,6 +249,11 @@ class EngineClient:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
+    @property
+    def _awaited(self) -> bool:
+        """Whether the engine owes anybody anything; what a slow reader has not taken yet it has long delivered."""
+        return any(not stream.complete for stream in self._streams.values())
+
     def _dead_error(self) -> EngineDeadError:
         return EngineDeadError(self._reason or "the engine is gone")
 
@@ -299,7 +308,7 @@ class EngineClient:
         patience = timeout + STEP_MARGIN_SECONDS
         while True:
             await asyncio.sleep(patience / 4)
-            if self._streams and time.monotonic() - self._heard > patience:
+            if self._awaited and time.monotonic() - self._heard > patience:
                 self._die(f"a step of the engine timed out after {timeout:g} s")
                 with contextlib.suppress(ProcessLookupError):
                     self._process.kill()
@@ -330,12 +339,14 @@ class _Stream:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
+        self.complete = False
         self._delta: Delta | None = None
         self._ended = False
         self._news = asyncio.Event()
 
     def put(self, delta: Delta) -> None:
         """Add what arrived."""
+        self.complete = delta.finish_reason is not None
         if self._delta is None:
             self._delta = delta
         else:

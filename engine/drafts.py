@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from engine.types import GenerationRequest, RunAhead, TokenLogprobs
 
@@ -10,8 +10,7 @@ LONGEST_WINDOW = 16
 """Most drafts of a request whose window length is chosen automatically; bounds what a rejection can waste."""
 
 
-@dataclass(slots=True)
-class Draft:
+class Draft(msgspec.Struct):
     """The base's own token at a position that is not written yet, and who is to write there.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Random draws as pure functions of (seed, lane, position).
+"""Random draws as pure functions of (seed, stream, position).
 
 A request with a seed must give the same tokens alone and in any batch, whatever is preempted, recomputed or computed
 ahead of time. A generator that is advanced once a sample cannot promise that: a recomputed position would draw twice.
@@ -29,6 +29,11 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+def series(seed: int, stream: int) -> int:
+    """What all draws of a seed in one stream have in common, for :func:`uniform_in`; arguments as for :func:`key`."""
+    return _mix(_mix(seed & _MASK) ^ stream)
+
+
 def key(seed: int, stream: int, position: int) -> int:
     """A 64-bit key for one draw.
 
@@ -37,9 +42,14 @@ def key(seed: int, stream: int, position: int) -> int:
         stream: what is drawn: TOKEN_STREAM or POLICY_STREAM.
         position: number of tokens, prompt included, before the one being drawn.
     """
-    return _mix(_mix(_mix(seed & _MASK) ^ stream) ^ position)
+    return _mix(series(seed, stream) ^ position)
+
+
+def uniform_in(series: int, position: int) -> float:
+    """A double in [0, 1) for one draw of a series."""
+    return (_mix(series ^ position) >> 11) * 2.0**-53
 
 
 def uniform(seed: int, stream: int, position: int) -> float:
     """A double in [0, 1) for one draw; arguments as for :func:`key`."""
-    return (key(seed, stream, position) >> 11) * 2.0**-53
+    return uniform_in(series(seed, stream), position)

@@ -88,15 +88,22 @@ class StepLoop:
 
     def _stalled(self) -> bool:
         """Requests are left that nothing will ever end: a lane has kept a sample to itself."""
-        return (
-            self._scheduler.running > 0 and not self._under_way and not any(lane.is_preparing() for lane in self._lanes)
-        )
+        return self._scheduler.running > 0 and not self._under_way and not self.preparing
 
     def patience(self) -> float | None:
-        """Seconds until a step that is under way becomes overdue, for whoever waits; None if none will."""
-        if not self._deadlines:
-            return None
-        return max(0.0, min(self._deadlines.values()) - time.monotonic())
+        """Longest that a caller with nothing to do should wait before the next pass; None is as long as it takes.
+
+        Seconds until a step that is under way becomes overdue; less while a lane prepares, see :attr:`preparing`.
+        """
+        waits = [max(0.0, deadline - time.monotonic()) for deadline in self._deadlines.values()]
+        if self.preparing:
+            waits.append(self._step_timeout / 4)
+        return min(waits, default=None)
+
+    @property
+    def preparing(self) -> bool:
+        """Whether requests wait for something that is not a step (a grammar). The engine must not seem dead then."""
+        return any(lane.is_preparing() for lane in self._lanes)
 
     def stats(self) -> EngineStats:
         """The engine's account; list-valued fields are handed out once."""
@@ -186,11 +193,13 @@ class StepLoop:
         while not self._completed.empty():
             number = self._completed.get()
             self._deadlines.pop(number, None)
-            if number in self._lost:
+            future = self._under_way.pop(number)
+            overdue = number in self._lost
+            if overdue and future.exception() is None:
                 self._lost.discard(number)
                 self._scheduler.regain(number)
                 logger.warning("lane %s is back", self._lanes[number].info.name)
-            self._land(number, self._under_way.pop(number))
+            self._land(number, future, usual=not overdue)
             active = True
         return active
 
@@ -203,7 +212,8 @@ class StepLoop:
         self._lost.add(number)
         self._scheduler.lose(number)
 
-    def _land(self, number: int, future: Future[LaneReport]) -> None:
+    def _land(self, number: int, future: Future[LaneReport], *, usual: bool = True) -> None:
+        """Take in a step; one that is not ``usual`` says nothing of what steps cost."""
         report = future.result()
         self._step_seconds += report.seconds
         scheduler = self._scheduler
@@ -211,7 +221,8 @@ class StepLoop:
             scheduler.fail(request_id, message, refused=refused)
         before = scheduler.progress
         scheduler.land(number, report.samples)
-        self._pacer.observe(number, report.tokens, report.rows, report.seconds, scheduler.progress - before)
+        if usual:
+            self._pacer.observe(number, report.tokens, report.rows, report.seconds, scheduler.progress - before)
 
     def _rest(self) -> None:
         """Called once when the engine has gone idle: nothing may be left in any lane."""

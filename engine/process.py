@@ -131,7 +131,7 @@ class EngineProcess:
                 try:
                     message = self._inbox.get(timeout=loop.patience() if block else None)
                 except queue.Empty:
-                    break  # a step is overdue
+                    break  # a step is overdue, or the client is due a sign of life
                 finally:
                     block = False
                 match message:
@@ -148,7 +148,7 @@ class EngineProcess:
             was_active = active
             active = loop.step()
             deltas = scheduler.take_deltas()
-            if deltas or active or was_active:
+            if deltas or active or was_active or loop.preparing:
                 self._send(Batch(deltas, loop.stats()))
 
     def _receive(self) -> None:

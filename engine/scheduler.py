@@ -126,6 +126,8 @@ class Scheduler:
             threshold=threshold,
             experts=() if collaboration.member is not None else tuple(dict.fromkeys(experts)),
             seed=secrets.randbits(63) if seed is None else seed,
+            eos=self._eos,
+            max_model_len=self._max_model_len,
             run_ahead=window_limit(request, self._run_ahead),
         )
         problem = self._problem(sequence)
@@ -191,7 +193,7 @@ class Scheduler:
         """Take in what a lane sampled. Stale samples are ignored, see :class:`~engine.sequence.Sequence`."""
         for sample in samples:
             sequence = self._running.get(sample.request_id)
-            if sequence is None or not _is_awaited(sequence, lane, sample.position):
+            if sequence is None or not sequence.awaits(lane, sample.position):
                 continue
             problem = None
             if not 0 <= sample.token < self._vocab_size:
@@ -278,26 +280,30 @@ class Scheduler:
         """The home lane has sampled the position after all drafts: decide who writes there."""
         if sample.prompt_logprobs is not None:
             sequence.note_prompt_logprobs(sample.prompt_logprobs)
-        draft = Draft(sample.token, sequence.home, logprobs=sample.logprobs, error=problem)
+        writer, deferral = sequence.home, None
         if sequence.experts and problem is None:
             try:
-                draft.writer, draft.deferral = self._decide(sequence, sample)
+                writer, deferral = self._decide(sequence, sample)
             except ValueError as error:
                 self.gate_errors += 1
-                draft.error = str(error)
+                problem = str(error)
         self.progress += self._standing(sequence)
         window = sequence.window
-        window.append(draft)
+        if not window and writer == sequence.home and problem is None:
+            # Nobody questions it: by far the most tokens never are drafts.
+            if self._write(sequence, sample.token, writer, sample.logprobs, deferral):
+                self._due[writer][sample.request_id] = sequence
+            return
+        window.append(Draft(sample.token, writer, deferral, sample.logprobs, problem))
         if len(window) == 1:
             self._settle(sequence)
-        elif draft.writer == sequence.turn:
-            self._due[draft.writer][sample.request_id] = sequence
+        elif writer == sequence.turn:
+            self._due[writer][sample.request_id] = sequence
         if window and self._drafts_on(sequence):
             self._due[sequence.home][sample.request_id] = sequence
 
     def _decide(self, sequence: Sequence, sample: Sample) -> tuple[int, float | None]:
         """The lane that writes the sampled position, and the deferral probability there."""
-        collaboration = sequence.request.collaboration
         policy = POLICIES[sequence.policy]
         experts = sequence.experts
         deferral: float | None
@@ -308,7 +314,7 @@ class Scheduler:
                     raise ValueError(NOT_FINITE)
                 deferral = None
         else:
-            deferral, weights = None, [(lane, 1.0 / len(experts)) for lane in experts]
+            deferral, weights = None, sequence.evenly
         if policy.needs == "top_probability":
             assert sample.top_probability is not None
             if not 0.0 <= sample.top_probability <= 1.0:
@@ -316,8 +322,8 @@ class Scheduler:
             deferral = 1.0 - sample.top_probability
         if not sequence.may_defer:
             return BASE, deferral
-        draw = draws.uniform(sequence.seed, draws.POLICY_STREAM, sample.position)
-        position = Position(deferral, weights, sequence.threshold, collaboration.rate, draw)
+        draw = draws.uniform_in(sequence.draws, sample.position) if policy.draws else 0.0
+        position = Position(deferral, weights, sequence.threshold, sequence.request.collaboration.rate, draw)
         return policy.decide(position), deferral
 
     def _standing(self, sequence: Sequence) -> float:
@@ -331,14 +337,12 @@ class Scheduler:
         limit, last = sequence.run_ahead, sequence.window[-1]
         if limit == 0 or last.writer not in (BASE, sequence.turn) or last.error is not None:
             return False
-        sampling = sequence.request.sampling
         ahead = len(sequence.window)
-        length = len(sequence.tokens) + ahead
         if (
-            length < sampling.min_tokens
-            or length >= sampling.max_tokens
-            or sequence.reach >= self._max_model_len
-            or self._is_stop(sequence, last.token)
+            # All of a window's positions are sampled as ones at which the text may end.
+            len(sequence.tokens) < sequence.request.sampling.min_tokens
+            or len(sequence.tokens) + ahead >= sequence.room
+            or last.token in sequence.stops
         ):
             return False
         if limit is not None:
@@ -427,17 +431,14 @@ class Scheduler:
         sequence.write(token, lane, logprobs, deferral)
         self._waiting.charge(sequence.request.client, WRITTEN_TOKEN_COST)
         self._changed[sequence] = None
-        if len(sequence.tokens) >= sequence.request.sampling.min_tokens and self._is_stop(sequence, token):
+        length = len(sequence.tokens)
+        if token in sequence.stops and length >= sequence.request.sampling.min_tokens:
             self._end(sequence, "stop", stop_token=token)
             return False
-        if len(sequence.tokens) >= sequence.request.sampling.max_tokens or sequence.position >= self._max_model_len:
+        if length >= sequence.room:
             self._end(sequence, "length")
             return False
         return True
-
-    def _is_stop(self, sequence: Sequence, token: int) -> bool:
-        sampling = sequence.request.sampling
-        return token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos)
 
     def _end(
         self,
@@ -462,22 +463,13 @@ class Scheduler:
                 self._removals[lane].append(request_id)
 
 
-def _is_awaited(sequence: Sequence, lane: int, position: int) -> bool:
-    """Whether a lane's sample at this position is of use."""
-    prompt = len(sequence.request.prompt)
-    if lane == sequence.home:
-        # Told of more or of less: the sample is an aborted namesake's, or follows drafts that have been cut.
-        return position == sequence.reach and sequence.known[lane] == position - prompt
-    return sequence.turn == lane and position == sequence.position and sequence.known[lane] >= position - prompt
-
-
 def _lane_request(sequence: Sequence, lane: int, extent: int, asked: tuple[int, ...]) -> LaneRequest:
     request = sequence.request
     sampling = request.sampling
     if sampling.prompt_logprobs is not None and lane != sequence.home:
         # The prompt is scored once, by the model that the request starts with.
         sampling = msgspec.structs.replace(sampling, prompt_logprobs=None)
-    if sampling.seed is None and sampling.temperature > 0 and sequence.run_ahead != 0:
+    if sampling.seed is None and sampling.temperature > 0 and sequence.run_ahead != 0 and sequence.experts:
         # A draft agrees with its expert only by chance unless both lanes draw with the same noise.
         sampling = msgspec.structs.replace(sampling, seed=sequence.seed)
     return LaneRequest(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from collections.abc import Set
 
+from engine import draws
 from engine.drafts import Draft
 from engine.types import BASE, Delta, FinishReason, GenerationRequest, PolicyName, TokenLogprobs
 
@@ -25,21 +27,31 @@ class Sequence:
             does not hold the request.
         expert_tokens: how many of the tokens were written by experts.
         parked_at: since when the next position has waited for an expert, in seconds of the scheduler's clock.
+        prompt_length: number of prompt tokens.
+        stops: token ids that end the text, once it has ``min_tokens``.
+        room: most tokens that may be written.
+        draws: the request's series of policy draws, see :func:`engine.draws.series`.
+        evenly: (lane, probability) of each expert where there is no gate to tell.
         run_ahead: most drafts beyond the first; None as many as pay.
         timeline: see :class:`~engine.types.Delta`; None if the request did not ask.
     """
 
     __slots__ = (
         "_delta",
+        "draws",
+        "evenly",
         "expert_tokens",
         "experts",
         "home",
         "known",
         "parked_at",
         "policy",
+        "prompt_length",
         "request",
+        "room",
         "run_ahead",
         "seed",
+        "stops",
         "threshold",
         "timeline",
         "tokens",
@@ -55,14 +67,22 @@ class Sequence:
         threshold: float,
         experts: Seq[int],
         seed: int,
+        eos: Set[int],
+        max_model_len: int,
         run_ahead: int | None = 0,
     ) -> None:
+        sampling = request.sampling
         self.request = request
         self.policy: PolicyName = policy
         self.threshold = threshold
         self.experts = experts
         self.seed = seed
         self.home = request.collaboration.member or BASE
+        self.prompt_length = len(request.prompt)
+        self.stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
+        self.room = min(sampling.max_tokens, max_model_len - self.prompt_length)
+        self.draws = draws.series(seed, draws.POLICY_STREAM)
+        self.evenly = [(lane, 1.0 / len(experts)) for lane in experts]
         self.run_ahead = run_ahead
         self.tokens: list[int] = []
         self.window: list[Draft] = []
@@ -75,7 +95,7 @@ class Sequence:
     @property
     def position(self) -> int:
         """Number of tokens before the next one, prompt included."""
-        return len(self.request.prompt) + len(self.tokens)
+        return self.prompt_length + len(self.tokens)
 
     @property
     def turn(self) -> int:
@@ -83,14 +103,18 @@ class Sequence:
         return self.window[0].writer if self.window else self.home
 
     @property
-    def reach(self) -> int:
-        """Number of tokens before the first one that the base has not looked at, prompt and drafts included."""
-        return self.position + len(self.window)
-
-    @property
     def deferred(self) -> int:
         """How many drafts wait for an expert's word."""
         return sum(draft.writer != BASE for draft in self.window)
+
+    def awaits(self, lane: int, position: int) -> bool:
+        """Whether a lane's sample at this position is of use."""
+        number = position - self.prompt_length
+        written = len(self.tokens)
+        if lane == self.home:
+            # Told of more or of less: the sample is an aborted namesake's, or follows drafts that have been cut.
+            return number == written + len(self.window) == self.known[lane]
+        return number == written <= self.known[lane] and lane == self.turn
 
     @property
     def may_defer(self) -> bool:
@@ -113,7 +137,7 @@ class Sequence:
             elif draft.writer != BASE:
                 break
         *before, last = asked
-        return last - len(self.request.prompt), tuple(before)
+        return last - self.prompt_length, tuple(before)
 
     def between(self, begin: int, end: int) -> list[int]:
         """Tokens, written ones then drafts, from index ``begin`` up to but without ``end``."""

@@ -46,7 +46,7 @@ class SamplingSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     Attributes:
         temperature: 0 is greedy.
         top_k: 0 keeps the whole vocabulary.
-        seed: makes the request reproducible, alone and in any batch; None draws from the lane's shared generator.
+        seed: makes the request reproducible, alone and in any batch; None is another answer each time.
         logit_bias: token id -> added logit.
         logprobs: how many of the most probable tokens to report beside each written one; None reports nothing.
         prompt_logprobs: the same for prompt tokens, by the base; None reports nothing.
@@ -129,6 +129,10 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int
 
 
+GRAMMAR_AT_FAULT = "structured_outputs: "
+"""How the error of a refused request begins where it is its grammar that cannot be served."""
+
+
 class Delta(msgspec.Struct, array_like=True):
     """What one request gained since its last delta. The per-token lists have the same length, always.
 
@@ -142,7 +146,8 @@ class Delta(msgspec.Struct, array_like=True):
         finish_reason: set on the last delta.
         stop_token: the token id that ended the request, if one did.
         error: what went wrong, when finish_reason is "error".
-        refused: the error is the request's own fault; nothing was written.
+        refused: the error is the request's own fault; nothing was written. It begins with ``GRAMMAR_AT_FAULT`` where
+            the fault is the grammar's.
         timeline: with the last delta, if asked for: seconds of the machine's monotonic clock at which the request was
             admitted, then for each deferral when it was parked and when its expert token came.
     """

@@ -18,6 +18,24 @@ _LONGEST_WAIT_S = 60
 """Clients are sent away for no longer: nobody knows the load of the minute after, and OpenAI's SDKs ignore more."""
 
 
+class Places:
+    """What one request holds. It gives all of them back at once, at its end.
+
+    Args:
+        count: one a choice.
+        on_end: called for each choice that ends before.
+    """
+
+    def __init__(self, count: int, on_end: Callable[[], None]) -> None:
+        self.unfinished = count
+        self._on_end = on_end
+
+    def end_one(self) -> None:
+        """Nothing more is written of one of the choices; its place is kept until the response is complete."""
+        self.unfinished -= 1
+        self._on_end()
+
+
 class Admission:
     """Counts generation requests (one a choice) that are somewhere between arrival and answer.
 
@@ -35,6 +53,10 @@ class Admission:
         reserve: places beyond those, for clients that hold few.
         retry_after: seconds, the least that clients are told which are turned away.
         clock: seconds; a parameter for tests.
+
+    Attributes:
+        in_flight: places that are held.
+        unfinished: those of them whose choice has not ended.
     """
 
     def __init__(
@@ -42,6 +64,7 @@ class Admission:
     ) -> None:
         self.capacity = running + queued
         self.in_flight = 0
+        self.unfinished = 0
         self._reserve = reserve
         self._retry_after = retry_after
         self._clock = clock
@@ -51,7 +74,7 @@ class Admission:
         self._empty.set()
 
     @contextmanager
-    def reserve(self, client: str, choices: int, param: str) -> Iterator[None]:
+    def reserve(self, client: str, choices: int, param: str) -> Iterator[Places]:
         """Hold places for a request's choices while it is served.
 
         Args:
@@ -69,12 +92,15 @@ class Admission:
         if (missing := self._missing(client, choices)) > 0:
             raise overloaded("Too many requests are waiting; try again later.", self._wait(missing))
         self.in_flight += choices
+        self.unfinished += choices
         self._held[client] += choices
         self._empty.clear()
+        places = Places(choices, self._end_one)
         try:
-            yield
+            yield places
         finally:
             self.in_flight -= choices
+            self.unfinished -= places.unfinished
             self._held[client] -= choices
             if not self._held[client]:
                 del self._held[client]
@@ -85,6 +111,9 @@ class Admission:
     async def drained(self) -> None:
         """Returns when nothing is in flight."""
         await self._empty.wait()
+
+    def _end_one(self) -> None:
+        self.unfinished -= 1
 
     def _missing(self, client: str, choices: int) -> int:
         """How many places others must give back before this client gets so many; none if not positive."""

@@ -6,11 +6,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.auth import ApiKeys
 from server.context import RequestContext, error_response
+from server.cors import Cors
 from server.errors import ApiError, from_status
 from server.limits import RequestLimits
 from server.openapi import document
@@ -48,7 +48,7 @@ def create_app(service: Service) -> FastAPI:
     )
     if config.cors_allow_origins:
         app.add_middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=config.cors_allow_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],

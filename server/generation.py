@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from engine.errors import CollmError, EngineDeadError
-from engine.types import Delta, GenerationRequest
+from engine.types import GRAMMAR_AT_FAULT, Delta, GenerationRequest
 from server.engine_port import Engine
 from server.errors import ApiError, engine_failure, invalid, request_failure
 from server.metrics import RequestMeter
@@ -27,9 +27,10 @@ class Choice:
         index: its number in the response.
         prompt_index: which of the request's prompts it continues.
         request: None where nothing has to be generated (echo alone).
-        refusal_param: the field that is to blame where the engine refuses what could not be validated here.
+        grammar_param: the field that brought its grammar.
         prompt_only: the engine is asked for the prompt's logprobs; the token that it must write is dropped.
         timeline: of its last delta.
+        on_end: called once nothing more will be written of it.
     """
 
     index: int
@@ -38,9 +39,10 @@ class Choice:
     builder: PieceBuilder
     meter: RequestMeter
     prompt_only: bool = False
-    refusal_param: str | None = None
+    grammar_param: str | None = None
     piece: Piece = field(default_factory=Piece)
     timeline: list[float] | None = None
+    on_end: Callable[[], None] | None = None
 
 
 def write(engine: Engine, choice: Choice) -> AsyncGenerator[Piece, None]:
@@ -58,16 +60,17 @@ def write(engine: Engine, choice: Choice) -> AsyncGenerator[Piece, None]:
 async def _write(engine: Engine, choice: Choice) -> AsyncGenerator[Piece, None]:
     if choice.request is None:
         choice.meter.end("length")
+        _ended(choice)
         yield Piece(finish_reason="length")
         return
     builder, meter = choice.builder, choice.meter
-    outcome = "aborted"
+    outcome: str | None = "aborted"
     delta: Delta | None = None
     deltas = engine.generate(choice.request)
     try:
         async for delta in deltas:
             if delta.refused:
-                raise invalid(delta.error or "The engine refused the request.", choice.refusal_param)
+                raise _refusal(delta, choice)
             if delta.finish_reason in ("error", "aborted"):
                 raise request_failure(delta.error)
             if choice.prompt_only:
@@ -85,8 +88,9 @@ async def _write(engine: Engine, choice: Choice) -> AsyncGenerator[Piece, None]:
             if builder.finished:
                 return
         raise request_failure("The engine ended the request without a reason.")
-    except ApiError:
-        outcome = "error"
+    except ApiError as error:
+        # A request's own fault is not counted, no more than where it is found before the engine is asked.
+        outcome = "error" if error.status >= 500 else None
         raise
     except CollmError as error:
         outcome = "error"
@@ -105,9 +109,21 @@ async def _write(engine: Engine, choice: Choice) -> AsyncGenerator[Piece, None]:
         if isinstance(deltas, AsyncGenerator):
             # Where a stop string has matched, this is what makes the engine stop.
             await deltas.aclose()
-        meter.end(outcome)
+        if outcome is not None:
+            meter.end(outcome)
+        _ended(choice)
         if delta is not None:
             choice.timeline = delta.timeline
+
+
+def _refusal(delta: Delta, choice: Choice) -> ApiError:
+    message = delta.error or "The engine refused the request."
+    return invalid(message, choice.grammar_param if message.startswith(GRAMMAR_AT_FAULT) else None)
+
+
+def _ended(choice: Choice) -> None:
+    if choice.on_end is not None:
+        choice.on_end()
 
 
 async def collect(engine: Engine, choices: Sequence[Choice]) -> None:

@@ -91,7 +91,15 @@ def check_length(text: str, tokenizer: TextTokenizer, context: int, param: str) 
         )
 
 
-def fit(prompt_tokens: int, max_tokens: int | None, default: int | None, context: int, param: str, name: str) -> int:
+def fit(
+    prompt_tokens: int,
+    max_tokens: int | None,
+    default: int | None,
+    context: int,
+    param: str,
+    name: str,
+    min_tokens: int | None,
+) -> int:
     """How many tokens may be written after a prompt.
 
     Args:
@@ -101,6 +109,7 @@ def fit(prompt_tokens: int, max_tokens: int | None, default: int | None, context
         context: most tokens of prompt and text together.
         param: the prompt's field, for messages.
         name: the field of ``max_tokens``, for messages.
+        min_tokens: as asked for. That it is not greater than ``max_tokens`` or ``default`` has been checked.
 
     Raises:
         ApiError: 400; prompt and text together don't fit the context.
@@ -112,15 +121,16 @@ def fit(prompt_tokens: int, max_tokens: int | None, default: int | None, context
             param,
             "context_length_exceeded",
         )
+    for field, asked in ((name, max_tokens), ("min_tokens", min_tokens)):
+        if asked is not None and asked > room:
+            raise invalid(
+                f"'{field}' is {asked}, but after {prompt_tokens} prompt tokens the context of {context} tokens "
+                f"has room for {room}.",
+                field,
+                "context_length_exceeded",
+            )
     if max_tokens is None:
         return room if default is None else min(default, room)
-    if max_tokens > room:
-        raise invalid(
-            f"'{name}' is {max_tokens}, but after {prompt_tokens} prompt tokens the context of {context} tokens "
-            f"has room for {room}.",
-            name,
-            "context_length_exceeded",
-        )
     return max_tokens
 
 

@@ -13,7 +13,7 @@ from server.engine_port import Engine
 from server.errors import ApiError, not_ready
 from server.metrics import Metrics
 from server.models import ModelTable
-from server.settings import Settings
+from server.settings import ServerConfig, Settings
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import TextTokenizer
 
@@ -36,12 +36,10 @@ class Service:
         self.tokenizer = tokenizer
         self.models = ModelTable(settings.served_model_name, lane_names, settings.gate.policy)
         self.metrics = Metrics(self.models.names, lane_names)
-        self.admission = Admission(
-            settings.scheduler.max_num_seqs,
-            settings.server.max_queued_requests,
-            math.ceil(settings.server.max_queued_requests * settings.server.queue_reserve),
-            settings.server.retry_after_s,
-        )
+        config = settings.server
+        self.admission = _admission(config, settings.scheduler.max_num_seqs, config.max_queued_requests)
+        # One at a time: see routes.tokenize.
+        self.tokenizing = _admission(config, 1, config.max_queued_tokenize_requests)
         self.chat_template = ChatTemplate.find(tokenizer)
         self.traces: Traces | None = None
         self.created = int(time.time())
@@ -101,10 +99,16 @@ class Service:
     def set_load(self) -> None:
         """Bring the load gauges up to date, before a scrape.
 
-        The engine's account is as old as its last step, so it is bounded by what is really in flight: when nothing
-        is, the gauges say so.
+        The engine's account is as old as its last step, so it is bounded by what is really to be written still: when
+        nothing is, the gauges say so. A choice that has ended does not wait, though it holds its place until the whole
+        response is complete.
         """
         if self._engine is None:
             return
-        running = min(self._engine.stats.running, self.admission.in_flight)
-        self.metrics.set_load(running, self.admission.in_flight - running)
+        unfinished = self.admission.unfinished
+        running = min(self._engine.stats.running, unfinished)
+        self.metrics.set_load(running, unfinished - running)
+
+
+def _admission(config: ServerConfig, running: int, queued: int) -> Admission:
+    return Admission(running, queued, math.ceil(queued * config.queue_reserve), config.retry_after_s)

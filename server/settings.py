@@ -61,6 +61,10 @@ class ServerConfig(BaseModel):
     client (an API key, else an address) may use it for as long as it holds no more places than are left free. 0: one
     client can keep all others out."""
 
+    max_queued_tokenize_requests: int = Field(default=32, ge=0)
+    """Requests to /tokenize and /detokenize that may wait for the one before them; more are answered 429. Here too
+    there is a reserve for the other clients."""
+
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     """Largest request body."""
 

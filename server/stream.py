@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.admission import Places
 from server.engine_port import Engine
 from server.errors import ApiError
 from server.generation import Choice, collect, merged
@@ -97,15 +98,17 @@ async def respond(request: Request, service: Service, job: Job) -> Response:
         raise
 
 
-async def _prepared(job: Job) -> Answer:
+async def _prepared(job: Job, places: Places) -> Answer:
     answer = await job.prepare()
     job.meter.prompt_tokens.inc(answer.prompt_tokens)
+    for choice in answer.choices:
+        choice.on_end = places.end_one
     return answer
 
 
 async def _whole(service: Service, job: Job) -> bytes:
-    with service.admission.reserve(job.client, job.places, job.places_param):
-        answer = await _prepared(job)
+    with service.admission.reserve(job.client, job.places, job.places_param) as places:
+        answer = await _prepared(job, places)
         await collect(job.engine, answer.choices)
         counter = UsageCounter(answer.prompt_tokens)
         for choice in answer.choices:
@@ -115,8 +118,8 @@ async def _whole(service: Service, job: Job) -> bytes:
 
 async def _events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
     begun = False
-    with service.admission.reserve(job.client, job.places, job.places_param):
-        answer = await _prepared(job)
+    with service.admission.reserve(job.client, job.places, job.places_param) as places:
+        answer = await _prepared(job, places)
         renderer, counter = answer.renderer, UsageCounter(answer.prompt_tokens)
         try:
             async with aclosing(merged(job.engine, answer.choices)) as pieces:

@@ -12,6 +12,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import msgspec
+
 from engine.types import GenerationRequest, LaneInfo, LaneStats, SamplingSpec, TokenLogprobs
 
 
@@ -67,8 +69,7 @@ class LaneWork:
         return bool(self.remove or self.add or self.extend)
 
 
-@dataclass(slots=True)
-class Sample:
+class Sample(msgspec.Struct):
     """One sampled token, not yet accepted by anybody.
 
     Attributes:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 NOT_FINITE = "the gate's value is not finite"
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
+class Position(msgspec.Struct, frozen=True):
     """One position that is about to be written, after the base has looked at it.
 
     Attributes:
@@ -21,7 +21,7 @@ class Position:
             every expert weighs the same; where its value is not finite, the weights are NaN.
         threshold: the request's threshold, 0 to 1.
         rate: the request's rate, 0 to 1.
-        draw: uniform in [0, 1), a function of the request's seed and this position alone.
+        draw: for policies that draw: uniform in [0, 1), a function of the request's seed and this position alone.
     """
 
     deferral: float | None
@@ -44,19 +44,20 @@ class Position:
         return max(self.weights, key=lambda item: item[1])[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(msgspec.Struct, frozen=True):
     """A named decision rule.
 
     Attributes:
         needs: "gate": only served where the pair has a gate. "top_probability": the base's lane reports its top
             probability for this request's rows. None: needs nothing.
+        draws: whether it looks at ``Position.draw``.
         decide: returns the lane that writes the next token; 0 is the base.
     """
 
     name: str
     needs: Literal["gate", "top_probability"] | None
     decide: Callable[[Position], int]
+    draws: bool = False
 
 
 def read_gate(logits: Sequence[float], experts: Sequence[int]) -> tuple[float, list[tuple[int, float]]]:

@@ -9,4 +9,4 @@ def decide(position: Position) -> int:
     return position.favourite if position.draw < position.rate else BASE
 
 
-POLICY = Policy("random", needs=None, decide=decide)
+POLICY = Policy("random", needs=None, decide=decide, draws=True)

@@ -14,4 +14,4 @@ def decide(position: Position) -> int:
     return BASE
 
 
-POLICY = Policy("sample", needs="gate", decide=decide)
+POLICY = Policy("sample", needs="gate", decide=decide, draws=True)

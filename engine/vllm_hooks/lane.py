@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
+import msgspec
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -17,7 +19,15 @@ from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from engine.lanes.interface import Failure, LaneReport, LaneWork, Sample
-from engine.types import GenerationRequest, LaneInfo, LaneStats, SamplingSpec, StructuredOutputs, TokenLogprobs
+from engine.types import (
+    GRAMMAR_AT_FAULT,
+    GenerationRequest,
+    LaneInfo,
+    LaneStats,
+    SamplingSpec,
+    StructuredOutputs,
+    TokenLogprobs,
+)
 from engine.vllm_hooks.scheduler import LaneScheduler
 from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
 
@@ -25,6 +35,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _NO_READINGS = Readings(None, None, [], None)
+_GRAMMARS = 128
+"""How many grammars a lane remembers having checked."""
 
 
 class VllmLane:
@@ -69,6 +81,8 @@ class VllmLane:
         )
         # vLLM loads it for its grammars; None with skip_tokenizer_init.
         self._tokenizer = getattr(self._core.structured_output_manager, "tokenizer", None)
+        # Checking a grammar takes time, steps wait for it, and the choices of a request all have the same one.
+        self._checked_grammar = lru_cache(_GRAMMARS)(self._check_grammar)
         self._stats = LaneStats(name)
         self._seconds: list[float] = []
 
@@ -81,11 +95,13 @@ class VllmLane:
         """What vLLM itself has against the sampling parameters, or a token id that the model does not have."""
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
             return f"prompt has a token id outside [0, {self._vocab_size})"
-        try:
-            self._sampling_params(request.sampling)
-        except (ValueError, VLLMValidationError) as error:
-            return str(error)
-        return None
+        spec = request.sampling
+        problem = self._complaint(spec)
+        if problem is None or spec.structured_outputs is None:
+            return problem
+        # vLLM looks at everything at once: what it does not mind without the grammar is the grammar's fault.
+        without = self._complaint(msgspec.structs.replace(spec, structured_outputs=None))
+        return without or GRAMMAR_AT_FAULT + problem
 
     def apply(self, work: LaneWork) -> None:
         """Take in what changed."""
@@ -187,6 +203,13 @@ class VllmLane:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
+    def _complaint(self, spec: SamplingSpec) -> str | None:
+        try:
+            self._sampling_params(spec)
+        except (ValueError, VLLMValidationError) as error:
+            return str(error)
+        return None
+
     def _sampling_params(self, spec: SamplingSpec) -> SamplingParams:
         params = SamplingParams(
             temperature=spec.temperature,
@@ -207,19 +230,46 @@ class VllmLane:
             max_tokens=self._info.max_model_len,
             min_tokens=spec.min_tokens,
             detokenize=False,
-            structured_outputs=_structured_outputs(spec.structured_outputs),
+            structured_outputs=self._grammar(spec.structured_outputs),
         )
         if self._eos:
             params.update_from_generation_config({"eos_token_id": self._eos}, self._eos[0])
         config = self._core.vllm_config
-        # Also chooses the grammar's back end, if there is a grammar.
-        params.verify(
-            config.model_config,
-            None,
-            config.structured_outputs_config,
-            self._tokenizer if spec.structured_outputs is not None else None,
-        )
+        # All but the grammar, which has been looked at.
+        params.verify(config.model_config, None, None, None)
         return params
+
+    def _grammar(self, spec: StructuredOutputs | None) -> StructuredOutputsParams | None:
+        """A grammar as vLLM takes it.
+
+        Raises:
+            VLLMValidationError, ValueError: what vLLM or the grammar's back end has against it.
+        """
+        if spec is None:
+            return None
+        found = self._checked_grammar(spec)
+        if isinstance(found, Exception):
+            # The same object as last time: its traceback must not grow.
+            raise found.with_traceback(None)
+        return found
+
+    def _check_grammar(self, spec: StructuredOutputs) -> StructuredOutputsParams | ValueError | VLLMValidationError:
+        grammar = StructuredOutputsParams(
+            json=spec.json,
+            json_object=spec.json_object or None,
+            regex=spec.regex,
+            choice=list(spec.choice) if spec.choice is not None else None,
+            grammar=spec.grammar,
+        )
+        config = self._core.vllm_config
+        try:
+            # Also chooses the back end.
+            SamplingParams(structured_outputs=grammar).verify(
+                config.model_config, None, config.structured_outputs_config, self._tokenizer
+            )
+        except (ValueError, VLLMValidationError) as error:
+            return error
+        return grammar
 
     def _collect(
         self,
@@ -255,18 +305,6 @@ class VllmLane:
         return LaneReport(
             samples, seconds, scheduled.total_num_scheduled_tokens, len(scheduled.num_scheduled_tokens), failures
         )
-
-
-def _structured_outputs(spec: StructuredOutputs | None) -> StructuredOutputsParams | None:
-    if spec is None:
-        return None
-    return StructuredOutputsParams(
-        json=spec.json,
-        json_object=spec.json_object or None,
-        regex=spec.regex,
-        choice=list(spec.choice) if spec.choice is not None else None,
-        grammar=spec.grammar,
-    )
 
 
 def _logprobs(rows: LogprobsLists | None, row: int, count: int | None) -> TokenLogprobs | None:

@@ -31,15 +31,21 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
     """Set what vLLM reads from the environment. Call before anything of vLLM is imported; keeps what a user set.
 
     One model runner for both platforms (CPU has only V1), executors in the process where asked for, no usage report.
+    On a CPU one core stays free for whoever talks to the engine, as in vLLM's own worker processes: the threads of a
+    step wait for each other by spinning, so one that lacks a core holds up all.
     """
+    cores = sorted(os.sched_getaffinity(0))
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # When a step is lost is the step loop's decision; to vLLM a late answer is the end of the engine.
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(7 * 24 * 3600),
         # Every start would print some dozens of lines that concern nobody who serves a pair; errors still show.
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": str(max(1, len(cores) - 1)),
     }
     if all(lane.executor != "ray" for lane in lanes):
         # Everything runs on this machine: torch's gloo must not listen where the machine's name leads.
@@ -47,7 +53,6 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
     shards = max(lane.tensor_parallel_size for lane in lanes)
     if shards > 1:
         # Only CPU workers in processes of their own read this: each gets its share of the cores.
-        cores = sorted(os.sched_getaffinity(0))
         share = max(1, len(cores) // shards)
         groups = [cores[shard * share : (shard + 1) * share] or cores for shard in range(shards)]
         defaults["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(",".join(map(str, group)) for group in groups)
@@ -104,6 +109,11 @@ def engine_arguments(
         # CPU: eager is the default until torch.compile is measured to pay there.
         arguments |= {"block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
     arguments |= config.vllm
+    grammars = arguments.get("structured_outputs_config", {})
+    if isinstance(grammars, dict):
+        # With "auto" a lane takes whatever back end suits the first grammar that it sees, for all that follow: two
+        # lanes could come to differ in what they accept, and a later grammar in what of it is heeded.
+        arguments["structured_outputs_config"] = {"backend": "xgrammar", **grammars}
     kv_bytes = config.kv_cache_memory_bytes
     if kv_bytes is None and is_cpu:
         kv_bytes = CPU_KV_CACHE_BYTES

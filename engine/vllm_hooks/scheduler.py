@@ -20,6 +20,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from engine.lanes.interface import Extension, Failure, LaneRequest
+from engine.types import GRAMMAR_AT_FAULT
 from engine.vllm_hooks.wire import EDITS, Edit, LaneEdits
 
 
@@ -64,7 +65,8 @@ class LaneScheduler(Scheduler):
         self.num_preemptions = 0
         manager = self.kv_cache_manager
         coordinator = manager.coordinator
-        self._longest_hit: int | None = None
+        # Of the request that is being looked up.
+        self._longest_hit = 0
         manager.get_computed_blocks = partial(self._get_computed_blocks, manager.get_computed_blocks)
         coordinator.find_longest_cache_hit = partial(self._find_cache_hit, coordinator.find_longest_cache_hit)
         coordinator.cache_blocks = partial(self._cache_blocks, coordinator.cache_blocks)
@@ -108,7 +110,7 @@ class LaneScheduler(Scheduler):
                 continue
             del self._compiling[request_id]
             if isinstance(grammar, Exception):
-                message = f"structured_outputs: the grammar cannot be compiled: {grammar}"
+                message = f"{GRAMMAR_AT_FAULT}the grammar cannot be compiled: {grammar}"
                 self._failures.append(Failure(request_id, message, refused=True))
             else:
                 self._enqueue(request, written)
@@ -116,8 +118,10 @@ class LaneScheduler(Scheduler):
         return failures
 
     def _accept(self, request: Request, tokens: list[int]) -> None:
-        """Advance the request's grammar by decided tokens."""
-        if not self.structured_output_manager.accept_tokens(request, tokens):
+        """Advance the request's grammar, if it has one, by decided tokens."""
+        if request.structured_output_request is not None and not self.structured_output_manager.accept_tokens(
+            request, tokens
+        ):
             # Every lane masks what the grammar forbids, so this token should not exist.
             message = "structured_outputs: a written token breaks the grammar"
             self._failures.append(Failure(request.request_id, message, refused=False))
@@ -137,7 +141,7 @@ class LaneScheduler(Scheduler):
         self._note(request, final, asked)
         self._accept(request, tokens)
         self._parked.pop(request_id, None)
-        if self._evicted.pop(request_id, None) is not None:
+        if self._evicted and self._evicted.pop(request_id, None) is not None:
             # It was admitted before anything that waits now.
             self.waiting.prepend_request(request)
         return len(tokens) - 1
@@ -154,7 +158,7 @@ class LaneScheduler(Scheduler):
         self._final[request.request_id] = request.num_prompt_tokens + final
         if asked:
             self._asked[request.request_id] = list(asked)
-        else:
+        elif self._asked:
             self._asked.pop(request.request_id, None)
 
     def remove(self, request_ids: Iterable[str]) -> None:
@@ -235,6 +239,9 @@ class LaneScheduler(Scheduler):
             finished = output.finished_req_ids
             output = super().schedule(throttle_prefills)
             output.finished_req_ids |= finished
+        # Whole texts of rows that sat out a step, a context's length for each visit on the way to the workers. Only
+        # asynchronous scheduling reads them.
+        output.scheduled_cached_reqs.all_token_ids.clear()
         edits: dict[str, Edit] = {}
         asked: dict[str, list[int]] = {}
         for request_id, num_tokens in output.num_scheduled_tokens.items():
@@ -264,15 +271,18 @@ class LaneScheduler(Scheduler):
         return passed
 
     def _get_computed_blocks(self, get: Callable[[Request], Any], request: Request) -> Any:
-        """Look up the prefix cache, but compute what has to be sampled even if it is cached."""
+        """Look up the prefix cache, but no further than the request may share blocks with others.
+
+        What has to be sampled must be computed even if it is cached. And a draft's block must be the request's own:
+        after a cut it is overwritten, while others read what they share.
+        """
+        final = self._final[request.request_id]
         asked = self._asked.get(request.request_id)
-        self._longest_hit = asked[0] - 1 if asked else None
+        self._longest_hit = min(final, asked[0] - 1) if asked else final
         return get(request)
 
     def _find_cache_hit(self, find: Callable[..., Any], block_hashes: Any, max_cache_hit_length: int) -> Any:
-        if self._longest_hit is not None:
-            max_cache_hit_length = min(max_cache_hit_length, self._longest_hit)
-        return find(block_hashes, max_cache_hit_length)
+        return find(block_hashes, min(max_cache_hit_length, self._longest_hit))
 
     def _cache_blocks(self, cache: Callable[..., None], request: Request, num_computed_tokens: int) -> None:
         """Publish hashes of blocks only as far as their tokens cannot be cut any more."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.sampling_params import SamplingParams
-from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import _SAMPLING_EPS as GREEDY
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     _Worker: Any = object
 else:
     _Worker = object
+
+
+_RANKED_ROWS = 64
+"""Rows whose tokens are ranked at once: comparing takes 8 bytes for each of their logits."""
 
 
 class RowReader:
@@ -93,11 +97,35 @@ class RowReader:
         return gate, top
 
 
+def gather_logprobs(logprobs_RV: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> LogprobsTensors:
+    """What vLLM's ``Sampler.gather_logprobs`` returns, without compiling anything.
+
+    vLLM counts ranks with a ``torch.compile``d function, for the sake of memory. The first request for logprobs then
+    waits for inductor inside a step of everybody's; on a CPU that takes a C++ compiler and a cache folder to load
+    libraries from, and without either the step fails, and the engine with it. Here memory is saved by counting a few
+    rows at a time.
+
+    Args:
+        logprobs_RV: of each row.
+        num_logprobs: most probable tokens wanted of each row.
+        token_ids: the token of each row whose logprob and rank is wanted; shape [R].
+    """
+    top_RN, top_ids_RN = torch.topk(logprobs_RV, num_logprobs, dim=-1)
+    ids_R1 = token_ids.unsqueeze(-1)
+    own_R1 = logprobs_RV.gather(-1, ids_R1)
+    pairs = zip(logprobs_RV.split(_RANKED_ROWS), own_R1.split(_RANKED_ROWS), strict=True)
+    return LogprobsTensors(
+        torch.cat((ids_R1, top_ids_RN), dim=1).to(torch.int32),
+        torch.cat((own_R1, top_RN), dim=1),
+        torch.cat([(rows_RV >= rows_R1).sum(-1) for rows_RV, rows_R1 in pairs]),
+    )
+
+
 class LaneWorkerMixin(_Worker):
     """Mixed into vLLM's worker of the platform; see ``worker_cpu`` and ``worker_gpu``."""
 
     def load_model(self, **kwargs: Any) -> None:
-        """Load the model, then put a :class:`RowReader` before its ``compute_logits``."""
+        """Load the model, then put a :class:`RowReader` before its ``compute_logits``; see also ``gather_logprobs``."""
         super().load_model(**kwargs)
         settings = self.vllm_config.additional_config[SETTINGS_KEY]
         path = settings["gate_path"]
@@ -112,6 +140,7 @@ class LaneWorkerMixin(_Worker):
         self._collm_generators: list[torch.Generator] = []
         self._collm_batch: Any = None
         model.compute_logits = self._collm_reader
+        self.model_runner.sampler.gather_logprobs = gather_logprobs
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """One forward pass, with the lane's edits applied when every scheduled request is in the batch."""

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from engine.types import MOST_DRAFTS, PolicyName, StructuredOutputs
 from server.errors import ApiError, FieldError, from_validation
 from server.protocol.base import Strict, TokenId, Unsupported
-from server.protocol.structured import ResponseFormat, StructuredOutputsOptions, engine_grammar
+from server.protocol.structured import MAX_GRAMMAR_LENGTH, ResponseFormat, StructuredOutputsOptions, engine_grammar
 
 MAX_STOP_LENGTH = 1024
 """Characters of a stop string."""
@@ -66,6 +66,7 @@ class GenerationFields(Strict):
         "stop": f"must be a string or an array of 1 to 4 strings, each with 1 to {MAX_STOP_LENGTH} characters",
         "logit_bias": "must map token ids to numbers from -100 to 100",
         "run_ahead": f"must be 'auto', 'off', or an integer from 1 to {MOST_DRAFTS}",
+        "json": f"must be a JSON schema: an object, or text of 1 to {MAX_GRAMMAR_LENGTH} characters",
     }
 
     model: str
@@ -197,7 +198,10 @@ async def read_body(request: Request, model: type[Body]) -> Body:
     Raises:
         ApiError: 415 for another content type, 400 for anything that the model does not allow.
     """
-    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    # A program may leave the content type out. A page in a browser may not: what it sends without one goes to any
+    # server that the browser reaches, one on its own machine without a key say, and CORS does not ask that one before.
+    default = "" if "origin" in request.headers else "application/json"
+    content_type = request.headers.get("content-type", default).partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise ApiError(415, "The content type must be application/json.", code="unsupported_media_type")
     try:

@@ -62,8 +62,12 @@ class CompletionRequest(GenerationFields):
                 raise FieldError("best_of", "must not be less than n")
             if self.best_of > 1 and self.stream:
                 raise FieldError("best_of", "cannot be used with stream")
-        if (self.min_tokens or 0) > (DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens):
-            raise FieldError("min_tokens", "must not be greater than max_tokens")
+        if self.max_tokens is None:
+            limit, default = DEFAULT_MAX_TOKENS, f", which is {DEFAULT_MAX_TOKENS} by default"
+        else:
+            limit, default = self.max_tokens, ""
+        if (self.min_tokens or 0) > limit:
+            raise FieldError("min_tokens", f"must not be greater than max_tokens{default}")
         return self
 
     @property

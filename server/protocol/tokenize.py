@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
 from server.protocol.base import Strict, TokenId
+
+MAX_TEXT_LENGTH = 2**20
+"""Characters of a text; longer than any context of today, and still a matter of a second."""
+
+MAX_TOKENS = 2**18
 
 
 class TokenizeRequest(Strict):
     """Text to token ids."""
 
-    prompt: str
+    messages_by_field: ClassVar[dict[str, str]] = {
+        "prompt": f"must be a string of at most {MAX_TEXT_LENGTH} characters"
+    }
+
+    prompt: Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
     """The text; may be empty."""
 
     model: str | None = None
@@ -24,7 +37,7 @@ class TokenizeRequest(Strict):
 class DetokenizeRequest(Strict):
     """Token ids to text."""
 
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
     """The token ids; may be empty."""
 
     model: str | None = None

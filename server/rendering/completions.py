@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 
 from msgspec import UNSET, UnsetType
 
@@ -12,17 +12,9 @@ from server.generation import Choice
 from server.protocol.completions import CompletionRequest
 from server.protocol.responses import CompletionChoice, CompletionResponse, LegacyLogprobs, Usage
 from server.rendering.common import Head, finite, mean_logprob, most_probable, report
+from server.text.echo import EchoedPrompt
 from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class EchoedPrompt:
-    """A prompt as echo returns it. ``token_texts``, joined, need not be the text: tokenising may normalise."""
-
-    text: str
-    tokens: list[int]
-    token_texts: list[str]
 
 
 class CompletionRenderer:
@@ -106,25 +98,24 @@ class CompletionRenderer:
             if first:
                 # Nothing is known of the first prompt token: there is no position before it.
                 entries = [None, *(piece.prompt_logprobs or ())]
-                self._append(result, prompt.tokens, prompt.token_texts, entries, 0)
+                self._append(result, prompt.tokens, prompt.offsets, entries)
             offset += len(prompt.text)
-        self._append(result, piece.tokens, piece.token_texts, piece.logprobs or [], offset)
+        *offsets, _ = accumulate(map(len, piece.token_texts), initial=offset)
+        self._append(result, piece.tokens, offsets, piece.logprobs or [])
         return result
 
     def _append(
         self,
         result: LegacyLogprobs,
         tokens: Iterable[int],
-        texts: Iterable[str],
+        offsets: Iterable[int],
         entries: Iterable[TokenLogprobs | None],
-        offset: int,
     ) -> None:
         shown = self._tokenizer.token_text
-        for token, text, entry in zip(tokens, texts, entries, strict=True):
+        for token, offset, entry in zip(tokens, offsets, entries, strict=True):
             name = shown(token)
             result.tokens.append(name)
             result.text_offset.append(offset)
-            offset += len(text)
             if entry is None:
                 result.token_logprobs.append(None)
                 result.top_logprobs.append(None)

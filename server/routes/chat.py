@@ -48,7 +48,7 @@ async def _prepare(call: Call[ChatRequest]) -> Answer:
     sampling = sampling_of(body, info, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     prompt = await _prompt_ids(service, body, info)
     check_prompt(prompt, info.vocab_size, "messages")
-    limit = fit(len(prompt), body.limit, None, info.max_model_len, "messages", body.limit_name)
+    limit = fit(len(prompt), body.limit, None, info.max_model_len, "messages", body.limit_name, body.min_tokens)
     choices = [
         call.choice(index, call.to_generate(index, prompt, for_choice(sampling, index, limit), collaboration))
         for index in range(body.n or 1)

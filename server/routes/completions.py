@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter, Request, Response
 
 from engine.types import EngineInfo
@@ -9,11 +11,12 @@ from server.generation import Choice
 from server.openapi import GENERATION_ERRORS, operation
 from server.protocol.completions import DEFAULT_MAX_TOKENS, CompletionRequest
 from server.protocol.responses import CompletionResponse
-from server.rendering.completions import CompletionRenderer, EchoedPrompt
+from server.rendering.completions import CompletionRenderer
 from server.routes.generation import Call, receive
 from server.sampling import check_length, check_prompt, fit, for_choice, sampling_of
 from server.service import Service
 from server.stream import Answer
+from server.text.echo import EchoedPrompt, echoed
 from server.text.tokenizer import TextTokenizer
 
 router = APIRouter(tags=["generation"])
@@ -54,10 +57,8 @@ async def _prepare(call: Call[CompletionRequest]) -> Answer:
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     prompts = await _prompt_ids(service, body, info)
-    limits = [
-        fit(len(prompt), body.max_tokens or None, DEFAULT_MAX_TOKENS, info.max_model_len, "prompt", "max_tokens")
-        for prompt in prompts
-    ]
+    asked, context, least = body.max_tokens or None, info.max_model_len, body.min_tokens
+    limits = [fit(len(prompt), asked, DEFAULT_MAX_TOKENS, context, "prompt", "max_tokens", least) for prompt in prompts]
     echo_only = body.max_tokens == 0
     choices: list[Choice] = []
     for prompt_index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
@@ -75,7 +76,7 @@ async def _prepare(call: Call[CompletionRequest]) -> Answer:
         service.models.lane_names,
         head=call.head(),
         prompt_ids=prompts,
-        prompts=_echoed(service.tokenizer, body, prompts) if body.echo else None,
+        prompts=await _echoed(service.tokenizer, body, prompts) if body.echo else None,
     )
     return call.answer(choices, renderer, sum(map(len, prompts)))
 
@@ -91,11 +92,10 @@ async def _prompt_ids(service: Service, body: CompletionRequest, info: EngineInf
     return ids
 
 
-def _echoed(tokenizer: TextTokenizer, body: CompletionRequest, prompts: list[list[int]]) -> list[EchoedPrompt]:
-    echoed = []
-    for given, tokens in zip(body.prompts, prompts, strict=True):
-        detokenizer = tokenizer.detokenizer()
-        texts = [detokenizer.push(token) for token in tokens]
-        texts[-1] += detokenizer.flush()
-        echoed.append(EchoedPrompt(given if isinstance(given, str) else "".join(texts), tokens, texts))
-    return echoed
+async def _echoed(tokenizer: TextTokenizer, body: CompletionRequest, prompts: list[list[int]]) -> list[EchoedPrompt]:
+    given: Sequence[str | list[int]] = body.prompts
+
+    def work() -> list[EchoedPrompt]:
+        return [echoed(tokenizer, prompt, tokens) for prompt, tokens in zip(given, prompts, strict=True)]
+
+    return await tokenizer.run(work)

@@ -81,7 +81,7 @@ class Call(Generic[Body]):
                 min_tokens=body.min_tokens or 0,
             ),
             meter=RequestMeter(service.metrics.model(body.model), joint=self.member is None, started=self.started),
-            refusal_param=body.grammar_param,
+            grammar_param=body.grammar_param,
         )
 
     def head(self) -> Head:

@@ -1,11 +1,16 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize.
+
+They generate nothing, so they are not among the requests that the lanes' queue bounds. What they ask for is work all
+the same: it has a queue and a thread of its own, so that no prompt waits behind it.
+"""
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request, Response
 
+from server.auth import client_of
 from server.openapi import BODY_ERRORS, operation
 from server.protocol.common import read_body
 from server.protocol.responses import DetokenizeResponse, TokenizeResponse, encode
@@ -13,13 +18,15 @@ from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from server.routes import service_of
 from server.sampling import check_prompt
 from server.service import Service
+from server.stream import unless_gone
+from server.text.tokenizer import TextTokenizer
 
 router = APIRouter(tags=["tokens"])
 
 
 @router.post(
     "/tokenize",
-    **operation(TokenizeRequest, TokenizeResponse, (*BODY_ERRORS, 503), example={"prompt": "Hello there!"}),
+    **operation(TokenizeRequest, TokenizeResponse, (*BODY_ERRORS, 429, 503), example={"prompt": "Hello there!"}),
 )
 async def tokenize(request: Request) -> Response:
     """Text to token ids."""
@@ -27,16 +34,12 @@ async def tokenize(request: Request) -> Response:
     body = await read_body(request, TokenizeRequest)
     _check_model(service, body.model)
     info = service.ready_engine().info
-    tokens = await service.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-    response = TokenizeResponse(len(tokens), info.max_model_len, tokens)
-    if body.return_token_strs:
-        response.token_strs = [service.tokenizer.token_text(token) for token in tokens]
-    return Response(encode(response), media_type="application/json")
+    return await _respond(request, service, lambda: _tokenized(service.tokenizer, body, info.max_model_len))
 
 
 @router.post(
     "/detokenize",
-    **operation(DetokenizeRequest, DetokenizeResponse, (*BODY_ERRORS, 503), example={"tokens": [40, 41, 42]}),
+    **operation(DetokenizeRequest, DetokenizeResponse, (*BODY_ERRORS, 429, 503), example={"tokens": [40, 41, 42]}),
 )
 async def detokenize(request: Request) -> Response:
     """Token ids to text; special tokens are skipped."""
@@ -46,8 +49,28 @@ async def detokenize(request: Request) -> Response:
     info = service.ready_engine().info
     if body.tokens:
         check_prompt(body.tokens, info.vocab_size, "tokens")
-    text = await asyncio.to_thread(service.tokenizer.decode, body.tokens)
-    return Response(encode(DetokenizeResponse(text)), media_type="application/json")
+    return await _respond(request, service, lambda: _detokenized(service.tokenizer, body))
+
+
+async def _respond(request: Request, service: Service, work: Callable[[], Awaitable[bytes]]) -> Response:
+    with service.tokenizing.reserve(client_of(request.scope), 1, "prompt"):
+        return Response(await unless_gone(request.receive, work()), media_type="application/json")
+
+
+async def _tokenized(tokenizer: TextTokenizer, body: TokenizeRequest, max_model_len: int) -> bytes:
+    tokens = await tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False, aside=True)
+
+    def rendered() -> bytes:
+        response = TokenizeResponse(len(tokens), max_model_len, tokens)
+        if body.return_token_strs:
+            response.token_strs = list(map(tokenizer.token_text, tokens))
+        return encode(response)
+
+    return await tokenizer.run(rendered, aside=True)
+
+
+async def _detokenized(tokenizer: TextTokenizer, body: DetokenizeRequest) -> bytes:
+    return await tokenizer.run(lambda: encode(DetokenizeResponse(tokenizer.decode(body.tokens))), aside=True)
 
 
 def _check_model(service: Service, name: str | None) -> None:

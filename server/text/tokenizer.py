@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer, decoders
 
@@ -16,6 +17,9 @@ from server.text.detokenize import ByteDetokenizer, Detokenizer, StreamDetokeniz
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+T = TypeVar("T")
 
 
 class TokenizerError(Exception):
@@ -30,7 +34,7 @@ class TextTokenizer:
             off: a prompt is never cut silently.
         config: content of ``tokenizer_config.json``; may be empty.
         folder: where it was loaded from, for files beside it; None if there is no folder.
-        threads: tokenising threads.
+        threads: tokenising threads. One more does what is not to hold up prompts.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class TextTokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="tokenize-aside")
         self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         self._special = frozenset(
             token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special
@@ -87,10 +92,13 @@ class TextTokenizer:
         size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         return size
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, computed in a thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self._encode, text, add_special_tokens)
+    async def run(self, work: Callable[[], T], *, aside: bool = False) -> T:
+        """Have something done in a thread: one of those that tokenise prompts, or the one beside them."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside if aside else self._pool, work)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True, aside: bool = False) -> list[int]:
+        """Token ids of a text, computed in a thread; see :meth:`run`."""
+        return await self.run(lambda: self._encode(text, add_special_tokens), aside=aside)
 
     async def encode_all(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of several texts, in order."""
@@ -98,14 +106,19 @@ class TextTokenizer:
 
     def decode(self, tokens: list[int]) -> str:
         """Text of a whole sequence; special tokens are skipped, unknown ids are nothing."""
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return text
+        # As for encoding: only the batch's variant releases the GIL.
+        (text,) = self._tokenizer.decode_batch([tokens], skip_special_tokens=True)
+        return str(text)
 
     def detokenizer(self) -> Detokenizer:
         """A detokenizer for one sequence."""
         if self._byte_level:
             return ByteDetokenizer(self._shown)
         return StreamDetokenizer(self._tokenizer)
+
+    def is_special(self, token: int) -> bool:
+        """Whether detokenising skips it."""
+        return token in self._special
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, special tokens included; b"" for an unknown id."""
@@ -121,7 +134,8 @@ class TextTokenizer:
 
     def close(self) -> None:
         """Ends the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._aside):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # Of the library's ways to encode, only those for batches release the GIL (tried with tokenizers 0.23).

@@ -149,6 +149,16 @@ def test_configuration_is_that_of_the_example(folder: str, example: str, tmp_pat
     assert mine.scheduler == shipped.scheduler
 
 
+def test_the_demo_pair_is_configured_as_everywhere() -> None:
+    """Needs no kustomize. The overlay has what demo.toml has, but for what a GPU needs and a pod must say."""
+    demo = tomllib.loads((ROOT / "deploy/config/demo.toml").read_text())
+    mine = tomllib.loads((KUBERNETES / "overlays/cpu/config/collm.toml").read_text())
+    for lane in (demo["base"], *demo["experts"]):
+        del lane["vllm"]["gpu_memory_utilization"]
+    assert set(mine.pop("server")) == {"drain_timeout_s"}
+    assert mine == demo
+
+
 def test_sources_of_config_maps_are_valid_toml() -> None:
     """Needs no kustomize."""
     for folder in BUILDS:

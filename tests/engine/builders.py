@@ -141,7 +141,9 @@ class Rig:
         return work.add
 
 
-def standin_config(pair: Pair, coordination: str = "lockstep", **options: Any) -> EngineConfig:
+def standin_config(
+    pair: Pair, coordination: str = "lockstep", step_timeout_seconds: float = 60.0, **options: Any
+) -> EngineConfig:
     """Stand-in lanes for an engine process; ``options`` are the stand-in's own."""
     standin = {"vocab_size": pair.vocab_size, "max_model_len": pair.max_model_len, **options}
     return EngineConfig(
@@ -151,5 +153,9 @@ def standin_config(pair: Pair, coordination: str = "lockstep", **options: Any) -
             for number in range(1, pair.lanes)
         ),
         gate={"policy": pair.policy, "threshold": pair.threshold},
-        scheduler={"coordination": coordination, "max_num_seqs": pair.max_num_seqs},
+        scheduler={
+            "coordination": coordination,
+            "max_num_seqs": pair.max_num_seqs,
+            "step_timeout_seconds": step_timeout_seconds,
+        },
     )

@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from engine.client import EngineClient
 from engine.errors import EngineDeadError, EngineStartupError, RequestError
-from engine.types import Delta, EngineStats, GenerationRequest
+from engine.types import Delta, EngineStats, GenerationRequest, SamplingSpec
 from tests.engine.builders import mixed_requests, request, standin_config
 from tests.engine.oracle import Ledger, Pair, check
 
@@ -212,6 +212,24 @@ async def test_what_the_engine_refuses_is_its_last_delta(client: EngineClient, p
 async def test_a_number_too_large_for_the_wire_is_refused(client: EngineClient) -> None:
     with pytest.raises(RequestError):
         await soon(collect(client, request("seed", seed=1 << 70)))
+
+
+async def test_a_value_of_the_wrong_type_is_refused(client: EngineClient) -> None:
+    sampling = SamplingSpec(max_tokens="16")  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="max_tokens"):
+        await soon(collect(client, GenerationRequest("wrong", [1], sampling)))
+
+
+async def test_a_reader_slower_than_the_step_timeout_is_no_dead_engine() -> None:
+    """A finished engine says nothing; what it has delivered may lie unread for as long as the reader likes."""
+    async with running(step_timeout_seconds=0.2) as client, aclosing(client.generate(request(max_tokens=20))) as stream:
+        first = await soon(anext(stream))
+        while client.stats.running:
+            await asyncio.sleep(0.01)
+        # The client looks every (0.2 + 2) / 4 seconds.
+        await asyncio.sleep(4)
+        assert client.alive
+        assert sum(len(delta.tokens) for delta in [first, *await soon(rest(stream))]) == 20
 
 
 async def test_a_callback_that_fails_stops_nobody_else() -> None:

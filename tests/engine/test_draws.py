@@ -46,7 +46,7 @@ def test_same_place_same_draw(seed: int, stream: int, position: int) -> None:
 
 
 def test_largest_key_is_still_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draws, "key", lambda *_: (1 << 64) - 1)
+    monkeypatch.setattr(draws, "_mix", lambda _: (1 << 64) - 1)
     assert uniform(0, 0, 0) == 1.0 - 2.0**-53
 
 

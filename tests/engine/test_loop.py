@@ -15,6 +15,7 @@ import pytest
 from engine.lanes import LaneReport, LaneWork, StandinLane
 from engine.lanes.standin import next_token
 from engine.loop import StepLoop
+from engine.pacing import Pacer
 from engine.scheduler import Scheduler
 from engine.types import Collaboration, Delta, GenerationRequest, SamplingSpec
 from tests.engine.builders import make_lanes, make_scheduler, mixed_requests, request
@@ -310,6 +311,36 @@ def test_an_expert_that_hangs(expert_failure: Any, coordination: Any) -> None:
     assert loop.stats().lanes[1].up
     assert base.leftovers() == expert.leftovers() == []
     assert loop.stats().integrity_errors == 0
+
+
+@pytest.mark.parametrize("coordination", ["lockstep", "overlapped"])
+def test_an_expert_that_hangs_and_then_fails(coordination: Any, caplog: pytest.LogCaptureFixture) -> None:
+    base, expert = StandinLane(0, "base", experts=1), _Hanging(1, "expert")
+    scheduler = Scheduler(lanes=2, max_num_seqs=8, max_model_len=1024, eos_token_ids=[], has_gate=True)
+    loop = StepLoop(scheduler, [base, expert], coordination, step_timeout=0.02)
+    expert.hangs = True
+    scheduler.add(GenerationRequest("a", [1], SamplingSpec(max_tokens=6), Collaboration(policy="always")))
+    assert _drain(scheduler, loop)["a"].finish_reason == "error"
+    ((future, _),) = expert.held
+    future.set_exception(RuntimeError("its device fell off"))
+    with pytest.raises(RuntimeError, match="fell off"):
+        loop.step()
+    assert "is back" not in caplog.text
+
+
+def test_an_overdue_step_says_nothing_of_what_steps_cost() -> None:
+    base, expert = StandinLane(0, "base", experts=1), _Hanging(1, "expert")
+    scheduler = Scheduler(lanes=2, max_num_seqs=8, max_model_len=1024, eos_token_ids=[], has_gate=True)
+    pacer = Pacer(2)
+    loop = StepLoop(scheduler, [base, expert], "lockstep", pacer, step_timeout=0.02)
+    expert.hangs = True
+    scheduler.add(GenerationRequest("a", [1], SamplingSpec(max_tokens=6), Collaboration(policy="always")))
+    _drain(scheduler, loop)
+    expert.release()
+    while loop.step():
+        pass
+    assert loop.stats().lanes[1].up
+    assert not pacer._costs[1].known
 
 
 @pytest.mark.parametrize("coordination", ["lockstep", "overlapped"])

@@ -111,6 +111,7 @@ def test_drafts_that_wait_count_as_expert_tokens() -> None:
         ({"run_ahead": 9, "prompt": range(1, 62), "max_tokens": 20}, [(7, EXPERT_WRITES), (8, 1.0), (9, 1.0)]),
         ({"run_ahead": 9, "stop_token_ids": (8,)}, [(7, EXPERT_WRITES), (8, BASE_WRITES)]),
         ({"run_ahead": 9, "ignore_eos": False}, [(7, EXPERT_WRITES), (0, EXPERT_WRITES)]),
+        ({"run_ahead": 9, "min_tokens": 1}, [(7, EXPERT_WRITES)]),
         ({"run_ahead": 9, "min_tokens": 2}, [(7, EXPERT_WRITES)]),
         ({"run_ahead": "off"}, [(7, EXPERT_WRITES)]),
         ({"run_ahead": None}, [(7, EXPERT_WRITES)]),
@@ -252,6 +253,13 @@ def test_both_lanes_draw_alike_where_the_base_runs_ahead(run_ahead: Any, seeded:
     (in_expert,) = it.plan(1).add
     assert (in_base.sampling.seed is not None) is seeded
     assert in_base.sampling.seed == in_expert.sampling.seed
+
+
+def test_a_member_alone_draws_from_the_lanes_own_noise() -> None:
+    it = scheduler()
+    it.add(request(seed=None, temperature=1.0, run_ahead="auto", member=0))
+    (in_base,) = it.plan(0).add
+    assert in_base.sampling.seed is None
 
 
 def test_waits_are_counted_once_a_deferral() -> None:

@@ -6,9 +6,9 @@ The second half shows that the machine can fail: each sabotage of the scheduler 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -148,7 +148,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         samples = self.under_way.pop(lane)
         self.events += 1
         # A lane reports a prompt's logprobs once, so a repetition is without them.
-        self.landed += [(lane, replace(sample, prompt_logprobs=None)) for sample in samples]
+        self.landed += [(lane, msgspec.structs.replace(sample, prompt_logprobs=None)) for sample in samples]
         self.scheduler.land(lane, samples)
 
     @rule(lanes=st.lists(LANE, min_size=1, max_size=8))
@@ -335,7 +335,7 @@ class AdvancesDraws(Scheduler):
 
     def _decide(self, sequence: Sequence, sample: Sample) -> tuple[int, float | None]:
         decision = super()._decide(sequence, sample)
-        sequence.seed += 1
+        sequence.draws += 1
         return decision
 
 

@@ -9,7 +9,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from engine.client import Engine
-from engine.types import Collaboration, Completion, GenerationRequest, SamplingSpec, StructuredOutputs
+from engine.types import (
+    GRAMMAR_AT_FAULT,
+    Collaboration,
+    Completion,
+    GenerationRequest,
+    SamplingSpec,
+    StructuredOutputs,
+)
 from tests.oracle import pairs
 from tests.oracle.checks import assert_empty
 
@@ -107,6 +114,15 @@ def test_a_bad_grammar_fails_alone(
         ]
     )
     assert bad.finish_reason == "error"
-    assert bad.error
+    assert bad.error is not None
+    assert bad.error.startswith(GRAMMAR_AT_FAULT)
     assert len(good.tokens) == 4
     assert_empty(plain_engine)
+
+
+def test_what_is_wrong_beside_a_good_grammar_is_not_its_fault(plain_engine: Engine, prompts: list[list[int]]) -> None:
+    sampling = SamplingSpec(top_p=0.0, structured_outputs=StructuredOutputs(regex="a"))
+    (bad,) = plain_engine.generate([GenerationRequest("bad", prompts[0], sampling)])
+    assert bad.finish_reason == "error"
+    assert bad.error is not None
+    assert bad.error.startswith("top_p")

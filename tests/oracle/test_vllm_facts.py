@@ -8,6 +8,7 @@ import pickle
 import warnings
 
 import pytest
+import torch
 
 from engine.config import LaneConfig
 from engine.vllm_hooks.options import prepare_environment
@@ -25,9 +26,12 @@ with warnings.catch_warnings():
     from vllm.v1.outputs import LogprobsLists, ModelRunnerOutput
     from vllm.v1.request import Request
     from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.sample.sampler import Sampler
     from vllm.v1.worker.gpu_input_batch import InputBatch
     from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
+
+    from engine.vllm_hooks.worker import gather_logprobs
 
 
 def test_version() -> None:
@@ -89,6 +93,29 @@ def test_sampling_metadata_is_what_asked_positions_need() -> None:
         "allowed_token_ids_mask", "bad_words_token_ids", "logitsprocs", "logprob_token_ids", "spec_token_ids",
         "thinking_budget_state_holder",
     }  # fmt: skip
+
+
+def test_logprobs_are_gathered_by_an_attribute_of_the_sampler() -> None:
+    assert "self.gather_logprobs(" in inspect.getsource(Sampler.forward)
+    assert "self.sampler.gather_logprobs(" in inspect.getsource(GPUModelRunner._get_prompt_logprobs_dict)
+    assert "self.sampler = Sampler(" in inspect.getsource(GPUModelRunner.__init__), "before the model is loaded"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 65, 200])
+@pytest.mark.parametrize("count", [0, 3])
+def test_gathered_logprobs_are_vllm_s(rows: int, count: int) -> None:
+    torch.manual_seed(rows)
+    logprobs = torch.randn(rows, 300).log_softmax(-1)
+    # Some tie, and some are impossible.
+    logprobs[:, 100:120] = logprobs[:, 99:100]
+    logprobs[:, 120:140] = float("-inf")
+    tokens = torch.randint(90, 150, (rows,))
+    with torch.compiler.set_stance("force_eager"):
+        theirs = Sampler.gather_logprobs(logprobs.clone(), count, tokens)
+    ours = gather_logprobs(logprobs, count, tokens)
+    for mine, its in zip(ours[:3], theirs[:3], strict=True):
+        assert mine.dtype == its.dtype
+        assert torch.equal(mine, its)
 
 
 def test_messages_take_and_carry_an_attribute() -> None:

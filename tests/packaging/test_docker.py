@@ -5,16 +5,18 @@ No engine is needed; an image is not built here.
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 import yaml
 
+from server import healthcheck
 from tests.packaging.sources import ROOT
 
 BIN = Path(sys.executable).parent
@@ -73,7 +75,39 @@ def test_image_runs_without_rights_and_is_checked(dockerfile: str) -> None:
     final = dockerfile.rpartition("\nFROM ")[2]
     assert re.search(r"^USER [1-9][0-9]*:[1-9][0-9]*$", final, re.M)
     assert re.search(r"^HEALTHCHECK ", final, re.M)
-    assert "/health'" in final
+    [check] = re.findall(r'^    CMD \["python", "-m", "(.+)"\]$', final, re.M)
+    assert callable(importlib.import_module(check).main)
+    assert f"EXPOSE {healthcheck.DEFAULT_PORT}\n" in final
+
+
+def environment(dockerfile: str) -> dict[str, str]:
+    """What the image sets."""
+    [block] = re.findall(r"^ENV ((?:.+\\\n)*.+)$", dockerfile.rpartition("\nFROM ")[2], re.M)
+    return dict(pair.split("=", 1) for pair in block.replace("\\\n", " ").split())
+
+
+CACHES = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+"""Variables that name folders to which the image writes; torch loads libraries from the last two."""
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_what_is_compiled_goes_where_it_may_be_loaded_from(dockerfile: str, name: str) -> None:
+    """Below a volume, and below no tmpfs: Docker mounts those noexec."""
+    folder = PurePosixPath(environment(dockerfile)[name])
+    server = load("docker-compose.yml")["services"]["server"]
+    scratch = [mount.split(":")[0] for mount in server["tmpfs"]]
+    assert scratch == ["/tmp"]
+    assert not any(folder.is_relative_to(mount) for mount in scratch)
+    volumes = load("docker-compose.yml")["volumes"]
+    targets = [mount.split(":")[1] for mount in server["volumes"] if mount.split(":")[0] in volumes]
+    assert any(folder.is_relative_to(target) for target in targets)
+    # In Kubernetes a folder of the machine's disk.
+    pod = load("deploy/kubernetes/base/deployment.yaml")["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert name not in [variable["name"] for variable in container["env"]]
+    mounts = [mount for mount in container["volumeMounts"] if folder.is_relative_to(mount["mountPath"])]
+    [volume] = [volume for volume in pod["volumes"] if volume["name"] in [mount["name"] for mount in mounts]]
+    assert "medium" not in volume["emptyDir"]
 
 
 def test_image_copies_what_exists_and_is_let_through(dockerfile: str) -> None:
@@ -108,7 +142,13 @@ def test_compose_publishes_on_loopback_only() -> None:
 
 def test_compose_mounts_what_exists() -> None:
     services = load("docker-compose.yml")["services"]
-    mounts = [mount.split(":")[0] for service in services.values() for mount in service.get("volumes", [])]
+    mounts = [
+        # A variable stands for its default.
+        re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", mount).split(":")[0]
+        for service in services.values()
+        for mount in service.get("volumes", [])
+    ]
+    assert "./models" in mounts
     assert [mount for mount in mounts if mount.startswith("./") and not (ROOT / mount).is_dir()] == []
 
 

@@ -148,6 +148,25 @@ async def test_cors(build: Build) -> None:
     assert "access-control-allow-origin" not in other.headers
 
 
+@pytest.mark.parametrize(
+    ("origin", "method", "why"),
+    [
+        ("https://evil.example", "POST", "origin"),
+        ("https://page.example", "DELETE", "method"),
+        ("https://evil.example", "DELETE", "origin, method"),
+    ],
+)
+async def test_a_preflight_that_is_refused(build: Build, origin: str, method: str, why: str) -> None:
+    house = await build(server={"cors_allow_origins": ["https://page.example"]})
+    headers = {"Origin": origin, "Access-Control-Request-Method": method}
+    response = await house.http.options("/v1/completions", headers=headers)
+    error = check_error(response, 400)
+    assert (error["message"], error["code"]) == (f"Disallowed CORS {why}.", "cors_refused")
+    assert response.headers["vary"].startswith("Origin")
+    assert ("access-control-allow-origin" in response.headers) == ("origin" not in why)
+    assert int(response.headers["content-length"]) == len(response.content)
+
+
 async def test_without_origins_there_are_no_cors_headers(build: Build) -> None:
     house = await build()
     response = await house.http.get("/health", headers={"Origin": "https://page.example"})

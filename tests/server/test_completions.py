@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
-from engine.types import Collaboration, Delta, GenerationRequest
+from engine.types import GRAMMAR_AT_FAULT, Collaboration, Delta, GenerationRequest
+from server.metrics import OUTCOMES
 from server.sampling import derived_seed
 from server.text.tokenizer import TextTokenizer
 from tests.server.conftest import Build, House
-from tests.server.fakes import A, check_error, deltas_of, writes
+from tests.server.fakes import A, Script, check_error, deltas_of, writes
 
 
 def ids(tokenizer: TextTokenizer, text: str) -> list[int]:
@@ -287,3 +289,67 @@ async def test_one_failing_choice_fails_the_request_and_aborts_the_others(build:
     assert error["message"] == "the gate's value is not finite"
     assert len(house.engine.closed_early) == 2
     assert house.service.admission.in_flight == 0
+
+
+def refuses(message: str) -> Script:
+    """A script of an engine that wants none of these requests."""
+
+    def script(request: GenerationRequest) -> list[Delta]:
+        return [Delta(request.request_id, finish_reason="error", error=message, refused=True)]
+
+    return script
+
+
+@pytest.mark.parametrize(
+    ("message", "fields", "param"),
+    [
+        (f"{GRAMMAR_AT_FAULT}no such thing", {"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        (f"{GRAMMAR_AT_FAULT}no such thing", {"response_format": {"type": "json_object"}}, "response_format"),
+        ("something else", {"structured_outputs": {"regex": "a"}}, None),
+        ("something else", {}, None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_refusal_blames_the_grammar_only_for_its_own_faults(
+    build: Build, message: str, fields: dict[str, Any], param: str | None, stream: bool
+) -> None:
+    house = await build(refuses(message))
+    for response in (await house.complete(stream=stream, **fields), await house.chat(stream=stream, **fields)):
+        error = check_error(response, 400)
+        assert (error["message"], error["param"]) == (message, param)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_refusal_is_no_failure_of_ours(build: Build, stream: bool) -> None:
+    """As with all that is answered 400, nothing is counted."""
+    house = await build(refuses("not this one"))
+    check_error(await house.complete(stream=stream, n=2), 400)
+    for outcome in OUTCOMES:
+        assert await house.metric("collm_requests_total", model_name="collm-demo", outcome=outcome) == 0
+    assert await house.metric("collm_request_seconds_count", model_name="collm-demo") == 0
+    assert await house.metric("collm_requests_waiting", model_name="collm-demo") == 0
+
+
+SPECIAL = ["<|end|>", "one<|user|>two", "été<|end|><|user|> 日本 <|end|>😀!", "  two  <|end|>  spaces ", "<|end"]
+
+
+@pytest.mark.parametrize("text", SPECIAL)
+async def test_offsets_of_an_echoed_text_with_special_tokens(house: House, text: str) -> None:
+    body = (await house.complete(prompt=text, echo=True, logprobs=0, max_tokens=3)).json()
+    choice = body["choices"][0]
+    logprobs = choice["logprobs"]
+    assert choice["text"] == f"{text}abc"
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        assert token.startswith("bytes:") or choice["text"][offset:].startswith(token), (token, offset)
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+
+
+async def test_offsets_of_echoed_token_ids_skip_special_tokens_as_their_text_does(
+    house: House, tokenizer: TextTokenizer
+) -> None:
+    prompt = ids(tokenizer, "one<|user|>two")
+    choice = (await house.complete(prompt=prompt, echo=True, logprobs=0, max_tokens=1)).json()["choices"][0]
+    assert choice["text"] == "onetwoa"
+    logprobs = choice["logprobs"]
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        assert token == "<|user|>" or choice["text"][offset:].startswith(token)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterable
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -8,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.types import Delta, EngineStats, GenerationRequest, LaneStats
 from tests.server.conftest import Build, House
 from tests.server.fakes import deltas_of, letters, waits_forever
+from tests.waiting import until
 
 PROMISED = {
     "collm_tokens", "collm_prompt_tokens", "collm_requests", "collm_requests_running", "collm_requests_waiting",
@@ -140,6 +142,28 @@ async def test_load_gauges_return_to_zero(build: Build) -> None:
     assert await house.metric("collm_requests_running", **JOINT) == 0
     assert await house.metric("collm_requests_waiting", **JOINT) == 0
     assert await house.metric("collm_requests_total", outcome="aborted", **JOINT) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_choices_that_have_ended_do_not_wait(build: Build, stream: bool) -> None:
+    """They hold their places until the whole response is complete."""
+
+    def script(request: GenerationRequest) -> Iterable[Delta] | AsyncIterator[Delta]:
+        if request.request_id.endswith("-3"):
+            return waits_forever(request)
+        return deltas_of(request, letters("ab"))
+
+    house = await build(script)
+    request = asyncio.create_task(house.complete(n=5, stream=stream))
+    await until(lambda: house.service.admission.unfinished == 1)
+    house.engine.batch(EngineStats([LaneStats("base"), LaneStats("codes")], running=1))
+    assert await house.metric("collm_requests_running", **JOINT) == 1
+    assert await house.metric("collm_requests_waiting", **JOINT) == 0
+    assert house.service.admission.in_flight == 5
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)
+    assert (house.service.admission.in_flight, house.service.admission.unfinished) == (0, 0)
+    assert await house.metric("collm_requests_running", **JOINT) == 0
 
 
 async def test_http_labels_are_bounded(house: House) -> None:

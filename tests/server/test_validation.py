@@ -67,6 +67,9 @@ COMMON: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {}}, "structured_outputs"),
     ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
     ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"json": 5}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": ""}}, "structured_outputs.json"),
+    ({"structured_outputs": {"json": [{}]}}, "structured_outputs.json"),
     ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
     ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag"),
     ({"no_such_field": 1}, "no_such_field"),
@@ -122,6 +125,9 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": True}, "max_tokens"),
     ({"max_tokens": 16.0}, "max_tokens"),
     ({"max_tokens": 4, "min_tokens": 5}, "min_tokens"),
+    ({"min_tokens": 17}, "min_tokens"),
+    ({"prompt": [1] * 250, "min_tokens": 7}, "min_tokens"),
+    ({"prompt": [1] * 250, "min_tokens": 7, "structured_outputs": {"regex": "a"}}, "min_tokens"),
     ({"logprobs": 21}, "logprobs"),
     ({"logprobs": 6}, "logprobs"),
     ({"logprobs": 6, "stream": True}, "logprobs"),
@@ -154,6 +160,8 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"max_completion_tokens": 300}, "max_completion_tokens"),
     ({"max_completion_tokens": 5, "max_tokens": 6}, "max_tokens"),
     ({"max_completion_tokens": 5, "min_tokens": 6}, "min_tokens"),
+    ({"min_tokens": 256}, "min_tokens"),
+    ({"min_tokens": 10**6, "response_format": {"type": "json_object"}}, "min_tokens"),
     ({"logprobs": 1}, "logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -261,6 +269,18 @@ async def test_bodies_that_are_no_request(house: House, body: bytes) -> None:
 )
 async def test_other_content_types(house: House, content_type: str) -> None:
     check_error(await house.http.post("/v1/completions", content=GOOD, headers={"Content-Type": content_type}), 415)
+
+
+async def test_no_content_type(house: House) -> None:
+    """A program may leave it out. A page may not: it would get around the browser's question (CORS)."""
+    request = house.http.build_request("POST", "/v1/completions", content=GOOD)
+    assert "content-type" not in request.headers
+    assert (await house.http.send(request)).status_code == 200
+    for origin in ("https://page.example", "null"):
+        request = house.http.build_request("POST", "/v1/completions", content=GOOD, headers={"Origin": origin})
+        assert check_error(await house.http.send(request), 415)["code"] == "unsupported_media_type"
+        headers = {"Origin": origin, "Content-Type": "application/json"}
+        assert (await house.http.post("/v1/completions", content=GOOD, headers=headers)).status_code == 200
 
 
 async def test_errors_do_not_echo_what_was_sent(house: House) -> None:

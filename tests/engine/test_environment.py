@@ -1,0 +1,57 @@
+"""What the engine's process sets for vLLM, and that it leaves alone what a user has set."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from engine.config import LaneConfig
+from engine.vllm_hooks.options import prepare_environment
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """An empty one, on a machine with four cores."""
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5})
+    return environment
+
+
+def lane(**options: object) -> LaneConfig:
+    return LaneConfig.model_validate({"model": "x", **options})
+
+
+def test_one_core_stays_free(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_environment((lane(),))
+    assert environment["OMP_NUM_THREADS"] == "3"
+    environment.clear()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    prepare_environment((lane(),))
+    assert environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_what_a_user_has_set_stays(environment: dict[str, str]) -> None:
+    environment |= {"OMP_NUM_THREADS": "4", "VLLM_LOGGING_LEVEL": "DEBUG"}
+    prepare_environment((lane(),))
+    assert (environment["OMP_NUM_THREADS"], environment["VLLM_LOGGING_LEVEL"]) == ("4", "DEBUG")
+
+
+def test_a_late_step_is_for_the_step_loop_to_judge(environment: dict[str, str]) -> None:
+    """vLLM's own limit of five minutes would end the engine while the loop still waits for a lost lane."""
+    prepare_environment((lane(),))
+    assert int(environment["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"]) > 24 * 3600
+
+
+def test_shards_share_the_cores(environment: dict[str, str]) -> None:
+    prepare_environment((lane(), lane(executor="mp", tensor_parallel_size=2)))
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1|4,5"
+
+
+def test_gloo_listens_on_this_machine_only_unless_ray_needs_more(environment: dict[str, str]) -> None:
+    prepare_environment((lane(),))
+    assert environment["GLOO_SOCKET_IFNAME"] == "lo"
+    environment.clear()
+    prepare_environment((lane(executor="ray"),))
+    assert "GLOO_SOCKET_IFNAME" not in environment

@@ -1,0 +1,110 @@
+"""One vLLM lane, driven by hand: a program of its own, since what vLLM sets in a process stays set.
+
+    python -m tests.oracle.one_lane CHECKPOINT
+
+Prints one JSON object, which tests/oracle/test_one_lane.py looks at.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+from engine.config import LaneConfig
+from engine.lanes.interface import Extension, LaneRequest, LaneWork, Sample
+from engine.types import GenerationRequest, SamplingSpec, StructuredOutputs
+from engine.vllm_hooks.options import engine_arguments, prepare_environment
+
+SAMPLING = SamplingSpec(temperature=0.0, logprobs=3)
+PROMPT = [(7 * number) % 500 + 1 for number in range(28)]
+DRAFTS = [(11 * number) % 500 + 1 for number in range(60)]
+"""With the prompt these fill two blocks of 32 tokens, and part of a third."""
+
+
+def main() -> None:
+    """Run all scenes on one lane."""
+    options = LaneConfig(
+        model=sys.argv[1],
+        kv_cache_memory_bytes=64 << 20,
+        vllm={"dtype": "float32", "max_model_len": 192},
+    )
+    prepare_environment((options,))
+    logging.disable()
+    from engine.vllm_hooks.lane import VllmLane
+
+    arguments = engine_arguments(
+        options, label="base", max_num_seqs=4, vocab_size=512, gate_path=None, gate_in_head=False
+    )
+    lane = VllmLane("base", arguments, eos_token_ids=[0])
+    json.dump({"drafts": drafts(lane), "texts": texts(lane), "grammars": grammars(lane)}, sys.stdout)
+    lane.shutdown()
+
+
+def added(request_id: str, written: list[int], final: int) -> LaneRequest:
+    """A request for PROMPT, some of whose tokens may be drafts."""
+    return LaneRequest(request_id, PROMPT, written, SAMPLING, final)
+
+
+def run(lane: Any, work: LaneWork) -> dict[str, Sample]:
+    """Apply, and step until nothing is left to compute: the last sample of each request."""
+    lane.apply(work)
+    samples = {}
+    while lane.has_work():
+        for sample in lane.start().result().samples:
+            samples[sample.request_id] = sample
+    return samples
+
+
+def seen(sample: Sample) -> list[float]:
+    """What a sample tells of the text it follows."""
+    assert sample.logprobs is not None
+    return sample.logprobs.logprobs
+
+
+def drafts(lane: Any) -> dict[str, Any]:
+    """A row comes (back) with drafts that are another request's text, and is cut."""
+    first = run(lane, LaneWork(add=[added("first", DRAFTS, len(DRAFTS))]))["first"]
+    run(lane, LaneWork(add=[added("drafting", DRAFTS, 0)]))
+    tables = lane._scheduler.kv_cache_manager
+    blocks = {name: tables.get_block_ids(name)[0] for name in ("first", "drafting")}
+    run(lane, LaneWork(extend=[Extension("drafting", 4, [499, 498], 6)]))
+    again = run(lane, LaneWork(add=[added("again", DRAFTS, len(DRAFTS))]))["again"]
+    run(lane, LaneWork(remove=["first", "drafting", "again"]))
+    return {"first": seen(first), "again": seen(again), "blocks": blocks}
+
+
+def texts(lane: Any) -> list[int]:
+    """How many whole texts travelled to the worker with each step; rows sit steps out."""
+    counts = []
+    schedule = lane._scheduler.schedule
+
+    def counting(*arguments: Any) -> Any:
+        output = schedule(*arguments)
+        counts.append(len(output.scheduled_cached_reqs.all_token_ids))
+        return output
+
+    lane._scheduler.schedule = counting
+    run(lane, LaneWork(add=[added("sits", [], 0)]))
+    for number in range(3):
+        run(lane, LaneWork(add=[added(f"other-{number}", [], 0)]))
+        run(lane, LaneWork(extend=[Extension("sits", number, [5], number + 1)]))
+    lane._scheduler.schedule = schedule
+    run(lane, LaneWork(remove=["sits", "other-0", "other-1", "other-2"]))
+    return counts
+
+
+def grammars(lane: Any) -> dict[str, Any]:
+    """How often grammars are checked."""
+    good, bad = StructuredOutputs(regex="[ab]{9}"), StructuredOutputs(json='{"type": "integer", "multipleOf": 3}')
+    refusals = [
+        lane.refusal(GenerationRequest(f"{number}", [1], SamplingSpec(structured_outputs=grammar)))
+        for grammar in (good, bad)
+        for number in range(8)
+    ]
+    return {"refusals": refusals, "checks": lane._checked_grammar.cache_info().misses}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Logprobs ask nothing of the machine: no compiler, no folder to write to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.client import Engine
+from engine.types import Collaboration, GenerationRequest, SamplingSpec
+from tests.oracle import pairs
+from tests.oracle.checks import assert_empty
+
+
+@pytest.mark.parametrize("missing", ["compiler", "cache"])
+def test_without(
+    missing: str,
+    random_pair: pairs.Served,
+    prompts: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What torch would compile with is missing, or where it would put the result takes nothing."""
+    if missing == "compiler":
+        monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    else:
+        # Importing vLLM makes the folder, so there must be one.
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/sys")
+    requests = [
+        GenerationRequest(
+            f"{number}",
+            prompt,
+            SamplingSpec(temperature=number / 2, seed=number, max_tokens=8, logprobs=2, prompt_logprobs=1),
+            Collaboration(policy="random", rate=0.5),
+        )
+        for number, prompt in enumerate(prompts[:3])
+    ]
+    with Engine(random_pair.config()) as engine:
+        completions = engine.generate(requests)
+        assert_empty(engine)
+    for request, completion in zip(requests, completions, strict=True):
+        assert completion.error is None
+        assert completion.logprobs is not None
+        assert [len(entry.token_ids) for entry in completion.logprobs] == [3] * len(completion.tokens)
+        assert completion.prompt_logprobs is not None
+        assert len(completion.prompt_logprobs) == len(request.prompt) - 1
+    assert [file for file in (tmp_path / "cache").rglob("*") if file.is_file()] == [], "something was compiled"

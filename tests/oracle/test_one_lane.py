@@ -1,0 +1,49 @@
+"""What a single vLLM lane promises, where the whole engine shows it only by an unlucky order of events."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.oracle import pairs
+from tests.packaging.sources import ROOT
+
+
+@pytest.fixture(scope="module")
+def found(random_pair: pairs.Served) -> dict[str, Any]:
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.oracle.one_lane", str(random_pair.base)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return answer
+
+
+def test_drafts_are_never_in_a_block_that_others_read(found: dict[str, Any]) -> None:
+    """Were a draft's block taken from the prefix cache, the cut would overwrite it under whoever shares it."""
+    drafts = found["drafts"]
+    assert len(drafts["blocks"]["first"]) == 3
+    assert set(drafts["blocks"]["first"]).isdisjoint(drafts["blocks"]["drafting"])
+    assert drafts["again"] == pytest.approx(drafts["first"], abs=1e-4)
+
+
+def test_no_whole_text_travels_with_a_step(found: dict[str, Any]) -> None:
+    assert len(found["texts"]) >= 7
+    assert set(found["texts"]) == {0}
+
+
+def test_a_grammar_is_checked_once(found: dict[str, Any]) -> None:
+    grammars = found["grammars"]
+    assert grammars["checks"] == 2
+    good, bad = grammars["refusals"][:8], grammars["refusals"][8:]
+    assert good == [None] * 8
+    (message,) = set(bad)
+    assert "not supported by xgrammar" in message
