@@ -17,7 +17,7 @@ from engine.client import Engine
 from engine.config import EngineConfig
 from engine.errors import CollmError, EngineStartupError
 from engine.vllm_hooks.load import make_plan
-from engine.vllm_hooks.options import engine_arguments, prepare_environment
+from engine.vllm_hooks.options import engine_arguments
 from tests.oracle import pairs
 
 
@@ -113,7 +113,6 @@ def test_options_that_are_not_vllms_or_not_the_users(
     option: str, value: object, expected: str, random_pair: pairs.Served
 ) -> None:
     base = random_pair.config(**{option: value}).base
-    prepare_environment((base,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vLLM's own, where it is imported here for the first time
         with pytest.raises(CollmError) as caught:
