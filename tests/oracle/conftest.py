@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 KEPT = 3
-"""Engines of the random pair that are kept at most: an idle one takes no time, but memory."""
+"""Engines of the random pair that are kept at most: an idle one takes hardly any time, but memory."""
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +38,13 @@ def random_pair(tmp_path_factory: pytest.TempPathFactory) -> pairs.Served:
     return pairs.random_pair(tmp_path_factory.mktemp("random-pair"))
 
 
+def started(served: pairs.Served, settings: dict[str, Any]) -> Engine:
+    """An engine that has done something: before that it gives no account of itself."""
+    engine = Engine(served.config(**settings))
+    engine.generate([GenerationRequest("first", [1], SamplingSpec(max_tokens=1))])
+    return engine
+
+
 @pytest.fixture(scope="session")
 def kept_engines(random_pair: pairs.Served) -> Iterator[Callable[[dict[str, Any]], Engine]]:
     kept: dict[str, Engine] = {}
@@ -47,9 +55,7 @@ def kept_engines(random_pair: pairs.Served) -> Iterator[Callable[[dict[str, Any]
         if engine is None:
             if len(kept) == KEPT:
                 kept.pop(next(iter(kept))).shutdown()
-            engine = Engine(random_pair.config(**settings))
-            # An engine gives no account of itself before it has done something.
-            engine.generate([GenerationRequest("first", [1], SamplingSpec(max_tokens=1))])
+            engine = started(random_pair, settings)
         kept[key] = engine  # at the end: the one that was not used for longest goes first
         return engine
 
@@ -59,21 +65,27 @@ def kept_engines(random_pair: pairs.Served) -> Iterator[Callable[[dict[str, Any]
 
 
 @pytest.fixture
-def engine_of(kept_engines: Callable[[dict[str, Any]], Engine]) -> Iterator[Callable[..., Engine]]:
+def engine_of(
+    random_pair: pairs.Served, kept_engines: Callable[[dict[str, Any]], Engine]
+) -> Iterator[Callable[..., Engine]]:
     """``engine_of(**settings)``: an engine of the random pair with these settings of ``Served.config``.
 
     Others may have used it, so its counters do not begin at zero, and its prefix cache may know ``prompts``. Every test
     leaves it empty, which is checked.
     """
     used: list[Engine] = []
+    with ExitStack() as stack:
 
-    def get(**settings: Any) -> Engine:
-        used.append(kept_engines(settings))
-        return used[-1]
+        def get(**settings: Any) -> Engine:
+            # Workers that are processes of their own take time also when they are idle.
+            own = settings.get("executor") == "mp"
+            engine = stack.enter_context(started(random_pair, settings)) if own else kept_engines(settings)
+            used.append(engine)
+            return engine
 
-    yield get
-    for engine in used:
-        assert_empty(engine)
+        yield get
+        for engine in used:
+            assert_empty(engine)
 
 
 @pytest.fixture
