@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.live import LiveServer, serving_demo
 
 # How long an example takes says more of the machine's other work than of the code; pytest's timeout bounds each test.
 # In CI the same examples every time.
@@ -16,3 +20,10 @@ settings.register_profile(
     print_blob=True,
 )
 settings.load_profile("collm")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """One server of the demo pair for whoever is content with any: command line, pages, SDK, browser."""
+    with serving_demo(tmp_path_factory.mktemp("demo")) as server:
+        yield server

@@ -111,6 +111,7 @@ def test_gather_shares_steps() -> None:
     assert run(8, 0.2, settings=gather).steps[1] < run(8, 0.2).steps[1]
 
 
+@pytest.mark.slow  # the sums are shown above, and a command with real engines by test_command.py
 def test_predict_command(tiny: Pair) -> None:
     size = ["--concurrency", "1", "4", "--rounds", "1", "--requests", "2", "--max-tokens", "16"]
     options = ["--shape", "tiny", "--device", "cpu", "--deferral", "0.5", *size]

@@ -18,7 +18,6 @@ from server.service import Service
 from server.text.tokenizer import TextTokenizer
 from tests.browser.page import Page
 from tests.cli.servers import standins
-from tests.integration.conftest import ROOT, LiveServer, start_server
 from tests.server.fakes import FakeEngine, Script, byte_level_tokenizer, settings
 
 try:
@@ -41,15 +40,6 @@ FLAGS = (
 )
 
 Open = Callable[..., Page]
-
-
-@pytest.fixture(scope="package")
-def demo() -> Iterator[LiveServer]:
-    """The demo pair on real engines."""
-    server = start_server(ROOT / "deploy" / "config" / "demo.toml")
-    yield server
-    server.process.terminate()
-    assert server.process.wait(timeout=60) == 0
 
 
 @pytest.fixture(scope="package")

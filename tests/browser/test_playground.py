@@ -17,7 +17,7 @@ from engine.types import Delta, GenerationRequest
 from tests.browser.conftest import KEY, Open, scripted
 from tests.browser.page import CTRL, DOWN, END, ENTER, ESCAPE, HOME, RIGHT, TAB, Page
 from tests.cli.servers import MODEL as STANDIN
-from tests.integration.conftest import LiveServer
+from tests.live import LiveServer
 from tests.server.fakes import byte_level_tokenizer, deltas_of, writes
 from tests.waiting import eventually
 

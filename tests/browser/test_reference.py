@@ -11,7 +11,7 @@ import pytest
 
 from tests.browser.conftest import KEY, Open
 from tests.browser.page import ENTER, Page
-from tests.integration.conftest import LiveServer
+from tests.live import LiveServer
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.browser

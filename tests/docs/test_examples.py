@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT, LiveServer
-from tests.packaging.sources import imported_modules
+from tests.live import LiveServer
+from tests.packaging.sources import ROOT, imported_modules
 
 PAGES = ("quickstart", "api", "cli", "clients", "playground", "configuration")
 ADDRESS = "http://localhost:8000"

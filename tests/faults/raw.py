@@ -58,21 +58,42 @@ def send(server: FaultServer, parts: bytes | Iterable[bytes]) -> Reply:
         return receive(sock)
 
 
+def send_in_a_row(server: FaultServer, requests: Iterable[bytes]) -> list[Reply]:
+    """Send requests at once on one connection. The server takes up each of them when it has answered the one before, so
+    what it says of itself in one answer is as of then, however long this process has to wait for its turn.
+    """
+    requests = list(requests)
+    replies: list[Reply] = []
+    rest = b""
+    with connect(server) as sock:
+        sock.sendall(b"".join(requests))
+        for _ in requests:
+            reply, rest = _receive(sock, rest)
+            replies.append(reply)
+    return replies
+
+
 def receive(sock: socket.socket) -> Reply:
     """Read one response that has a length; of what follows on the connection nothing is kept."""
-    data = b""
+    return _receive(sock, b"")[0]
+
+
+def _receive(sock: socket.socket, data: bytes) -> tuple[Reply, bytes]:
+    """One response, of which ``data`` was read before, and what was read beyond it."""
     with contextlib.suppress(ConnectionResetError):
         while b"\r\n\r\n" not in data and (more := sock.recv(65536)):
             data += more
     if b"\r\n\r\n" not in data:
-        return Reply(0, {}, data)
+        return Reply(0, {}, data), b""
     first, _, body = data.partition(b"\r\n\r\n")
     lines = first.decode("latin-1").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
     length = int(headers.get("content-length", 0))
     while len(body) < length and (more := sock.recv(65536)):
         body += more
-    return Reply(int(lines[0].split()[1]), headers, body[:length] if "content-length" in headers else body)
+    if "content-length" not in headers:
+        length = len(body)
+    return Reply(int(lines[0].split()[1]), headers, body[:length]), body[length:]
 
 
 def hang_up(sock: socket.socket) -> None:

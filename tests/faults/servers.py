@@ -23,9 +23,9 @@ from typing import Any
 
 import httpx
 import psutil
-from prometheus_client.parser import text_string_to_metric_families
 
 from engine.gate import GateArtifact
+from tests.live import samples
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -61,17 +61,9 @@ class FaultServer:
         return httpx.Client(base_url=self.url, headers=headers, timeout=120, trust_env=False, **options)
 
     def metrics(self) -> dict[str, float]:
-        """Every sample of /metrics as ``name{label=value,...}`` with labels sorted, summed over models."""
+        """What /metrics says just now; see :func:`tests.live.samples`."""
         with self.http() as http:
-            text = http.get("/metrics").text
-        found: dict[str, float] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                labels = {key: value for key, value in sample.labels.items() if key != "model_name"}
-                inner = ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
-                key = f"{sample.name}{{{inner}}}"
-                found[key] = found.get(key, 0.0) + sample.value
-        return found
+            return samples(http.get("/metrics").text)
 
     def metric(self, key: str) -> float:
         return self.metrics().get(key, 0.0)

@@ -122,6 +122,7 @@ def test_25_sigterm_with_requests_in_flight(restarting: FaultServer) -> None:
     _gone(tree)
 
 
+@pytest.mark.slow  # every time, with lanes that are stand-ins: tests/server/test_lifecycle.py
 def test_21_engine_killed_and_exit(tmp_path: Path) -> None:
     with serving(tmp_path, server__on_engine_death="exit") as server, in_background(6) as submit:
         tree = server.tree()
@@ -145,6 +146,7 @@ def test_21_http_process_killed(tmp_path: Path) -> None:
         _gone(tree)
 
 
+@pytest.mark.slow  # every time, with lanes that are stand-ins: tests/server/test_lifecycle.py
 def test_25_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
     with serving(tmp_path) as server, in_background(4) as submit:
         tree = server.tree()

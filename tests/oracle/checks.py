@@ -36,3 +36,8 @@ def assert_empty(engine: Engine) -> EngineStats:
     assert [lane.kv_usage for lane in stats.lanes] == [0.0] * len(stats.lanes)
     assert stats.integrity_errors == 0
     return stats
+
+
+def preemptions(engine: Engine) -> list[int]:
+    """Of each lane, so far, once the engine is idle."""
+    return [lane.preemptions for lane in assert_empty(engine).lanes]

@@ -31,6 +31,14 @@ from tests.oracle.reference import Pair
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 KV_BYTES = 64 << 20
 
+CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 32, "max_num_seqs": 32}
+# The longest request of the tests' prompts needs 4 blocks of 32 tokens; 32 of them at once would need over 100.
+TIGHT: dict[str, Any] = {"kv_blocks": (16, 12)}
+OVERLAPPED: dict[str, Any] = {"coordination": "overlapped", "executor": "mp"}
+PRESSED: dict[str, Any] = {**CHUNKED, **TIGHT, "enable_prefix_caching": False}
+"""Settings of ``Served.config``; the last ones make the most work of a prompt: it is computed piece by piece, and all
+over again after a preemption."""
+
 
 @dataclass(frozen=True)
 class Served:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 
 from engine.client import Engine, EngineClient
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
@@ -18,7 +22,8 @@ def test_abandoned_at_any_moment(plain_engine: Engine, prompts: list[list[int]])
     async def abandon(client: EngineClient, number: int, after: int) -> int:
         request = GenerationRequest(
             f"abandoned-{number}",
-            prompts[number % len(prompts)],
+            # Of its own, so that no prefix cache shortens what can be abandoned, nor knows other tests' prompts then.
+            [1 + number, *prompts[number % len(prompts)]],
             SamplingSpec(temperature=0.0, max_tokens=100, ignore_eos=True),
             Collaboration(policy="random", rate=0.5),
         )
@@ -45,33 +50,37 @@ def test_abandoned_at_any_moment(plain_engine: Engine, prompts: list[list[int]])
     assert_empty(plain_engine)
 
 
-def test_abandoned_while_parked_and_while_prefilling(random_pair: pairs.Served, prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    "settings", [pairs.PRESSED, pytest.param(pairs.CHUNKED, marks=pytest.mark.slow)], ids=["pressed", "chunked"]
+)
+def test_abandoned_while_parked_and_while_prefilling(
+    settings: dict[str, Any], engine_of: Callable[..., Engine], prompts: list[list[int]]
+) -> None:
     """A prompt that takes many steps to prefill is dropped in the midst of it, others while the expert catches up."""
-    config = random_pair.config(max_num_batched_tokens=32, max_num_seqs=32)
-    with Engine(config) as engine:
-        longest = max(prompts, key=len)
-        always = Collaboration(policy="always")
+    engine = engine_of(**settings)
+    longest = max(prompts, key=len)
+    always = Collaboration(policy="always")
+    before = [lane.computed_tokens for lane in assert_empty(engine).lanes]
 
-        async def drop(number: int, pause: float) -> None:
-            request = GenerationRequest(
-                f"dropped-{number}",
-                [*longest, 1 + number],
-                SamplingSpec(temperature=0.0, max_tokens=60, ignore_eos=True),
-                always,
-            )
-            task = asyncio.ensure_future(anext(engine.client.generate(request)))
-            await asyncio.sleep(pause)
-            await engine.client.abort([request.request_id])
-            await asyncio.gather(task, return_exceptions=True)
-
-        async def drop_all() -> None:
-            await asyncio.gather(*(drop(number, number * 0.002) for number in range(60)))
-
-        asyncio.run_coroutine_threadsafe(drop_all(), engine._loop).result(timeout=300)
-        stats = assert_empty(engine)
-        assert stats.lanes[0].computed_tokens > 0
-        # The engine still answers.
-        (completion,) = engine.generate(
-            [GenerationRequest("after", prompts[0], SamplingSpec(temperature=0.0, max_tokens=5))]
+    async def drop(number: int, pause: float) -> None:
+        request = GenerationRequest(
+            f"dropped-{number}",
+            [*longest, 1 + number],
+            SamplingSpec(temperature=0.0, max_tokens=60, ignore_eos=True),
+            always,
         )
-        assert len(completion.tokens) == 5 or completion.finish_reason == "stop"
+        task = asyncio.ensure_future(anext(engine.client.generate(request)))
+        await asyncio.sleep(pause)
+        await engine.client.abort([request.request_id])
+        await asyncio.gather(task, return_exceptions=True)
+
+    async def drop_all() -> None:
+        await asyncio.gather(*(drop(number, number * 0.002) for number in range(60)))
+
+    asyncio.run_coroutine_threadsafe(drop_all(), engine._loop).result(timeout=300)
+    assert assert_empty(engine).lanes[0].computed_tokens > before[0]
+    # The engine still answers.
+    (completion,) = engine.generate(
+        [GenerationRequest("after", prompts[0], SamplingSpec(temperature=0.0, max_tokens=5))]
+    )
+    assert len(completion.tokens) == 5 or completion.finish_reason == "stop"

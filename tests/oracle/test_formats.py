@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from engine.client import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
+from engine.vllm_hooks.load import make_plan
 from tests.oracle import pairs
 from tests.oracle.checks import assert_empty, assert_same, run
-from tests.oracle.reference import Pair, greedy
+from tests.oracle.reference import Pair, Written, greedy
 
 
 def _requests(prompts: list[list[int]], max_tokens: int = 20) -> list[GenerationRequest]:
@@ -67,31 +68,32 @@ def test_reference_format(random_pair: pairs.Served, prompts: list[list[int]], t
         assert_empty(engine)
 
 
-def test_pair_without_a_gate(random_pair: pairs.Served, prompts: list[list[int]]) -> None:
+def test_pair_without_a_gate(random_pair: pairs.Served, twin_engine: Engine, prompts: list[list[int]]) -> None:
     """Policies that need no gate are served; those that do are refused, request by request."""
-    with Engine(random_pair.config(gate=False)) as engine:
-        assert engine.info.gate is None
-        refused, confident = engine.generate(
-            [
-                GenerationRequest("threshold", prompts[0], collaboration=Collaboration(policy="threshold")),
-                GenerationRequest(
-                    "confidence",
-                    prompts[0],
-                    SamplingSpec(temperature=0.0, max_tokens=20),
-                    Collaboration(policy="confidence"),
-                ),
-            ]
-        )
-        assert refused.finish_reason == "error"
-        assert refused.error == "policy 'threshold' needs a gate, and none is served"
-        assert_same([confident], [greedy(random_pair.reference, prompts[0], 20, policy="confidence")])
+    assert make_plan(random_pair.config(gate=False)).gate is None
+    assert twin_engine.info.gate is None
+    refused, confident = twin_engine.generate(
+        [
+            GenerationRequest("threshold", prompts[0], collaboration=Collaboration(policy="threshold")),
+            GenerationRequest(
+                "confidence",
+                prompts[0],
+                SamplingSpec(temperature=0.0, max_tokens=20),
+                Collaboration(policy="confidence", experts=(1,)),
+            ),
+        ]
+    )
+    assert refused.finish_reason == "error"
+    assert refused.error == "policy 'threshold' needs a gate, and none is served"
+    assert_same([confident], [greedy(random_pair.reference, prompts[0], 20, policy="confidence")])
 
 
-@pytest.mark.parametrize("coordination", ["lockstep", "overlapped"])
-def test_expert_in_two_shards(coordination: str, random_pair: pairs.Served, prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize("coordination", ["lockstep", pytest.param("overlapped", marks=pytest.mark.slow)])
+def test_expert_in_two_shards(
+    coordination: str, random_pair: pairs.Served, prompts: list[list[int]], written: list[Written]
+) -> None:
     """Base in the engine's process, expert with tensor_parallel_size 2 in two worker processes."""
-    expected = [greedy(random_pair.reference, prompt, 20) for prompt in prompts[:16]]
     settings = {"coordination": coordination, "executor": "mp", "tensor_parallel_size": 2}
     with Engine(random_pair.config(**settings)) as engine:  # type: ignore[arg-type]
-        assert_same(run(engine, _requests(prompts[:16]), 16), expected)
+        assert_same(run(engine, _requests(prompts[:16], 50), 16), written[:16])
         assert_empty(engine)

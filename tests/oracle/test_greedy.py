@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,23 +10,22 @@ import pytest
 from engine.client import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
-from tests.oracle.checks import assert_empty, assert_same, run
+from tests.oracle.checks import assert_empty, assert_same, preemptions, run
+from tests.oracle.pairs import CHUNKED, OVERLAPPED, PRESSED, TIGHT
 from tests.oracle.reference import Written, greedy
-
-CHUNKED = {"max_num_batched_tokens": 32, "max_num_seqs": 32}
-# The longest request needs 4 blocks of 32 tokens; 32 of them at once would need over 100.
-TIGHT = {"kv_blocks": (16, 12)}
-OVERLAPPED = {"coordination": "overlapped", "executor": "mp"}
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lockstep": {},
     "lockstep, no prefix caching": {"enable_prefix_caching": False},
     "lockstep, chunked prefill": CHUNKED,
     "lockstep, tight KV": TIGHT,
-    "lockstep, chunked prefill, tight KV, no prefix caching": {**CHUNKED, **TIGHT, "enable_prefix_caching": False},
+    "lockstep, chunked prefill, tight KV, no prefix caching": PRESSED,
     "overlapped": OVERLAPPED,
     "overlapped, chunked prefill, tight KV": {**OVERLAPPED, **CHUNKED, **TIGHT},
 }
+
+SLOW = ("lockstep, no prefix caching", "lockstep, chunked prefill", "lockstep, tight KV", "overlapped")
+"""Each takes an engine of its own, for something that one of the others does along with more."""
 
 
 def _requests(prompts: list[list[int]], tag: str) -> list[GenerationRequest]:
@@ -33,46 +33,56 @@ def _requests(prompts: list[list[int]], tag: str) -> list[GenerationRequest]:
     return [GenerationRequest(f"{tag}-{number}", prompt, sampling) for number, prompt in enumerate(prompts)]
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name, settings in SETTINGS.items()
+    ],
+)
 def test_equals_the_oracle(
     settings: dict[str, Any],
-    random_pair: pairs.Served,
+    engine_of: Callable[..., Engine],
     prompts: list[list[int]],
     written: list[Written],
 ) -> None:
     # The oracle itself must exercise both models, or this shows nothing.
     sources = [source for one in written for source in one.sources]
     assert 0.2 < sum(sources) / len(sources) < 0.8
-    with Engine(random_pair.config(**settings)) as engine:
-        assert engine.info.coordination == settings.get("coordination", "lockstep")
-        assert_same(run(engine, _requests(prompts, "batch"), 32), written)
-        preemptions = [lane.preemptions for lane in assert_empty(engine).lanes]
-        if "kv_blocks" in settings:
-            assert min(preemptions) > 0, "the KV memory was meant to be too small in both lanes"
-        else:
-            assert preemptions == [0, 0]
-        assert_same(run(engine, _requests(prompts, "alone"), 1), written)
-        assert_empty(engine)
+    engine = engine_of(**settings)
+    assert engine.info.coordination == settings.get("coordination", "lockstep")
+    before = preemptions(engine)
+    assert_same(run(engine, _requests(prompts, "batch"), 32), written)
+    more = [now - then for now, then in zip(preemptions(engine), before, strict=True)]
+    if "kv_blocks" in settings:
+        assert min(more) > 0, "the KV memory was meant to be too small in both lanes"
+    else:
+        assert more == [0, 0]
+    assert_same(run(engine, _requests(prompts, "alone"), 1), written)
 
 
 @pytest.fixture(scope="module")
-def demo_engine(demo_pair: pairs.Served) -> Any:
+def demo_engine(demo_pair: pairs.Served) -> Iterator[Engine]:
     with Engine(demo_pair.config()) as engine:
         yield engine
 
 
-@pytest.mark.parametrize("concurrency", [1, 32])
-def test_demo_pair_equals_the_oracle(
-    concurrency: int, demo_engine: Engine, demo_pair: pairs.Served, demo_questions: list[list[int]]
-) -> None:
+@pytest.fixture(scope="module")
+def demo_written(demo_engine: Engine, demo_pair: pairs.Served, demo_questions: list[list[int]]) -> list[Written]:
     gate = demo_engine.info.gate
     assert gate is not None
-    expected = [greedy(demo_pair.reference, prompt, 40, threshold=gate.threshold) for prompt in demo_questions]
+    return [greedy(demo_pair.reference, prompt, 40, threshold=gate.threshold) for prompt in demo_questions]
+
+
+@pytest.mark.parametrize("concurrency", [1, 32])
+def test_demo_pair_equals_the_oracle(
+    concurrency: int, demo_engine: Engine, demo_written: list[Written], demo_questions: list[list[int]]
+) -> None:
     sampling = SamplingSpec(temperature=0.0, max_tokens=40)
     requests = [
         GenerationRequest(f"{concurrency}-{number}", prompt, sampling) for number, prompt in enumerate(demo_questions)
     ]
-    assert_same(run(demo_engine, requests, concurrency), expected)
+    assert_same(run(demo_engine, requests, concurrency), demo_written)
     assert_empty(demo_engine)
 
 

@@ -5,7 +5,6 @@ The pair is one whose models often agree, so that windows stand, are cut, and st
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,10 +17,10 @@ from engine.client import Engine
 from engine.types import Collaboration, Completion, EngineStats, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
 from tests.oracle.checks import assert_empty, assert_same, run
+from tests.oracle.pairs import CHUNKED, OVERLAPPED, TIGHT
 from tests.oracle.reference import Written, greedy, hidden_and_logits
 
-CHUNKED_AND_TIGHT = {"max_num_batched_tokens": 32, "max_num_seqs": 32, "kv_blocks": (16, 12)}
-OVERLAPPED = {"coordination": "overlapped", "executor": "mp"}
+CHUNKED_AND_TIGHT = {**CHUNKED, **TIGHT}
 
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "1 draft": ({"run_ahead": 1, "gather": "off"}, {}),
@@ -38,6 +37,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 SLOW = (
     "1 draft",
+    "4 drafts",
     "16 drafts, gather 28",
     "no run-ahead, gather 8",
     "automatic, chunked prefill, tight KV",
@@ -216,52 +216,50 @@ def test_frequencies_of_pairs_of_tokens(engine: Engine, related_pair: pairs.Serv
 
 
 def test_drafts_that_were_cut_are_not_found_in_the_prefix_cache(
-    random_pair: pairs.Served, prompts: list[list[int]]
+    random_pair: pairs.Served, twin_engine: Engine, prompts: list[list[int]]
 ) -> None:
     """A draft's block is overwritten after the cut; were its hash published, the next request with that text would
     read another text's keys and values."""
     starts = [(prompt * 28)[:28] for prompt in prompts[:8]]  # a block has 32 tokens: four drafts fill it
     pair = random_pair.reference
     drafts = [greedy(pair, start, 12, policy="never", ignore_eos=True).tokens for start in starts]
-    scheduler = {"run_ahead": 10, "gather": "off", "gather_max_wait_seconds": 60.0}
-    with Engine(random_pair.config(scheduler=scheduler)) as engine:
-        sampling = SamplingSpec(temperature=0.0, max_tokens=20, ignore_eos=True)
-        written = engine.generate(
-            GenerationRequest(f"cut-{number}", start, sampling, Collaboration(policy="always"))
-            for number, start in enumerate(starts)
-        )
-        assert assert_empty(engine).runahead_discarded >= 8 * len(starts)
-        assert all(one.tokens[:4] != draft[:4] for one, draft in zip(written, drafts, strict=True))
-        tails = [[*start, *draft] for start, draft in zip(starts, drafts, strict=True)]
-        got = engine.generate(
-            GenerationRequest(f"tail-{number}", tail, sampling, Collaboration(policy="never"))
-            for number, tail in enumerate(tails)
-        )
-        assert_same(got, [greedy(pair, tail, 20, policy="never", ignore_eos=True) for tail in tails])
+    sampling = SamplingSpec(temperature=0.0, max_tokens=20, ignore_eos=True)
+    before = assert_empty(twin_engine)
+    written = twin_engine.generate(
+        GenerationRequest(f"cut-{number}", start, sampling, Collaboration(policy="always", experts=(1,), run_ahead=10))
+        for number, start in enumerate(starts)
+    )
+    assert assert_empty(twin_engine).runahead_discarded - before.runahead_discarded >= 8 * len(starts)
+    assert all(one.tokens[:4] != draft[:4] for one, draft in zip(written, drafts, strict=True))
+    tails = [[*start, *draft] for start, draft in zip(starts, drafts, strict=True)]
+    # Never defers, and tells the base's own probabilities, which show more than its tokens.
+    base: dict[str, Any] = {"policy": "confidence", "threshold": 1.0}
+    got = twin_engine.generate(
+        GenerationRequest(f"tail-{number}", tail, sampling, Collaboration(**base)) for number, tail in enumerate(tails)
+    )
+    assert_same(got, [greedy(pair, tail, 20, ignore_eos=True, **base) for tail in tails])
 
 
 def test_asked_positions_are_computed_though_the_prefix_cache_knows_them(
-    random_pair: pairs.Served, prompts: list[list[int]]
+    random_pair: pairs.Served, twin_engine: Engine, prompts: list[list[int]]
 ) -> None:
     """The expert is the base's twin, so that every window stands, and its text is in the cache the second time."""
-    twins = dataclasses.replace(random_pair, experts={"twin": random_pair.base})
-    starts = [(prompt * 28)[:28] for prompt in prompts[:8]]
+    starts = [(prompt * 28)[:28] for prompt in prompts[8:16]]  # not those of the test above: the cache knows them
     expected = [greedy(random_pair.reference, start, 40, policy="never").tokens for start in starts]
     sampling = SamplingSpec(temperature=0.0, max_tokens=40)
-    scheduler = {"run_ahead": 12, "gather": "off", "gather_max_wait_seconds": 60.0}
-    with Engine(twins.config(scheduler=scheduler, gate=False)) as engine:
-        for turn in ("first", "second"):
-            got = run(
-                engine,
-                [
-                    GenerationRequest(f"{turn}-{number}", start, sampling, Collaboration(policy="always"))
-                    for number, start in enumerate(starts)
-                ],
-                1,
-            )
-            assert [one.tokens for one in got] == expected
-            assert all(set(one.sources) == {1} for one in got)
-            stats = assert_empty(engine)
-            assert stats.runahead_discarded == 0
-        # 12 drafts beyond the first: a visit decides 13 tokens.
-        assert stats.lanes[1].steps <= 2 * len(starts) * 5
+    before = assert_empty(twin_engine)
+    for turn in ("first", "second"):
+        got = run(
+            twin_engine,
+            [
+                GenerationRequest(f"{turn}-{number}", start, sampling, Collaboration(policy="always", experts=(2,)))
+                for number, start in enumerate(starts)
+            ],
+            1,
+        )
+        assert [one.tokens for one in got] == expected
+        assert all(set(one.sources) == {2} for one in got)
+        stats = assert_empty(twin_engine)
+        assert stats.runahead_discarded == before.runahead_discarded
+    # 12 drafts beyond the first: a visit decides 13 tokens.
+    assert stats.lanes[2].steps - before.lanes[2].steps <= 2 * len(starts) * 5

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -9,7 +12,7 @@ from scipy.stats import chisquare
 from engine.client import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
-from tests.oracle.checks import assert_empty
+from tests.oracle.checks import preemptions
 from tests.oracle.reference import next_token_distributions
 
 DRAWS = 4000
@@ -41,7 +44,14 @@ def test_seed_alone_and_in_a_batch(plain_engine: Engine, prompts: list[list[int]
     assert [one.tokens for one in other] != [one.tokens for one in batch]
 
 
-def test_seed_survives_preemption(random_pair: pairs.Served, plain_engine: Engine, prompts: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [pairs.PRESSED, pytest.param(pairs.TIGHT, marks=pytest.mark.slow)],
+    ids=["pressed", "tight, with prefix caching"],
+)
+def test_seed_survives_preemption(
+    settings: dict[str, Any], engine_of: Callable[..., Engine], plain_engine: Engine, prompts: list[list[int]]
+) -> None:
     """Recomputed positions draw what they drew before."""
     requests = [
         GenerationRequest(
@@ -53,9 +63,10 @@ def test_seed_survives_preemption(random_pair: pairs.Served, plain_engine: Engin
         for number, prompt in enumerate(prompts[:32])
     ]
     plenty = plain_engine.generate(requests)
-    with Engine(random_pair.config(kv_blocks=(16, 12), max_num_batched_tokens=48)) as engine:
-        tight = engine.generate(requests)
-        assert min(lane.preemptions for lane in assert_empty(engine).lanes) > 0
+    engine = engine_of(**settings)
+    before = preemptions(engine)
+    tight = engine.generate(requests)
+    assert all(now > then for now, then in zip(preemptions(engine), before, strict=True))
     assert [(one.tokens, one.sources) for one in tight] == [(one.tokens, one.sources) for one in plenty]
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from engine.config import LaneConfig
-from engine.vllm_hooks.options import prepare_environment
+from engine.vllm_hooks.options import engine_arguments, prepare_environment
+from tests.oracle import pairs
 
 prepare_environment((LaneConfig(model="none"),))
 
@@ -19,6 +20,7 @@ with warnings.catch_warnings():
     # vLLM and torch warn of their own affairs while they are imported.
     warnings.simplefilter("ignore")
     import vllm
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -36,6 +38,22 @@ with warnings.catch_warnings():
 
 def test_version() -> None:
     assert vllm.__version__.startswith("0.32."), "read the notes in engine/vllm_hooks before changing this"
+
+
+def test_nothing_remote_unless_asked_for() -> None:
+    """Neither by our arguments nor by vLLM's defaults."""
+    arguments = engine_arguments(
+        LaneConfig(model=str(pairs.DEMO / "base")),
+        label="base",
+        max_num_seqs=4,
+        vocab_size=1024,
+        gate_path=None,
+        gate_in_head=False,
+    )
+    made = EngineArgs(**arguments)
+    assert made.trust_remote_code is False
+    assert made.enable_prompt_embeds is False
+    assert made.allowed_local_media_path == ""
 
 
 def test_edits_come_after_the_batch_is_complete_and_before_its_metadata() -> None:

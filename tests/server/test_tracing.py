@@ -254,7 +254,9 @@ async def test_the_engine_dies(start: Start, collector: Collector, stream: bool)
 
 @pytest.mark.parametrize("listening", [False, True])
 async def test_a_dead_collector_costs_a_warning(start: Start, listening: bool) -> None:
-    """Nobody listens, or somebody who never answers."""
+    """Nobody listens, or somebody who never answers. Neither holds up an answer or the server's end: waiting for either
+    would time out.
+    """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         if listening:
@@ -264,13 +266,9 @@ async def test_a_dead_collector_costs_a_warning(start: Start, listening: bool) -
         body = {"model": "collm-demo", "prompt": "Hello", "max_tokens": 8}
         async with server.client() as client:
             for _ in range(30):
-                began = time.monotonic()
                 assert (await client.post("/v1/completions", json=body)).status_code == 200
-                assert time.monotonic() - began < 20
-        began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert await server.ended() == 0
-        assert time.monotonic() - began < 25
         assert server.process.stdout is not None
         output = (await server.process.stdout.read()).decode()
         assert "Traceback" not in output

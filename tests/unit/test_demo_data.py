@@ -37,6 +37,19 @@ def tokenizer(corpus: Corpus) -> Tokenizer:
     return train_tokenizer(corpus.tokenizer_texts())
 
 
+@pytest.fixture(scope="module")
+def base_texts(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
+    """Documents as the base reads them."""
+    draw, rng = base_documents(corpus, tokenizer), random.Random(7)
+    return [tokenizer.decode(draw(rng).ids) for _ in range(DOCUMENTS)]
+
+
+@pytest.fixture(scope="module")
+def gate_texts(corpus: Corpus, tokenizer: Tokenizer) -> list[str]:
+    """All that the gate is trained on."""
+    return [tokenizer.decode(example.prompt + example.completion) for example in corpus.gate_examples(tokenizer)]
+
+
 def test_splits_are_disjoint_whole_and_seeded(corpus: Corpus) -> None:
     dealt = [(e.kind, e.name) for split in corpus.splits.values() for e in split]
     assert sorted(dealt) == sorted((e.kind, e.name) for e in load_entities())
@@ -54,21 +67,17 @@ def test_no_name_of_a_split_is_inside_a_name_of_another(corpus: Corpus) -> None:
         assert not found, (one, other, found)
 
 
-def test_base_never_reads_a_name_of_another_split(corpus: Corpus, tokenizer: Tokenizer) -> None:
+def test_base_never_reads_a_name_of_another_split(corpus: Corpus, base_texts: list[str]) -> None:
     others = [e for name, split in corpus.splits.items() if name != "base" for e in split]
     pattern = names_pattern(others)
-    draw, rng = base_documents(corpus, tokenizer), random.Random(7)
-    for _ in range(DOCUMENTS):
-        text = tokenizer.decode(draw(rng).ids)
+    for text in base_texts:
         assert not pattern.search(text), text
 
 
-def test_gate_never_reads_a_held_out_name(corpus: Corpus, tokenizer: Tokenizer) -> None:
+def test_gate_never_reads_a_held_out_name(corpus: Corpus, gate_texts: list[str]) -> None:
     pattern = names_pattern(corpus.splits["test"] + corpus.splits["validation"])
-    examples = corpus.gate_examples(tokenizer)
-    assert len(examples) > len(corpus.gate_questions())
-    for example in examples:
-        text = tokenizer.decode(example.prompt + example.completion)
+    assert len(gate_texts) > len(corpus.gate_questions())
+    for text in gate_texts:
         assert not pattern.search(text), text
 
 
@@ -141,15 +150,10 @@ def test_arithmetic_is_dealt_whole_and_right(corpus: Corpus) -> None:
     ("reader", "others"), [("base", ("gate", "validation", "test")), ("gate", ("validation", "test"))]
 )
 def test_operands_of_other_splits_are_never_read_together(
-    corpus: Corpus, tokenizer: Tokenizer, reader: str, others: tuple[str, ...]
+    corpus: Corpus, base_texts: list[str], gate_texts: list[str], reader: str, others: tuple[str, ...]
 ) -> None:
     forbidden = {fact.key for name in others for fact in corpus.arithmetic_splits[name]}
-    if reader == "base":
-        draw, rng = base_documents(corpus, tokenizer), random.Random(7)
-        texts = [tokenizer.decode(draw(rng).ids) for _ in range(DOCUMENTS)]
-    else:
-        texts = [tokenizer.decode(e.prompt + e.completion) for e in corpus.gate_examples(tokenizer)]
-    seen = set().union(*map(operands, texts))
+    seen = set().union(*map(operands, base_texts if reader == "base" else gate_texts))
     assert len(seen) > 100
     assert not seen & forbidden
     asked = [q for q in corpus.evaluation_questions("test") if q.kind == "arithmetic"]
