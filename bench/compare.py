@@ -10,6 +10,7 @@ is reversed every other round: for machines whose memory does not hold all serve
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -61,8 +62,10 @@ class Found:
 def contenders(settings: Settings, names: list[str] | None) -> list[Contender]:
     """Those that were asked for; they share the stock servers."""
     pair = settings.pair
-    base = stock_service(BASE, pair.base, settings)
-    expert = stock_service(EXPERT, pair.expert, settings)
+    # As many cores as vLLM would take, all but one, but not the same ones: both work at once in the reference way.
+    *cores, last = sorted(os.sched_getaffinity(0))
+    base = stock_service(BASE, pair.base, settings, cores)
+    expert = stock_service(EXPERT, pair.expert, settings, [*cores[1:], last])
     make: dict[str, Callable[[], Contender]] = {
         SERVER: lambda: Server(server_service(settings)),
         ENGINE: lambda: EngineAlone(EngineService(engine_config(settings))),

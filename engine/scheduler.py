@@ -122,7 +122,7 @@ class Scheduler:
         sequence = Sequence(
             request,
             lanes=self._lanes,
-            policy=policy,
+            policy=POLICIES[policy],
             threshold=threshold,
             experts=() if collaboration.member is not None else tuple(dict.fromkeys(experts)),
             seed=secrets.randbits(63) if seed is None else seed,
@@ -153,8 +153,8 @@ class Scheduler:
             return f"member {member} does not exist"
         if any(not 0 < lane < self._lanes for lane in sequence.experts):
             return "experts names a lane that does not exist"
-        if member is None and sequence.experts and POLICIES[sequence.policy].needs == "gate" and not self._has_gate:
-            return f"policy {sequence.policy!r} needs a gate, and none is served"
+        if member is None and sequence.experts and sequence.decider.needs == "gate" and not self._has_gate:
+            return f"policy {sequence.decider.name!r} needs a gate, and none is served"
         return self._refusal(request)
 
     def abort(self, request_id: str) -> None:
@@ -178,7 +178,10 @@ class Scheduler:
         self._removals[lane] = []
         for request_id, sequence in self._due[lane].items():
             known = sequence.known[lane]
-            extent, asked = sequence.extent(lane)
+            if sequence.window:
+                extent, asked = sequence.extent(lane)
+            else:
+                extent, asked = len(sequence.tokens), ()
             if known == ABSENT:
                 work.add.append(_lane_request(sequence, lane, extent, asked))
             elif known < extent:
@@ -287,8 +290,8 @@ class Scheduler:
             except ValueError as error:
                 self.gate_errors += 1
                 problem = str(error)
-        self.progress += self._standing(sequence)
         window = sequence.window
+        self.progress += self._standing(sequence) if window else 1.0
         if not window and writer == sequence.home and problem is None:
             # Nobody questions it: by far the most tokens never are drafts.
             if self._write(sequence, sample.token, writer, sample.logprobs, deferral):
@@ -304,7 +307,7 @@ class Scheduler:
 
     def _decide(self, sequence: Sequence, sample: Sample) -> tuple[int, float | None]:
         """The lane that writes the sampled position, and the deferral probability there."""
-        policy = POLICIES[sequence.policy]
+        policy = sequence.decider
         experts = sequence.experts
         deferral: float | None
         if sample.gate is not None:
@@ -479,7 +482,5 @@ def _lane_request(sequence: Sequence, lane: int, extent: int, asked: tuple[int, 
         sampling,
         final=len(sequence.tokens),
         asked=asked,
-        wants_top_probability=(
-            lane == BASE and bool(sequence.experts) and POLICIES[sequence.policy].needs == "top_probability"
-        ),
+        wants_top_probability=(lane == BASE and bool(sequence.experts) and sequence.decider.needs == "top_probability"),
     )

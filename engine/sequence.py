@@ -7,7 +7,8 @@ from collections.abc import Set
 
 from engine import draws
 from engine.drafts import Draft
-from engine.types import BASE, Delta, FinishReason, GenerationRequest, PolicyName, TokenLogprobs
+from engine.policies import Policy
+from engine.types import BASE, Delta, FinishReason, GenerationRequest, TokenLogprobs
 
 ABSENT = -1
 
@@ -26,6 +27,7 @@ class Sequence:
         known: per lane, how many tokens (written, then drafts) it has been told and are still true; ABSENT if it
             does not hold the request.
         expert_tokens: how many of the tokens were written by experts.
+        decider: its policy.
         parked_at: since when the next position has waited for an expert, in seconds of the scheduler's clock.
         prompt_length: number of prompt tokens.
         stops: token ids that end the text, once it has ``min_tokens``.
@@ -38,6 +40,7 @@ class Sequence:
 
     __slots__ = (
         "_delta",
+        "decider",
         "draws",
         "evenly",
         "expert_tokens",
@@ -45,7 +48,6 @@ class Sequence:
         "home",
         "known",
         "parked_at",
-        "policy",
         "prompt_length",
         "request",
         "room",
@@ -63,7 +65,7 @@ class Sequence:
         request: GenerationRequest,
         *,
         lanes: int,
-        policy: PolicyName,
+        policy: Policy,
         threshold: float,
         experts: Seq[int],
         seed: int,
@@ -73,7 +75,7 @@ class Sequence:
     ) -> None:
         sampling = request.sampling
         self.request = request
-        self.policy: PolicyName = policy
+        self.decider = policy
         self.threshold = threshold
         self.experts = experts
         self.seed = seed

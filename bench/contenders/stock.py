@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bench.contenders.interface import HOST, Account, HttpService, Settings, Stamp, stream_completion
 from bench.http_client import Pool
 from bench.shapes import Member
@@ -10,8 +12,13 @@ from bench.workload import Cell, Job
 MODEL = "stock"
 
 
-def stock_service(name: str, member: Member, settings: Settings) -> HttpService:
-    """A stock server. Whatever is not common to all contenders is left at vLLM's defaults (prefix caching is on)."""
+def stock_service(name: str, member: Member, settings: Settings, cores: Sequence[int] = ()) -> HttpService:
+    """A stock server. Whatever is not common to all contenders is left at vLLM's defaults (prefix caching is on).
+
+    Args:
+        cores: on a CPU, those of its worker. None given: vLLM chooses, which on a small machine is the same one for
+            every server.
+    """
     options = {
         "model": str(member.path),
         "served_model_name": MODEL,
@@ -31,6 +38,8 @@ def stock_service(name: str, member: Member, settings: Settings) -> HttpService:
         else:
             arguments += [f"--{flag}", str(value)]
     env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if cores and not settings.cuda:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     return HttpService(name, arguments, "/health", settings, env)
 
 

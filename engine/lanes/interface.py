@@ -38,7 +38,7 @@ class LaneRequest(NamedTuple):
     wants_top_probability: bool = False
 
 
-class Extension(NamedTuple):
+class Extension(msgspec.Struct, frozen=True):
     """What became of a row since the lane's last visit: it is cut, then grows by at least one token.
 
     Attributes:

@@ -114,7 +114,8 @@ class LaneScheduler(Scheduler):
         self.add_request(request)
         if written:
             request.append_output_token_ids(written)
-            self._accept(request, written)
+            if request.structured_output_request is not None:
+                self._accept(request, written)
 
     def settle_grammars(self) -> list[Failure]:
         """Queue the requests whose grammar is ready; returns what has failed since the last call."""
@@ -132,17 +133,15 @@ class LaneScheduler(Scheduler):
         return failures
 
     def _accept(self, request: Request, tokens: list[int]) -> None:
-        """Advance the request's grammar, if it has one, by decided tokens."""
-        if request.structured_output_request is not None and not self.structured_output_manager.accept_tokens(
-            request, tokens
-        ):
+        """Advance the request's grammar by decided tokens."""
+        if not self.structured_output_manager.accept_tokens(request, tokens):
             # Every lane masks what the grammar forbids, so this token should not exist.
             message = "structured_outputs: a written token breaks the grammar"
             self._failures.append(Failure(request.request_id, message, refused=False))
 
     def extend(self, extension: Extension) -> int:
         """Cut a request if need be, append tokens, and make it runnable again. Returns its catch-up tokens."""
-        request_id, keep, tokens, final, asked = extension
+        request_id, keep, tokens = extension.request_id, extension.keep, extension.tokens
         row = self._rows[request_id]
         request = row.request
         if row.followed < 0:
@@ -154,10 +153,15 @@ class LaneScheduler(Scheduler):
         row.followed = -1
         if keep < request.num_output_tokens:
             self._cut(request, keep)
-        request.append_output_token_ids(tokens)
-        row.final = request.num_prompt_tokens + final
-        row.asked = list(asked)
-        self._accept(request, tokens)
+        request._output_token_ids.extend(tokens)
+        request._all_token_ids.extend(tokens)
+        if len(request._all_token_ids) // self.hash_block_size > len(request.block_hashes):
+            # Most tokens fill no block.
+            request.update_block_hashes()
+        row.final = request.num_prompt_tokens + extension.final
+        row.asked = list(extension.asked)
+        if request.structured_output_request is not None:
+            self._accept(request, tokens)
         self._parked.pop(request_id, None)
         if self._evicted and self._evicted.pop(request_id, None) is not None:
             # It was admitted before anything that waits now.

@@ -279,14 +279,14 @@ class AcceptsAnyLane(Scheduler):
 class ForgetsTokenOfExtension(Scheduler):
     def plan(self, lane: int) -> LaneWork:
         work = super().plan(lane)
-        work.extend = [item._replace(tokens=item.tokens[-1:]) for item in work.extend]
+        work.extend = [msgspec.structs.replace(item, tokens=item.tokens[-1:]) for item in work.extend]
         return work
 
 
 class RepeatsTokenOfExtension(Scheduler):
     def plan(self, lane: int) -> LaneWork:
         work = super().plan(lane)
-        work.extend = [item._replace(tokens=[item.tokens[0], *item.tokens]) for item in work.extend]
+        work.extend = [msgspec.structs.replace(item, tokens=[item.tokens[0], *item.tokens]) for item in work.extend]
         return work
 
 
@@ -361,7 +361,7 @@ class AsksForTheLastDeferralOnly(Scheduler):
     def plan(self, lane: int) -> LaneWork:
         work = super().plan(lane)
         work.add = [item._replace(asked=()) for item in work.add]
-        work.extend = [item._replace(asked=()) for item in work.extend]
+        work.extend = [msgspec.structs.replace(item, asked=()) for item in work.extend]
         return work
 
 

@@ -99,6 +99,19 @@ def test_prefix_cache_is_read_and_written_where_it_is_bounded() -> None:
     assert "self.hash_block_size = hash_block_size" in inspect.getsource(Scheduler.__init__)
 
 
+def test_what_appending_an_output_token_is_made_of() -> None:
+    """A lane does the same, but hashes only when a block has become full."""
+    source = inspect.getsource(Request.append_output_token_ids)
+    lines = [line.strip() for line in source.splitlines() if "self." in line]
+    assert lines == [
+        "self._output_token_ids.append(token_ids)",
+        "self._all_token_ids.append(token_ids)",
+        "self._output_token_ids.extend(token_ids)",
+        "self._all_token_ids.extend(token_ids)",
+        "self.update_block_hashes()",
+    ]
+
+
 def test_hidden_states_of_all_computed_tokens_are_kept_until_sampling() -> None:
     assert "hidden_states" in ExecuteModelState._fields
     assert "self.execute_model_state = None" in inspect.getsource(GPUModelRunner.sample_tokens)
