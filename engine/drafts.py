@@ -10,7 +10,7 @@ LONGEST_WINDOW = 16
 """Most drafts of a request whose window length is chosen automatically; bounds what a rejection can waste."""
 
 
-class Draft(msgspec.Struct):
+class Draft(msgspec.Struct, gc=False):
     """The base's own token at a position that is not written yet, and who is to write there.
 
     Attributes:

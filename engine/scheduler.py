@@ -230,7 +230,16 @@ class Scheduler:
     def take_deltas(self) -> list[Delta]:
         """What requests gained since the last call, in the order in which they first gained something."""
         changed, self._changed = self._changed, {}
-        return [sequence.take_delta() for sequence in changed]
+        deltas = []
+        served: dict[str, int] = {}
+        for sequence in changed:
+            delta = sequence.take_delta()
+            client = sequence.request.client
+            served[client] = served.get(client, 0) + len(delta.tokens)
+            deltas.append(delta)
+        for client, tokens in served.items():
+            self._waiting.charge(client, WRITTEN_TOKEN_COST * tokens)
+        return deltas
 
     def take_expert_waits(self) -> list[float]:
         """Seconds between parking and the expert's token, for each deferral since the last call."""
@@ -432,7 +441,6 @@ class Scheduler:
     ) -> bool:
         """Append one token; False if it ended the request."""
         sequence.write(token, lane, logprobs, deferral)
-        self._waiting.charge(sequence.request.client, WRITTEN_TOKEN_COST)
         self._changed[sequence] = None
         length = len(sequence.tokens)
         if token in sequence.stops and length >= sequence.request.sampling.min_tokens:

@@ -133,7 +133,7 @@ GRAMMAR_AT_FAULT = "structured_outputs: "
 """How the error of a refused request begins where it is its grammar that cannot be served."""
 
 
-class Delta(msgspec.Struct, array_like=True):
+class Delta(msgspec.Struct, array_like=True, gc=False):
     """What one request gained since its last delta. The per-token lists have the same length, always.
 
     Attributes:

@@ -38,7 +38,7 @@ class LaneRequest(NamedTuple):
     wants_top_probability: bool = False
 
 
-class Extension(msgspec.Struct, frozen=True):
+class Extension(msgspec.Struct, frozen=True, gc=False):
     """What became of a row since the lane's last visit: it is cut, then grows by at least one token.
 
     Attributes:
@@ -69,7 +69,7 @@ class LaneWork:
         return bool(self.remove or self.add or self.extend)
 
 
-class Sample(msgspec.Struct):
+class Sample(msgspec.Struct, gc=False):
     """One sampled token, not yet accepted by anybody.
 
     Attributes:

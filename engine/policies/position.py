@@ -11,7 +11,7 @@ import msgspec
 NOT_FINITE = "the gate's value is not finite"
 
 
-class Position(msgspec.Struct, frozen=True):
+class Position(msgspec.Struct, frozen=True, gc=False):
     """One position that is about to be written, after the base has looked at it.
 
     Attributes:
