@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.metadata
 import logging
 import os
 import warnings
@@ -45,8 +46,10 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
         # Every start would print some dozens of lines that concern nobody who serves a pair; errors still show.
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "OMP_NUM_THREADS": str(max(1, len(cores) - 1)),
     }
+    if importlib.metadata.version("torch").endswith("+cpu"):
+        # On a GPU vLLM sees to the few threads that it needs, unless it finds a number.
+        defaults["OMP_NUM_THREADS"] = str(max(1, len(cores) - 1))
     if all(lane.executor != "ray" for lane in lanes):
         # Everything runs on this machine: torch's gloo must not listen where the machine's name leads.
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
@@ -82,6 +85,7 @@ def engine_arguments(
     Raises:
         ConfigError: an option that vLLM does not have, or that the lane sets itself.
     """
+    from vllm.config import StructuredOutputsConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -113,7 +117,11 @@ def engine_arguments(
     if isinstance(grammars, dict):
         # With "auto" a lane takes whatever back end suits the first grammar that it sees, for all that follow: two
         # lanes could come to differ in what they accept, and a later grammar in what of it is heeded.
-        arguments["structured_outputs_config"] = {"backend": "xgrammar", **grammars}
+        try:
+            arguments["structured_outputs_config"] = StructuredOutputsConfig(**{"backend": "xgrammar", **grammars})
+        except (TypeError, ValueError) as error:
+            problem = " ".join(str(error).split())
+            raise ConfigError(f"{label}.vllm.structured_outputs_config: {problem}") from error
     kv_bytes = config.kv_cache_memory_bytes
     if kv_bytes is None and is_cpu:
         kv_bytes = CPU_KV_CACHE_BYTES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 
 import pytest
@@ -12,8 +13,9 @@ from engine.vllm_hooks.options import prepare_environment
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """An empty one, on a machine with four cores."""
+    """An empty one, on a machine with four cores and torch's CPU build."""
     environment: dict[str, str] = {}
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "2.13.0+cpu")
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 4, 5})
     return environment
@@ -30,6 +32,12 @@ def test_one_core_stays_free(environment: dict[str, str], monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     prepare_environment((lane(),))
     assert environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_on_a_gpu_threads_are_vllm_s_affair(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "2.13.0")
+    prepare_environment((lane(),))
+    assert "OMP_NUM_THREADS" not in environment
 
 
 def test_what_a_user_has_set_stays(environment: dict[str, str]) -> None:

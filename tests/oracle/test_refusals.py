@@ -10,6 +10,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,6 +119,28 @@ def test_options_that_are_not_vllms_or_not_the_users(
         with pytest.raises(CollmError) as caught:
             engine_arguments(base, label="base", max_num_seqs=4, vocab_size=512, gate_path=None, gate_in_head=False)
     assert str(caught.value).startswith(expected)
+
+
+def test_grammars_have_one_back_end_in_all_lanes(random_pair: pairs.Served) -> None:
+    """Left to itself, a lane takes the one that suits the first grammar it sees."""
+
+    def arguments(**options: object) -> dict[str, Any]:
+        base = random_pair.config(**options).base
+        return engine_arguments(base, label="base", max_num_seqs=4, vocab_size=512, gate_path=None, gate_in_head=False)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from vllm.engine.arg_utils import EngineArgs
+
+        plain = arguments()["structured_outputs_config"]
+        compact = arguments(structured_outputs_config={"disable_any_whitespace": True})["structured_outputs_config"]
+        # vLLM writes its own option into the same object.
+        parser = EngineArgs(**arguments(reasoning_parser="qwen3")).create_structured_outputs_config()
+        with pytest.raises(CollmError, match=r"^base\.vllm\.structured_outputs_config: .*no_such_option"):
+            arguments(structured_outputs_config={"no_such_option": 1})
+    assert (plain.backend, compact.backend, parser.backend) == ("xgrammar",) * 3
+    assert (plain.disable_any_whitespace, compact.disable_any_whitespace) == (False, True)
+    assert parser.reasoning_parser == "qwen3"
 
 
 def test_options_that_vllm_refuses(random_pair: pairs.Served) -> None:
