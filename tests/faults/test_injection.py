@@ -11,10 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from engine.lanes.interface import LaneReport, Sample
 from engine.lanes.standin import StandinLane
