@@ -45,6 +45,20 @@ class LiveServer:
         return all(value == 0.0 for name, value in now.items() if name.startswith(gauges))
 
 
+def announced_address(process: subprocess.Popen[bytes] | subprocess.Popen[str], log: Path, seconds: float) -> str:
+    """Where a server says that it is ready, once it does."""
+    address: list[str] = []
+
+    def ready() -> bool:
+        said = log.read_text()
+        assert process.poll() is None, said
+        address[:] = re.findall(r"^ready at (\S+)$", said, re.M)
+        return bool(address)
+
+    eventually(ready, seconds=seconds)
+    return address[0]
+
+
 @contextmanager
 def serving_demo(folder: Path) -> Iterator[LiveServer]:
     """The server, ready, on a free port; its output goes to a file in ``folder``. In the end it must exit with 0."""
@@ -55,17 +69,8 @@ def serving_demo(folder: Path) -> Iterator[LiveServer]:
             [sys.executable, "-m", "server.commands", "serve", "--config", "deploy/config/demo.toml", "--port", "0"],
             cwd=ROOT, env={**kept, "OMP_NUM_THREADS": "1"}, stdout=out, stderr=out,
         )  # fmt: skip
-    address: list[str] = []
-
-    def ready() -> bool:
-        said = log.read_text()
-        assert process.poll() is None, said
-        address[:] = re.findall(r"^ready at (\S+)$", said, re.M)
-        return bool(address)
-
     try:
-        eventually(ready, seconds=240)
-        yield LiveServer(address[0])
+        yield LiveServer(announced_address(process, log, seconds=240))
     finally:
         process.terminate()
         status = process.wait(timeout=60)

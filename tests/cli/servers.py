@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tests.live import announced_address
 from tests.packaging.sources import ROOT
 from tests.server.fakes import byte_level_tokenizer
-from tests.waiting import eventually
+from tests.waiting import GENEROUS_SECONDS
 
 MODEL = "collm-standin"
 LANE = """model = "standin"
@@ -58,17 +58,8 @@ def standins(
         process = subprocess.Popen(
             [sys.executable, "-m", "server", "--config", str(config)], cwd=ROOT, env=environment, stdout=out, stderr=out
         )
-    address: list[str] = []
-
-    def ready() -> bool:
-        said = log.read_text()
-        assert process.poll() is None, said
-        address[:] = re.findall(r"^ready at (\S+)$", said, re.M)
-        return bool(address)
-
     try:
-        eventually(ready)
-        yield address[0]
+        yield announced_address(process, log, GENEROUS_SECONDS)
     finally:
         process.send_signal(signal.SIGTERM)
         try:

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ import httpx
 import yaml
 
 from tests.deploy.sources import PROMETHEUS, need
+from tests.live import announced_address
 from tests.packaging.sources import ROOT
 from tests.server.fakes import byte_level_tokenizer
 
@@ -110,16 +110,7 @@ def served(folder: Path, arguments: Sequence[str]) -> Iterator[str]:
     log = (folder / "server.log").open("w+")
     with log, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, text=True) as process:
         try:
-            address: list[str] = []
-
-            def ready() -> bool:
-                said = (folder / "server.log").read_text()
-                assert process.poll() is None, said
-                address[:] = re.findall(r"^ready at (\S+)$", said, re.M)
-                return bool(address)
-
-            wait_until("the server is ready", ready, 240)
-            yield address[0]
+            yield announced_address(process, folder / "server.log", seconds=240)
         finally:
             # Twice: not to wait for what is in flight.
             process.send_signal(signal.SIGTERM)
