@@ -28,6 +28,7 @@ from engine.types import (
     StructuredOutputs,
     TokenLogprobs,
 )
+from engine.vllm_hooks.hashes import PromptHashes
 from engine.vllm_hooks.scheduler import LaneScheduler
 from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
 
@@ -46,6 +47,7 @@ class VllmLane:
         name: "base", or the expert's name.
         arguments: for vLLM's ``EngineArgs``, from :func:`engine.vllm_hooks.options.engine_arguments`.
         eos_token_ids: of the served pair; the first one is the primary.
+        hashes: shared by the lanes of an engine.
         on_ready: called from another thread when the lane has work that it had not before.
         on_failure: called from another thread when a worker process dies.
     """
@@ -56,6 +58,7 @@ class VllmLane:
         arguments: dict[str, Any],
         *,
         eos_token_ids: list[int],
+        hashes: PromptHashes,
         on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] | None = None,
     ) -> None:
@@ -63,6 +66,9 @@ class VllmLane:
         executor = Executor.get_class(config)
         self._core = EngineCore(config, executor, log_stats=False, executor_fail_callback=on_failure)
         self._scheduler = cast("LaneScheduler", self._core.scheduler)
+        self._hashes = hashes
+        scheme = (self._scheduler.hash_block_size, config.cache_config.prefix_caching_hash_algo)
+        self._block_hasher = hashes.shared(self._core.request_block_hasher, scheme)
         self._in_process = issubclass(executor, UniProcExecutor)
         # Waits for worker processes, so that the step loop can wait for several lanes at once. It never computes:
         # vLLM keeps its forward context in a module's global, so forward passes belong to the loop's thread.
@@ -108,13 +114,15 @@ class VllmLane:
         scheduler = self._scheduler
         if work.remove:
             scheduler.remove(work.remove)
+            for request_id in work.remove:
+                self._hashes.forget(request_id)
         for added in work.add:
             request = Request(
                 added.request_id,
                 added.prompt,
                 sampling_params=self._sampling_params(added.sampling),
                 pooling_params=None,
-                block_hasher=self._core.request_block_hasher,
+                block_hasher=self._block_hasher,
             )
             scheduler.add_lane_request(request, added, self._on_ready)
             self._stats.catchup_tokens += len(added.written)
@@ -170,6 +178,7 @@ class VllmLane:
         scheduler = self._scheduler
         found = [f"request {request_id}" for request_id in scheduler.requests]
         found += [f"bookkeeping {what}" for what in scheduler.bookkeeping()]
+        found += [f"block hashes of {request_id}" for request_id in self._hashes.held()]
         pool = scheduler.kv_cache_manager.block_pool
         held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         if held:

@@ -116,10 +116,12 @@ def load_lanes(
     Raises:
         ConfigError: vLLM refuses a lane's options; names the lane.
     """
+    from engine.vllm_hooks.hashes import PromptHashes
     from engine.vllm_hooks.lane import VllmLane
     from engine.vllm_hooks.options import engine_arguments
 
     lanes: list[VllmLane] = []
+    hashes = PromptHashes()
     for name, lane in zip(config.lane_names, config.lanes, strict=True):
         is_base = not lanes
         label = "base" if is_base else f"experts.{name}"
@@ -139,6 +141,7 @@ def load_lanes(
                         name,
                         arguments,
                         eos_token_ids=plan.eos_token_ids,
+                        hashes=hashes,
                         on_ready=on_ready,
                         on_failure=lambda name=name: on_failure(name),  # type: ignore[misc]
                     )

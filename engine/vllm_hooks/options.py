@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 from engine.config import LaneConfig
@@ -17,6 +18,9 @@ from engine.vllm_hooks.wire import SETTINGS_KEY
 CPU_KV_CACHE_BYTES = 1 << 30
 CPU_BLOCK_SIZE = 32
 """CPU attention wants a multiple of 32; small blocks waste least on the many short rows of an expert."""
+
+LARGE_BYTES = 64 << 20
+"""Weights from which on a step on two threads is faster than on one. Below, waking the second one costs more."""
 
 _FIXED = {
     "scheduler_cls": "the lane's own",
@@ -32,8 +36,6 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
     """Set what vLLM reads from the environment. Call before anything of vLLM is imported; keeps what a user set.
 
     One model runner for both platforms (CPU has only V1), executors in the process where asked for, no usage report.
-    On a CPU one core stays free for whoever talks to the engine, as in vLLM's own worker processes: the threads of a
-    step wait for each other by spinning, so one that lacks a core holds up all.
     """
     cores = sorted(os.sched_getaffinity(0))
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -49,7 +51,7 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
     }
     if importlib.metadata.version("torch").endswith("+cpu"):
         # On a GPU vLLM sees to the few threads that it needs, unless it finds a number.
-        defaults["OMP_NUM_THREADS"] = str(max(1, len(cores) - 1))
+        defaults |= _threads(len(cores), lanes)
     if all(lane.executor != "ray" for lane in lanes):
         # Everything runs on this machine: torch's gloo must not listen where the machine's name leads.
         defaults["GLOO_SOCKET_IFNAME"] = "lo"
@@ -64,6 +66,25 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
     # What is logged before vLLM has set up its own logging.
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def _threads(cores: int, lanes: tuple[LaneConfig, ...]) -> dict[str, str]:
+    """OpenMP's settings for lanes on a CPU.
+
+    One core stays free for whoever talks to the engine, as in vLLM's own worker processes: the threads of a step wait
+    for each other by spinning, so one that lacks a core holds up all. On two cores that would be half of the machine.
+    There a large model takes both, and its threads give way after some microseconds of waiting.
+    """
+    if cores == 2 and any(_is_large(lane.model) for lane in lanes):
+        return {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "1000"}
+    return {"OMP_NUM_THREADS": str(max(1, cores - 1))}
+
+
+def _is_large(model: str) -> bool:
+    directory = Path(model)
+    if not directory.is_dir():
+        return True  # from a hub
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors")) >= LARGE_BYTES
 
 
 def engine_arguments(
@@ -113,6 +134,10 @@ def engine_arguments(
         # torch.compile gains some percent, but needs a C++ compiler where it serves, and three times as long to start.
         arguments |= {"block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
     arguments |= config.vllm
+    if is_cpu and arguments["enforce_eager"]:
+        from engine.vllm_hooks.kernels_cpu import COMPILED_OPS, PROVIDER
+
+        arguments.setdefault("ir_op_priority", {op: [PROVIDER, "native"] for op in COMPILED_OPS})
     grammars = arguments.get("structured_outputs_config", {})
     if isinstance(grammars, dict):
         # With "auto" a lane takes whatever back end suits the first grammar that it sees, for all that follow: two

@@ -2,6 +2,7 @@
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+import engine.vllm_hooks.kernels_cpu  # noqa: F401 - registers what the lane's options name, in worker processes too
 from engine.vllm_hooks.worker import LaneWorkerMixin
 
 

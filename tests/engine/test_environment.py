@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from pathlib import Path
 
 import pytest
 
 from engine.config import LaneConfig
-from engine.vllm_hooks.options import prepare_environment
+from engine.vllm_hooks.options import LARGE_BYTES, prepare_environment
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +33,28 @@ def test_one_core_stays_free(environment: dict[str, str], monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     prepare_environment((lane(),))
     assert environment["OMP_NUM_THREADS"] == "1"
+
+
+def test_on_two_cores_a_large_model_takes_both(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def checkpoint(name: str, *sizes: int) -> LaneConfig:
+        directory = tmp_path / name
+        directory.mkdir()
+        for number, size in enumerate(sizes):
+            with (directory / f"model-{number}.safetensors").open("wb") as file:
+                file.truncate(size)
+        return lane(model=str(directory))
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    small, large = checkpoint("small", LARGE_BYTES - 1), checkpoint("large", LARGE_BYTES - 1, 1)
+    prepare_environment((small, small))
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert "GOMP_SPINCOUNT" not in environment
+    for lanes in ((small, large), (small, lane(model="hub/name"))):
+        environment.clear()
+        prepare_environment(lanes)
+        assert (environment["OMP_NUM_THREADS"], environment["GOMP_SPINCOUNT"]) == ("2", "1000")
 
 
 def test_on_a_gpu_threads_are_vllm_s_affair(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,12 +32,13 @@ def main() -> None:
     )
     prepare_environment((options,))
     logging.disable()
+    from engine.vllm_hooks.hashes import PromptHashes
     from engine.vllm_hooks.lane import VllmLane
 
     arguments = engine_arguments(
         options, label="base", max_num_seqs=4, vocab_size=512, gate_path=None, gate_in_head=False
     )
-    lane = VllmLane("base", arguments, eos_token_ids=[0])
+    lane = VllmLane("base", arguments, eos_token_ids=[0], hashes=PromptHashes())
     json.dump({"drafts": drafts(lane), "texts": texts(lane), "grammars": grammars(lane)}, sys.stdout)
     lane.shutdown()
 

@@ -20,7 +20,9 @@ with warnings.catch_warnings():
     # vLLM and torch warn of their own affairs while they are imported.
     warnings.simplefilter("ignore")
     import vllm
+    from vllm import ir
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms import current_platform
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -34,6 +36,12 @@ with warnings.catch_warnings():
     from vllm.v1.worker.gpu_worker import Worker
 
     from engine.vllm_hooks.worker import gather_logprobs
+
+
+if current_platform.is_cpu():
+    from engine.vllm_hooks import kernels_cpu
+
+on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="kernels are chosen by hand on CPUs only")
 
 
 def test_version() -> None:
@@ -110,6 +118,62 @@ def test_what_appending_an_output_token_is_made_of() -> None:
         "self._all_token_ids.extend(token_ids)",
         "self.update_block_hashes()",
     ]
+
+
+def test_a_new_request_asks_for_its_prompts_hashes_first() -> None:
+    """Lanes share these; at that moment the request has no output."""
+    source = inspect.getsource(Request.__init__)
+    order = [
+        source.index(piece)
+        for piece in (
+            "self.prompt_token_ids = prompt_token_ids",
+            "self.block_hashes: list[BlockHash] = []",
+            "self.update_block_hashes()",
+        )
+    ]
+    assert order == sorted(order)
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 64), (7, 192), (2, 3, 128)])
+def test_compiled_normalisation_is_vllm_s_native_one(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(len(shape))
+    x, residual = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    weight = torch.rand(shape[-1], dtype=dtype)
+    # The native one rounds once more, to the weight's type before it multiplies.
+    tolerance = {"rtol": 2e-6 if dtype == torch.float32 else 2**-7, "atol": 1e-6}
+    native = ir.ops.rms_norm.impls["native"].impl_fn(x, weight, 1e-6)
+    torch.testing.assert_close(kernels_cpu.rms_norm(x, weight, 1e-6), native, **tolerance)
+    natives = ir.ops.fused_add_rms_norm.impls["native"].impl_fn(x, residual, weight, 1e-6)
+    ours = kernels_cpu.fused_add_rms_norm(x.clone(), residual.clone(), weight, 1e-6)
+    torch.testing.assert_close(ours[0], natives[0], **tolerance)
+    assert torch.equal(ours[1], natives[1])
+
+
+@on_cpu
+def test_rows_that_the_compiled_normalisation_cannot_take_are_left_to_vllm() -> None:
+    x, weight = torch.randn(4, 64), torch.ones(64)
+    takes = ir.ops.rms_norm.impls[kernels_cpu.PROVIDER].supports_args
+    assert takes(x, weight, 1e-6)
+    assert not takes(x, weight, 1e-6, 32)
+    assert not takes(x, None, 1e-6)
+    assert not takes(x, weight.bfloat16(), 1e-6)
+    assert not takes(torch.randn(4, 128)[:, :64], weight, 1e-6)
+
+
+@on_cpu
+def test_compiled_normalisation_is_for_eager_lanes_and_those_who_choose_nothing() -> None:
+    def priority(**options: object) -> object:
+        lane = LaneConfig(model=str(pairs.DEMO / "base"), vllm=options)
+        arguments = engine_arguments(
+            lane, label="base", max_num_seqs=4, vocab_size=1024, gate_path=None, gate_in_head=False
+        )
+        return EngineArgs(**arguments).create_engine_config().kernel_config.ir_op_priority.rms_norm
+
+    assert priority() == ["collm_cpu", "native"]
+    assert priority(ir_op_priority={"rms_norm": ["native"]}) == ["native"]
+    assert priority(enforce_eager=False) == ["native"]
 
 
 def test_hidden_states_of_all_computed_tokens_are_kept_until_sampling() -> None:
