@@ -1,24 +1,31 @@
-"""The engine's own time a token as the context grows: it should not grow, since nothing of ours walks the context."""
+"""The engine's own time a token as the context grows: it should not grow, since nothing of ours walks the context.
+
+Measured twice: as it is, and with the processor's caches swept after every step (:mod:`bench.cold_caches`). As it is,
+longer steps leave less of the engine's data in the caches.
+"""
 
 from __future__ import annotations
 
-import random
 from copy import deepcopy
 
-from bench import processes
+from bench import cold_caches, processes
+from bench.cold_caches import Task
 from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
 from bench.contenders.interface import Account, BenchError, Settings, running
 from bench.coordination import account_record
 from bench.load import drive
 from bench.progress import Progress
 from bench.report import Bar, Report, spread, table
-from bench.workload import Deferral, Job
+from bench.workload import Deferral
 from engine.types import Delta, EngineStats
 
 CONTEXTS = (128, 512, 1024, 2048, 4096)
 """Prompt lengths in tokens."""
 GROWTH_BAR = 1.25
-"""Greatest ratio of the engine's own time a token, longest context to shortest. 1 would be exact, were clocks."""
+"""Greatest ratio of the engine's own time a token with cold caches, longest context to shortest. 1 would be exact, were
+clocks."""
+SHARE_BAR = 1.0
+"""Greatest ratio of the coordination share, longest context to shortest."""
 
 
 class _DecodeWindow:
@@ -63,28 +70,29 @@ async def measure(
     Args:
         lengths: of prompts, in tokens, shortest first.
     """
-    service = EngineService(engine_config(settings))
+    config = engine_config(settings)
+    task = Task(
+        config.model_dump(mode="json"),
+        settings.pair.vocab_size,
+        lengths,
+        concurrency,
+        deferral,
+        max_tokens,
+        rounds,
+        seed,
+    )
+    service = EngineService(config)
     contender = EngineAlone(service)
     window = _DecodeWindow(service)
     found: dict[int, list[Account]] = {length: [] for length in lengths}
-    with Progress(rounds * len(lengths), "context") as progress:
+    with Progress(rounds * len(lengths) + 1, "context") as progress:
         async with running([service], lambda name: progress.say(f"starting {name}")):
             processes.thaw(service.pid)
             service.client.on_batch(window.note)
             for turn in range(-1, rounds):
                 for length in lengths:
                     progress.say(f"{settings.pair.name}, prompts of {length} tokens")
-                    draw = random.Random(f"{seed} {turn} {length}")
-                    jobs = [
-                        Job(
-                            f"{turn}-{length}-{number}",
-                            [draw.randrange(1, settings.pair.vocab_size) for _ in range(length)],
-                            max_tokens,
-                            deferral,
-                            draw.randrange(1 << 62),
-                        )
-                        for number in range(concurrency)
-                    ]
+                    jobs = cold_caches.prompts(task, turn, length)
                     window.begin(concurrency)
                     await drive(contender, jobs, concurrency)
                     if window.account is None or not window.account.tokens:
@@ -95,17 +103,26 @@ async def measure(
                     if turn >= 0:
                         found[length].append(window.account)
                         progress.step()
-    return _report(settings, found, concurrency, deferral, max_tokens)
+        progress.say(f"{settings.pair.name}, with cold caches")
+        cold = await cold_caches.measure(task)
+        progress.step()
+    return _report(settings, found, cold, concurrency, deferral, max_tokens)
 
 
 def _report(
-    settings: Settings, found: dict[int, list[Account]], concurrency: int, deferral: Deferral, max_tokens: int
+    settings: Settings,
+    found: dict[int, list[Account]],
+    cold: dict[int, list[float]],
+    concurrency: int,
+    deferral: Deferral,
+    max_tokens: int,
 ) -> Report:
     rows = [
         [
             f"{length}",
             spread([1e6 * window.loop_seconds / window.tokens for window in windows]),
             spread([window.own_microseconds_per_token for window in windows], 1),
+            spread(cold[length], 1),
             spread([window.share for window in windows], 1, 100, " %"),
         ]
         for length, windows in found.items()
@@ -113,17 +130,17 @@ def _report(
     text = (
         f"### Context, {settings.pair.name}, engine alone, concurrency {concurrency}, deferral {deferral}, "
         f"{max_tokens} tokens after each prompt\n\n"
-        + table(["prompt tokens", "us/token", "of it the engine's own", "coordination share"], rows)
+        + table(["prompt tokens", "us/token", "of it the engine's own", "with cold caches", "coordination share"], rows)
     )
     shortest, longest = min(found), max(found)
-    growth = [
-        long.own_microseconds_per_token / short.own_microseconds_per_token
-        for short, long in zip(found[shortest], found[longest], strict=False)
-    ]
     bars = []
-    if growth and longest > shortest:
-        name = f"{settings.pair.name}: engine's own time a token, context {longest} / {shortest}"
+    if longest > shortest:
+        ends = f"context {longest} / {shortest}"
+        growth = [long / short for short, long in zip(cold[shortest], cold[longest], strict=True)]
+        name = f"{settings.pair.name}: engine's own time a token, cold caches, {ends}"
         bars.append(Bar(name, GROWTH_BAR, tuple(growth), at_most=True))
+        shares = [long.share / short.share for short, long in zip(found[shortest], found[longest], strict=True)]
+        bars.append(Bar(f"{settings.pair.name}: coordination share, {ends}", SHARE_BAR, tuple(shares), at_most=True))
     data = {
         "measurement": "context",
         "shape": settings.pair.name,
@@ -131,5 +148,6 @@ def _report(
         "deferral": deferral,
         "max_tokens": max_tokens,
         "contexts": {length: [account_record(window) for window in windows] for length, windows in found.items()},
+        "cold_microseconds_per_token": cold,
     }
     return Report(text, data, bars)

@@ -177,18 +177,16 @@ class Scheduler:
         work = LaneWork(remove=self._removals[lane])
         self._removals[lane] = []
         for request_id, sequence in self._due[lane].items():
-            known = sequence.known[lane]
-            if sequence.window:
-                extent, asked = sequence.extent(lane)
-            else:
-                extent, asked = len(sequence.tokens), ()
+            known, written = sequence.known[lane], len(sequence.tokens)
+            extent, asked = sequence.extent(lane) if sequence.window else (written, ())
             if known == ABSENT:
                 work.add.append(_lane_request(sequence, lane, extent, asked))
             elif known < extent:
                 tokens = sequence.between(known, extent)
-                work.extend.append(Extension(request_id, known, tokens, len(sequence.tokens), asked))
-            # Else it has been told before, and is still busy with it.
-            sequence.known[lane] = max(known, extent)
+                work.extend.append(Extension(request_id, known, tokens, written, asked))
+            else:
+                continue  # it has been told before, and is still busy with it
+            sequence.known[lane] = extent
         self._due[lane].clear()
         return work
 

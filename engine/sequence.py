@@ -40,6 +40,7 @@ class Sequence:
 
     __slots__ = (
         "_delta",
+        "_wants_logprobs",
         "decider",
         "draws",
         "evenly",
@@ -92,6 +93,7 @@ class Sequence:
         self.expert_tokens = 0
         self.parked_at: float | None = None
         self.timeline: list[float] | None = [] if request.timeline else None
+        self._wants_logprobs = sampling.logprobs is not None
         self._delta = Delta(request.request_id)
 
     @property
@@ -157,7 +159,7 @@ class Sequence:
         delta.tokens.append(token)
         delta.sources.append(source)
         delta.deferrals.append(deferral)
-        if self.request.sampling.logprobs is not None:
+        if self._wants_logprobs:
             assert logprobs is not None
             if delta.logprobs is None:
                 delta.logprobs = []

@@ -144,22 +144,25 @@ class LaneScheduler(Scheduler):
         request_id, keep, tokens = extension.request_id, extension.keep, extension.tokens
         row = self._rows[request_id]
         request = row.request
-        if row.followed < 0:
-            row.synced = min(row.synced, keep)
-        elif row.followed == keep:
+        output, text = request._output_token_ids, request._all_token_ids
+        followed = row.followed
+        if followed == keep:
             row.synced = keep + (tokens[0] == row.sample)
+        elif followed < 0:
+            row.synced = min(row.synced, keep)
         else:
-            row.synced = min(keep, row.followed)
+            row.synced = min(keep, followed)
         row.followed = -1
-        if keep < request.num_output_tokens:
+        if keep < len(output):
             self._cut(request, keep)
-        request._output_token_ids.extend(tokens)
-        request._all_token_ids.extend(tokens)
-        if len(request._all_token_ids) // self.hash_block_size > len(request.block_hashes):
+        output.extend(tokens)
+        text.extend(tokens)
+        if len(text) // self.hash_block_size > len(request.block_hashes):
             # Most tokens fill no block.
             request.update_block_hashes()
         row.final = request.num_prompt_tokens + extension.final
-        row.asked = list(extension.asked)
+        if row.asked or extension.asked:
+            row.asked = list(extension.asked)
         if request.structured_output_request is not None:
             self._accept(request, tokens)
         self._parked.pop(request_id, None)
