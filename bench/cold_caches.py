@@ -25,7 +25,7 @@ from bench.contenders.interface import BenchError
 from bench.shapes import REPOSITORY
 from bench.workload import Deferral, Job
 
-SWEEP_BYTES = 400 << 20
+SWEEP_BYTES = 256 << 20
 """Read after every step. Many times the last-level cache of common processors: less leaves some of them warm."""
 
 
