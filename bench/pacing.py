@@ -1,7 +1,9 @@
 """What gather and run-ahead bring: the engine alone, jobs of one kind, with and without each of them.
 
 Two engines, one that never lets an expert's step wait and one that does; whether the base drafts ahead is said with
-every request. The engines take turns, each frozen while the other is measured.
+every request. The engines take turns, each frozen while the other is measured. A first round is not counted: on a CPU
+matrix products are compiled for every number of rows when it first comes up, for milliseconds each, and the ways differ
+in how many numbers they bring up.
 """
 
 from __future__ import annotations
@@ -50,9 +52,9 @@ async def measure(
         (gathers, EngineAlone(gathers, BOTH, "auto")),
     ]
     found: dict[tuple[Cell, str], list[tuple[Outcome, Account]]] = {}
-    with Progress(rounds * len(cells) * len(ways), f"pacing {settings.pair.name}") as progress:
+    with Progress((1 + rounds) * len(cells) * len(ways), f"pacing {settings.pair.name}") as progress:
         async with running([at_once, gathers], lambda name: progress.say(f"starting {name}")):
-            for turn in range(rounds):
+            for turn in range(-1, rounds):
                 for cell in cells:
                     for number, (service, way) in enumerate(ways):
                         progress.say(f"round {turn + 1}: {way.name}, {cell}")
@@ -64,7 +66,8 @@ async def measure(
                         jobs = make_jobs(settings.pair, cell, cell.concurrency * requests, max_tokens, seed, lot)
                         before = way.account()
                         outcome = await drive(way, jobs, cell.concurrency)
-                        found.setdefault((cell, way.name), []).append((outcome, way.account().since(before)))
+                        if turn >= 0:
+                            found.setdefault((cell, way.name), []).append((outcome, way.account().since(before)))
                         processes.freeze(service.pid)
                         progress.step()
     return _report(settings, cells, [way.name for _, way in ways], found, max_tokens)

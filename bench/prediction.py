@@ -1,7 +1,8 @@
 """Does the cost model say beforehand what is measured? And what does it say of when a pair is worth it?
 
 The model's five kinds of cost are fitted to lockstep at deferral 0 and 1. Then it predicts what it has not seen: other
-rates, the pair's own gate, gather and run-ahead. Fitting and checking are done within each round.
+rates, the pair's own gate, gather and run-ahead. Fitting and checking are done within each round. As in
+:mod:`bench.pacing`, a first round is not counted.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ async def measure(
     costs: list[PairCost] = []
     fitted = [Cell(concurrency, deferral) for concurrency in concurrencies for deferral in FITTED]
     checked = [Cell(concurrency, deferral) for concurrency in concurrencies for deferral in deferrals]
-    with Progress(rounds * (len(fitted) + len(checked) * len(ways)), f"predict {settings.pair.name}") as progress:
+    with Progress((1 + rounds) * (len(fitted) + len(checked) * len(ways)), f"predict {settings.pair.name}") as progress:
 
         async def run(way: str, cell: Cell, turn: int) -> tuple[Outcome, Account]:
             progress.say(f"round {turn + 1}: {way}, {cell}")
@@ -89,6 +90,11 @@ async def measure(
             return outcome, contender.account().since(before)
 
         async with running(list(services.values()), lambda name: progress.say(f"starting {name}")):
+            for cell in fitted:
+                await run(PLAIN, cell, -1)
+            for cell in checked:
+                for way in ways:
+                    await run(way, cell, -1)
             for turn in range(rounds):
                 cost = PairCost.of([(await run(PLAIN, cell, turn))[1] for cell in fitted])
                 costs.append(cost)

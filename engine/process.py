@@ -47,6 +47,9 @@ REQUESTS_SOCKET = "requests"
 BATCHES_SOCKET = "batches"
 LINGER_MILLISECONDS = 2000
 """How long a last message may take to leave."""
+LONGEST_IPC_PATH = 107
+"""In bytes, of a Unix socket on Linux."""
+_UUID_LENGTH = 36
 
 
 class EngineProcess:
@@ -237,6 +240,12 @@ def build(
     return scheduler, lanes, info, pacer
 
 
+def _keep_sockets_together(directory: str) -> None:
+    """Let vLLM put its sockets where the engine's own are: vLLM leaves them behind, the client does not."""
+    if len(os.fsencode(directory)) + 1 + _UUID_LENGTH <= LONGEST_IPC_PATH:
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", directory)
+
+
 def _end_with_parent() -> None:
     # Not sys.stdin: its lock, held by a daemon thread, would be in the interpreter's way when it ends.
     while os.read(0, 1024):
@@ -250,6 +259,7 @@ def main() -> int:
     # Ctrl-C reaches the whole terminal group; when to end is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    _keep_sockets_together(sys.argv[1])
     process = EngineProcess(Path(sys.argv[1]))
     try:
         return process.run()

@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,12 +67,15 @@ def kept_engines(random_pair: pairs.Served) -> Iterator[Callable[[dict[str, Any]
 
 @pytest.fixture
 def engine_of(
-    random_pair: pairs.Served, kept_engines: Callable[[dict[str, Any]], Engine]
+    random_pair: pairs.Served,
+    kept_engines: Callable[[dict[str, Any]], Engine],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., Engine]]:
     """``engine_of(**settings)``: an engine of the random pair with these settings of ``Served.config``.
 
     Others may have used it, so its counters do not begin at zero, and its prefix cache may know ``prompts``. Every test
-    leaves it empty, which is checked.
+    leaves it empty, which is checked, and one with worker processes leaves no sockets behind.
     """
     used: list[Engine] = []
     with ExitStack() as stack:
@@ -79,6 +83,8 @@ def engine_of(
         def get(**settings: Any) -> Engine:
             # Workers that are processes of their own take time also when they are idle.
             own = settings.get("executor") == "mp"
+            if own:
+                monkeypatch.setenv("TMPDIR", str(tmp_path))
             engine = stack.enter_context(started(random_pair, settings)) if own else kept_engines(settings)
             used.append(engine)
             return engine
@@ -86,6 +92,7 @@ def engine_of(
         yield get
         for engine in used:
             assert_empty(engine)
+    assert not [file for file in tmp_path.iterdir() if file.is_socket()]
 
 
 @pytest.fixture
