@@ -134,7 +134,8 @@ def engine_arguments(
         # torch.compile gains some percent, but needs a C++ compiler where it serves, and three times as long to start.
         arguments |= {"block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
     arguments |= config.vllm
-    if is_cpu and arguments["enforce_eager"]:
+    if is_cpu and arguments["enforce_eager"] and "kernel_config" not in arguments:
+        # vLLM takes the choice in one of two places, and refuses both.
         from engine.vllm_hooks.kernels_cpu import COMPILED_OPS, PROVIDER
 
         arguments.setdefault("ir_op_priority", {op: [PROVIDER, "native"] for op in COMPILED_OPS})

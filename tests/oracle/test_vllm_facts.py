@@ -173,6 +173,7 @@ def test_compiled_normalisation_is_for_eager_lanes_and_those_who_choose_nothing(
 
     assert priority() == ["collm_cpu", "native"]
     assert priority(ir_op_priority={"rms_norm": ["native"]}) == ["native"]
+    assert priority(kernel_config={"ir_op_priority": {"rms_norm": ["native"]}}) == ["native"]
     assert priority(enforce_eager=False) == ["native"]
 
 
