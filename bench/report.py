@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.shapes import REPOSITORY
+from engine.vllm_hooks.processor import vector_units
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -129,6 +130,7 @@ def environment() -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cores": len(os.sched_getaffinity(0)),
         "processor": _processor(),
+        "vector_units": vector_units(),
         "gpu": _first_line(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "commit": _first_line(["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"]),
@@ -148,7 +150,7 @@ def environment_line(facts: dict[str, Any]) -> str:
     warning = "**The machine was busy with other work before the run: these numbers are not to be relied on.** "
     return (
         (warning if busy else "") + f"{facts['time']}, commit {facts['commit'] or 'unknown'}, "
-        f"{facts['cores']} cores ({facts['processor']}){gpu}, "
+        f"{facts['cores']} cores ({facts['processor']}, vector units {facts['vector_units']}){gpu}, "
         f"load average before the run {loads}, OMP_NUM_THREADS {facts['omp_num_threads'] or 'unset'}, "
         f"Python {facts['python']}, {versions}"
     )

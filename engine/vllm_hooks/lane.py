@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import EngineCore
@@ -28,6 +29,7 @@ from engine.types import (
     StructuredOutputs,
     TokenLogprobs,
 )
+from engine.vllm_hooks import processor
 from engine.vllm_hooks.hashes import PromptHashes
 from engine.vllm_hooks.scheduler import LaneScheduler
 from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
@@ -96,6 +98,12 @@ class VllmLane:
     def info(self) -> LaneInfo:
         """Name, checkpoint and sizes."""
         return self._info
+
+    @property
+    def slow_dtype(self) -> str | None:
+        """The data type that the weights are served in, if this processor computes it slowly."""
+        dtype = self._core.vllm_config.model_config.dtype
+        return str(dtype).removeprefix("torch.") if current_platform.is_cpu() and processor.is_slow(dtype) else None
 
     def refusal(self, request: GenerationRequest) -> str | None:
         """What vLLM itself has against the sampling parameters, or a token id that the model does not have."""

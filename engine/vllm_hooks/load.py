@@ -119,6 +119,7 @@ def load_lanes(
     from engine.vllm_hooks.hashes import PromptHashes
     from engine.vllm_hooks.lane import VllmLane
     from engine.vllm_hooks.options import engine_arguments
+    from engine.vllm_hooks.processor import vector_units
 
     lanes: list[VllmLane] = []
     hashes = PromptHashes()
@@ -150,6 +151,11 @@ def load_lanes(
             for started in lanes:
                 started.shutdown()
             raise ConfigError(f"{label}: vLLM cannot start {lane.model}: {_one_line(error)}") from error
+        if (dtype := lanes[-1].slow_dtype) is not None:
+            on_progress(
+                f"{name} computes in {dtype}, which this processor ({vector_units()}) does many times slower than"
+                f' float32: set {label}.vllm.dtype to "float32" unless memory is short'
+            )
     return lanes
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
+from scipy.stats import chisquare
 
 from engine.client import Engine
 from engine.types import Completion, EngineStats, GenerationRequest
@@ -36,6 +40,18 @@ def assert_empty(engine: Engine) -> EngineStats:
     assert [lane.kv_usage for lane in stats.lanes] == [0.0] * len(stats.lanes)
     assert stats.integrity_errors == 0
     return stats
+
+
+def frequencies_pvalue(counts: Sequence[float], probabilities: Sequence[float]) -> float:
+    """Of the chi-square test that ``counts`` were drawn from ``probabilities``, which may be sums of float32 values.
+
+    The statistics library wants both sums to be equal to 1e-8, which float32 cannot promise.
+    """
+    weights = np.asarray(probabilities, dtype=np.float64)
+    assert weights.sum() == pytest.approx(1, abs=1e-5)
+    expected = weights / weights.sum() * np.sum(counts)
+    assert expected.min() >= 5, "too rare to be tested: count such cells together"
+    return float(chisquare(np.asarray(counts, dtype=np.float64), expected).pvalue)
 
 
 def preemptions(engine: Engine) -> list[int]:

@@ -135,20 +135,66 @@ def test_a_new_request_asks_for_its_prompts_hashes_first() -> None:
 
 
 @on_cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 64), (7, 192), (2, 3, 128)])
-def test_compiled_normalisation_is_vllm_s_native_one(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 64), (7, 192), (2, 3, 128), (5, 100), (3, 7)])
+def test_normalisation_as_a_lane_dispatches_it_is_vllm_s_native_one(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Whatever the processor: the compiled kernel where it rounds as torch does, else vLLM's own."""
     torch.manual_seed(len(shape))
     x, residual = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     weight = torch.rand(shape[-1], dtype=dtype)
     # The native one rounds once more, to the weight's type before it multiplies.
-    tolerance = {"rtol": 2e-6 if dtype == torch.float32 else 2**-6, "atol": 1e-6}
+    tolerance = {"rtol": max(2e-6, 2 * torch.finfo(dtype).eps), "atol": 1e-6}
     native = ir.ops.rms_norm.impls["native"].impl_fn(x, weight, 1e-6)
-    torch.testing.assert_close(kernels_cpu.rms_norm(x, weight, 1e-6), native, **tolerance)
     natives = ir.ops.fused_add_rms_norm.impls["native"].impl_fn(x, residual, weight, 1e-6)
-    ours = kernels_cpu.fused_add_rms_norm(x.clone(), residual.clone(), weight, 1e-6)
+    with ir.ops.rms_norm.set_priority([kernels_cpu.PROVIDER, "native"]):
+        torch.testing.assert_close(
+            ir.ops.rms_norm.dispatch(x, weight, 1e-6).impl_fn(x, weight, 1e-6), native, **tolerance
+        )
+    with ir.ops.fused_add_rms_norm.set_priority([kernels_cpu.PROVIDER, "native"]):
+        fused = ir.ops.fused_add_rms_norm.dispatch(x, residual, weight, 1e-6).impl_fn
+        ours = fused(x.clone(), residual.clone(), weight, 1e-6)
     torch.testing.assert_close(ours[0], natives[0], **tolerance)
     assert torch.equal(ours[1], natives[1])
+
+
+@on_cpu
+def test_compiled_normalisation_serves_common_widths_in_float32() -> None:
+    assert [width for width in (128, 576, 2048, 4096, 8192) if not kernels_cpu.is_exact(torch.float32, width)] == []
+
+
+@on_cpu
+def test_a_kernel_that_truncates_or_refuses_is_left_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's do in bfloat16 on processors without AVX-512, and with rows that do not fill their vectors."""
+
+    def truncated(x: torch.Tensor) -> torch.Tensor:
+        return (x.float().view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        rows = x.float()
+        return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + epsilon) * weight.float()
+
+    def refuse(*_: object) -> torch.Tensor:
+        raise RuntimeError("Expected hidden_size % VEC_ELEM_NUM == 0")
+
+    def exact_with(rms_norm: object, fused: object) -> bool:
+        monkeypatch.setattr(kernels_cpu, "rms_norm", rms_norm)
+        monkeypatch.setattr(kernels_cpu, "fused_add_rms_norm", fused)
+        return kernels_cpu.is_exact.__wrapped__(torch.bfloat16, 64)
+
+    def rounding(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        return norm(x, weight, epsilon).bfloat16()
+
+    def rounding_sum(
+        x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, epsilon: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return rounding(x + y, weight, epsilon), x + y
+
+    assert exact_with(rounding, rounding_sum)
+    assert not exact_with(lambda x, weight, epsilon: truncated(norm(x, weight, epsilon)), rounding_sum)
+    assert not exact_with(
+        rounding, lambda x, y, weight, epsilon: (rounding(x + y, weight, epsilon), truncated(x.float() + y.float()))
+    )
+    assert not exact_with(refuse, rounding_sum)
 
 
 @on_cpu

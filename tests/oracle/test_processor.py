@@ -1,0 +1,49 @@
+"""Data types that the processor computes slowly are said at start."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import pytest
+import torch
+from vllm.platforms import current_platform
+
+from engine.client import Engine
+from engine.config import EngineConfig
+from engine.vllm_hooks.processor import is_slow, vector_units
+from tests.oracle.pairs import DEMO
+
+X86 = ("x86_64", "AMD64")
+
+
+@pytest.mark.skipif(platform.machine() not in X86, reason="other architectures are not judged")
+@pytest.mark.parametrize(
+    ("capability", "units", "slow"),
+    [("DEFAULT", "none", True), ("AVX2", "AVX2", True), ("AVX512", "AVX512", False)],
+)
+def test_half_precision_is_slow_without_avx512(
+    capability: str, units: str, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert vector_units().removesuffix(", bfloat16") == units
+    assert is_slow(torch.bfloat16) == is_slow(torch.float16) == slow
+    assert not is_slow(torch.float32)
+
+
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="only a CPU lane is judged")
+@pytest.mark.skipif(platform.machine() not in X86, reason="other architectures are not judged")
+def test_the_start_names_a_slow_data_type_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+
+    def lane(name: str, dtype: str) -> dict[str, Any]:
+        return {"model": str(DEMO / name), "kv_cache_memory_bytes": 1 << 24, "vllm": {"dtype": dtype}}
+
+    config = {"base": lane("base", "float32"), "experts": [{"name": "codes", **lane("codes", "bfloat16")}]}
+    lines: list[str] = []
+    with Engine(EngineConfig.model_validate(config), on_progress=lines.append):
+        pass
+    assert [line for line in lines if "slower" in line] == [
+        "codes computes in bfloat16, which this processor (AVX2) does many times slower than float32:"
+        ' set experts.codes.vllm.dtype to "float32" unless memory is short'
+    ]
