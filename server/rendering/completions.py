@@ -77,8 +77,11 @@ class CompletionRenderer:
     def _choice(self, choice: Choice, piece: Piece, index: int, *, first: bool) -> CompletionChoice:
         body = self._body
         prompt = self._prompts[choice.prompt_index] if self._prompts is not None else None
+        text = piece.text
+        if prompt is not None and first:
+            text = prompt.text + (prompt.unfinished if choice.prompt_only else text)
         rendered = CompletionChoice(
-            prompt.text + piece.text if prompt is not None and first else piece.text,
+            text,
             index,
             None if body.logprobs is None else self._logprobs(piece, prompt, first=first),
             piece.finish_reason,

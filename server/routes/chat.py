@@ -50,7 +50,7 @@ async def _prepare(call: Call[ChatRequest]) -> Answer:
     check_prompt(prompt, info.vocab_size, "messages")
     limit = fit(len(prompt), body.limit, None, info.max_model_len, "messages", body.limit_name, body.min_tokens)
     choices = [
-        call.choice(index, call.to_generate(index, prompt, for_choice(sampling, index, limit), collaboration))
+        call.choice(index, prompt, call.to_generate(index, prompt, for_choice(sampling, index, limit), collaboration))
         for index in range(body.n or 1)
     ]
     renderer = ChatRenderer(body, service.tokenizer, service.models.lane_names, head=call.head(), prompt_ids=prompt)

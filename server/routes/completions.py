@@ -69,7 +69,7 @@ async def _prepare(call: Call[CompletionRequest]) -> Answer:
                 # The engine writes one token at least, also where only the prompt's logprobs are wanted.
                 own = for_choice(sampling, candidate, 1 if echo_only else limit)
                 generation = call.to_generate(index, prompt, own, collaboration)
-            choices.append(call.choice(index, generation, prompt_index=prompt_index, prompt_only=echo_only))
+            choices.append(call.choice(index, prompt, generation, prompt_index=prompt_index, prompt_only=echo_only))
     renderer = CompletionRenderer(
         body,
         service.tokenizer,

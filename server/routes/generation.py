@@ -65,7 +65,13 @@ class Call(Generic[Body]):
         return GenerationRequest(f"{self.id}-{index}", prompt, sampling, collaboration, client=self.client)
 
     def choice(
-        self, index: int, generation: GenerationRequest | None, *, prompt_index: int = 0, prompt_only: bool = False
+        self,
+        index: int,
+        prompt: list[int],
+        generation: GenerationRequest | None,
+        *,
+        prompt_index: int = 0,
+        prompt_only: bool = False,
     ) -> Choice:
         """A choice that nothing has been written of; see :class:`~server.generation.Choice`."""
         body, service = self.body, self.service
@@ -75,7 +81,7 @@ class Call(Generic[Body]):
             request=generation,
             prompt_only=prompt_only,
             builder=PieceBuilder(
-                service.tokenizer.detokenizer(),
+                service.tokenizer.detokenizer(prompt),
                 stop=body.stop_strings,
                 include_stop=bool(body.include_stop_str_in_output),
                 min_tokens=body.min_tokens or 0,

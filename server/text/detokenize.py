@@ -1,17 +1,26 @@
-"""Token ids to text, one token at a time.
+"""Token ids to text, one token at a time, after a prompt.
+
+The text of an answer is what decoding prompt and answer together has beyond decoding the prompt: the space before the
+answer's first word belongs to the answer, and a character that the prompt began is finished by it. So a detokenizer
+begins with the prompt's last tokens.
 
 A character whose bytes are spread over several tokens appears when its last byte does. Bytes that never become a
-character are shown as U+FFFD, exactly where decoding the whole text at once would show them.
+character are shown as U+FFFD.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from server.text.decoding import Decoding
+
+CONTEXT = 32
+"""Tokens of a prompt that a detokenizer is begun with."""
+
+_LONGEST_CHARACTER = 8
+"""Tokens that are waited for at most to become a character; one has four bytes, and a token one at least."""
 
 
 class Detokenizer(Protocol):
@@ -26,55 +35,95 @@ class Detokenizer(Protocol):
         ...
 
 
-class ByteDetokenizer:
-    """For byte-level vocabularies, where every token is a fixed run of bytes.
+class TableDetokenizer:
+    """For decoders that give each token the same bytes wherever it stands; see :mod:`server.text.decoding`.
 
-    This is the common case (GPT-2, Llama 3, Qwen and their kin) and the hot path: a table and an incremental UTF-8
-    decoder cost a fraction of ``DecodeStream``, which decodes a window of tokens anew at each step, and a window that
-    grows for as long as the bytes are no text.
+    This is the common case and the hot path: a table and an incremental UTF-8 decoder.
 
     Args:
         token_bytes: bytes of a token id, b"" for tokens that are not shown.
+        first_bytes: bytes of a token id at the beginning of a text.
+        before: the tokens before.
+        begun: whether there are still others before these.
     """
 
-    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+    def __init__(
+        self,
+        decoding: Decoding,
+        token_bytes: Callable[[int], bytes],
+        first_bytes: Callable[[int], bytes],
+        before: Iterable[int] = (),
+        *,
+        begun: bool = False,
+    ) -> None:
         self._token_bytes = token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._first_bytes = first_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors=decoding.errors)
+        self._stripped, self._to_strip = decoding.strip
+        self._begun = begun
+        for token in before:
+            self.push(token)
 
     def push(self, token: int) -> str:
         """See :class:`Detokenizer`."""
-        return self._decoder.decode(self._token_bytes(token))
+        data = self._token_bytes(token)
+        if self._begun:
+            return self._decoder.decode(data)
+        return self._begin(token) if data else ""
 
     def flush(self) -> str:
         """See :class:`Detokenizer`."""
         return self._decoder.decode(b"", final=True)
 
+    def _begin(self, token: int) -> str:
+        text = self._decoder.decode(self._first_bytes(token))
+        while self._to_strip and text.startswith(self._stripped):
+            text = text[len(self._stripped) :]
+            self._to_strip -= 1
+        self._begun = bool(text) or not self._to_strip
+        return text
 
-class StreamDetokenizer:
-    """For every other decoder (SentencePiece, WordPiece ...), by the tokenizers library's own ``DecodeStream``."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._held: list[int] = []
+class WindowDetokenizer:
+    """For every other decoder: a token's text is what the last tokens with it have beyond the last tokens without it.
+
+    What such a decoder would change in hindsight, in text that was given out already, stays as it was given out.
+
+    Args:
+        decode: text of a run of tokens.
+        before: the tokens before.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], before: Iterable[int] = ()) -> None:
+        self._decode = decode
+        self._known = list(before)
+        # A character that is not complete yet is held, with the prompt's tokens that began it.
+        complete = len(self._known)
+        while complete and len(self._known) - complete < _LONGEST_CHARACTER and self._unfinished(complete):
+            complete -= 1
+        if self._unfinished(complete):
+            complete = len(self._known)
+        self._held = self._known[complete:]
+        del self._known[complete:]
 
     def push(self, token: int) -> str:
         """See :class:`Detokenizer`."""
         self._held.append(token)
-        try:
-            text: str | None = self._stream.step(self._tokenizer, token)
-        except Exception:
-            # The library gives up ("invalid prefix") on sequences that its decoder rewrites in hindsight. What it
-            # held back is then decoded by itself, and the stream begins anew.
-            self._stream = DecodeStream(skip_special_tokens=True)
-            return self.flush()
-        if text is None:
-            return ""
-        self._held.clear()
-        return text
+        return self._take(incomplete=len(self._held) < _LONGEST_CHARACTER)
 
     def flush(self) -> str:
         """See :class:`Detokenizer`."""
-        text: str = self._tokenizer.decode(self._held, skip_special_tokens=True) if self._held else ""
+        return self._take(incomplete=False) if self._held else ""
+
+    def _unfinished(self, count: int) -> bool:
+        return self._decode(self._known[:count]).endswith("\ufffd")
+
+    def _take(self, *, incomplete: bool) -> str:
+        together = self._known + self._held
+        text = self._decode(together)
+        if incomplete and text.endswith("\ufffd"):
+            return ""
+        text = text[len(self._decode(self._known)) :]
+        self._known = together[-CONTEXT:]
         self._held.clear()
         return text

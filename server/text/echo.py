@@ -18,15 +18,18 @@ class EchoedPrompt:
     Attributes:
         text: as it was sent, or that of the tokens that were.
         offsets: for each token where it begins in the text, in characters.
+        unfinished: "", or the replacement of a character that the tokens begin and do not finish. It is no part of
+            ``text``, since what follows may finish it; see :mod:`server.text.detokenize`.
     """
 
     text: str
     tokens: list[int]
     offsets: list[int]
+    unfinished: str = ""
 
 
 def echoed(tokenizer: TextTokenizer, given: str | list[int], tokens: list[int]) -> EchoedPrompt:
-    """Of one prompt. Takes its time where the prompt is long: not for the event loop.
+    """Echo one prompt. Slow for long prompts: run in a thread.
 
     Args:
         given: as it was sent.
@@ -34,11 +37,10 @@ def echoed(tokenizer: TextTokenizer, given: str | list[int], tokens: list[int]) 
     """
     detokenizer = tokenizer.detokenizer()
     texts = [detokenizer.push(token) for token in tokens]
-    texts[-1] += detokenizer.flush()
     if isinstance(given, str):
         return EchoedPrompt(given, tokens, _offsets(tokenizer, given, tokens, texts))
     *offsets, _ = accumulate(map(len, texts), initial=0)
-    return EchoedPrompt("".join(texts), tokens, offsets)
+    return EchoedPrompt("".join(texts), tokens, offsets, detokenizer.flush())
 
 
 def _offsets(tokenizer: TextTokenizer, given: str, tokens: list[int], texts: list[str]) -> list[int]:

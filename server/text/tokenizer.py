@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer
 
-from server.text.detokenize import ByteDetokenizer, Detokenizer, StreamDetokenizer
+from server.text.decoding import Decoding, decoding_of
+from server.text.detokenize import CONTEXT, Detokenizer, TableDetokenizer, WindowDetokenizer
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
-_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
+_ROUGHLY = Decoding(spell=lambda text: text.replace("▁", " "), byte_fallback=True)
+"""How tokens are shown one by one where the decoder does not treat them so."""
 
 T = TypeVar("T")
 
@@ -45,11 +46,10 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="tokenize")
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="tokenize-aside")
-        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        self._special = frozenset(
-            token for token, added in tokenizer.get_added_tokens_decoder().items() if added.special
-        )
-        self._added = frozenset(tokenizer.get_added_tokens_decoder())
+        self._decoding = decoding_of(tokenizer)
+        added = tokenizer.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self._special = frozenset(token for token, entry in added.items() if entry.special)
         # Bounded by the vocabulary, filled as tokens are met.
         self._bytes = lru_cache(maxsize=None)(self._compute_bytes)
         self._shown = lru_cache(maxsize=None)(lambda token: b"" if token in self._special else self._bytes(token))
@@ -104,17 +104,24 @@ class TextTokenizer:
         """Token ids of several texts, in order."""
         return list(await asyncio.gather(*(self.encode(t, add_special_tokens=add_special_tokens) for t in texts)))
 
-    def decode(self, tokens: list[int]) -> str:
-        """Text of a whole sequence; special tokens are skipped, unknown ids are nothing."""
-        # As for encoding: only the batch's variant releases the GIL.
-        (text,) = self._tokenizer.decode_batch([tokens], skip_special_tokens=True)
-        return str(text)
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of a whole sequence; unknown ids are nothing."""
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        return "".join(map(detokenizer.push, tokens)) + detokenizer.flush()
 
-    def detokenizer(self) -> Detokenizer:
-        """A detokenizer for one sequence."""
-        if self._byte_level:
-            return ByteDetokenizer(self._shown)
-        return StreamDetokenizer(self._tokenizer)
+    def detokenizer(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+        """A detokenizer for what follows a prompt."""
+        shown = self._shown if skip_special_tokens else self._bytes
+        before = [token for token in prompt[-CONTEXT:] if shown(token)]
+        if self._decoding is None:
+            return WindowDetokenizer(lambda tokens: self._decode(tokens, skip_special_tokens), before)
+        return TableDetokenizer(
+            self._decoding,
+            shown,
+            lambda token: self._compute_bytes(token, first=True),
+            before,
+            begun=len(prompt) > CONTEXT,
+        )
 
     def is_special(self, token: int) -> bool:
         """Whether detokenising skips it."""
@@ -122,11 +129,13 @@ class TextTokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, special tokens included; b"" for an unknown id."""
+        if token in self._special:
+            return self._content(token).encode("utf-8", "replace")
         return self._bytes(token)
 
     def token_text(self, token: int) -> str:
         r"""How a single token is shown in logprobs: its text, or ``bytes:\xe2\x80`` where it is part of a character."""
-        data = self._bytes(token)
+        data = self.token_bytes(token)
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError:
@@ -143,35 +152,31 @@ class TextTokenizer:
         ids: list[int] = encoding.ids
         return ids
 
-    def _compute_bytes(self, token: int) -> bytes:
+    def _decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def _content(self, token: int) -> str:
         content: str | None = self._tokenizer.id_to_token(token)
-        if content is None:
+        return content or ""
+
+    def _compute_bytes(self, token: int, *, first: bool = False) -> bytes:
+        content = self._content(token)
+        if not content:
             return b""
-        if token in self._added:
-            return content.encode("utf-8")
-        if self._byte_level:
-            table = _byte_table()
-            # A piece outside of the byte alphabet is shown as it stands; the library's decoder does the same.
-            return bytes(table[char] for char in content) if all(c in table for c in content) else content.encode()
-        if fallback := _BYTE_FALLBACK.fullmatch(content):
-            return bytes([int(fallback[1], 16)])
-        return content.replace("▁", " ").encode("utf-8")
+        data = (self._decoding or _ROUGHLY).bytes_of(content, first=first)
+        if token in self._added and not _is_text(data):
+            # The library would read "é" in an added token as a byte of the byte-level alphabet, and show U+FFFD.
+            return content.encode("utf-8", "replace")
+        return data
 
 
-@lru_cache(maxsize=1)
-def _byte_table() -> dict[str, int]:
-    """The alphabet of byte-level vocabularies: printable Latin-1 characters stand for their own byte, the other bytes
-    for the characters from U+0100 on, in order.
-    """
-    table: dict[str, int] = {}
-    shifted = 0
-    for byte in range(256):
-        if 0x21 <= byte <= 0x7E or (0xA1 <= byte <= 0xFF and byte != 0xAD):
-            table[chr(byte)] = byte
-        else:
-            table[chr(0x100 + shifted)] = byte
-            shifted += 1
-    return table
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _from_hub(name: str) -> Path:

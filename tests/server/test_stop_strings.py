@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.types import Delta
-from server.text.detokenize import ByteDetokenizer, StreamDetokenizer
+from server.text.detokenize import TableDetokenizer, WindowDetokenizer
 from server.text.pieces import Piece, PieceBuilder
 from server.text.stop import StopMatcher
 from server.text.tokenizer import TextTokenizer
 from tests.server.fakes import byte_level_tokenizer
 
-TOKENIZER = TextTokenizer(byte_level_tokenizer())
+BYTE_LEVEL = byte_level_tokenizer()
+TOKENIZER = TextTokenizer(BYTE_LEVEL)
 VOCABULARY = TOKENIZER.vocab_size
 
 
@@ -147,15 +148,15 @@ def byte_level_tokenizer_ids(text: str) -> list[int]:
 
 @given(text=st.text(max_size=30))
 def test_the_general_detokenizer_agrees_with_the_fast_one(text: str) -> None:
-    slow, fast = StreamDetokenizer(byte_level_tokenizer()), TOKENIZER.detokenizer()
-    assert isinstance(fast, ByteDetokenizer)
+    slow, fast = WindowDetokenizer(BYTE_LEVEL.decode), TOKENIZER.detokenizer()
+    assert isinstance(fast, TableDetokenizer)
     tokens = byte_level_tokenizer_ids(text)
     assert "".join(map(slow.push, tokens)) + slow.flush() == "".join(map(fast.push, tokens)) + fast.flush() == text
 
 
 def test_an_incomplete_character_is_flushed_at_the_end() -> None:
     tokens = byte_level_tokenizer_ids("a日")[:-1]
-    for detokenizer in (TOKENIZER.detokenizer(), StreamDetokenizer(byte_level_tokenizer())):
+    for detokenizer in (TOKENIZER.detokenizer(), WindowDetokenizer(BYTE_LEVEL.decode)):
         pieces = run(PieceBuilder(detokenizer, stop=[]), tokens, 1)
         assert [piece.text for piece in pieces] == ["a", "\ufffd"]
         assert check_pieces(pieces) == TOKENIZER.decode(tokens)

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from server.protocol.tokenize import MAX_TEXT_LENGTH, MAX_TOKENS
-from server.text.detokenize import StreamDetokenizer
+from server.text.detokenize import TableDetokenizer
 from server.text.tokenizer import TextTokenizer, TokenizerError
 from tests.server.conftest import Build, House
 from tests.server.fakes import byte_level_tokenizer, check_error, events
@@ -173,8 +173,8 @@ async def test_long_work_is_not_the_event_loop_s(
 
     detokenizer = tokenizer.detokenizer
 
-    def detokenizers() -> object:
-        made = detokenizer()
+    def detokenizers(*given: object) -> object:
+        made = detokenizer(*given)  # type: ignore[arg-type]
         made.push = noted("push", made.push)  # type: ignore[method-assign, assignment]
         return made
 
@@ -227,7 +227,7 @@ def sentencepiece_like() -> Tokenizer:
 def test_a_vocabulary_that_is_not_byte_level() -> None:
     tokenizer = TextTokenizer(sentencepiece_like())
     detokenizer = tokenizer.detokenizer()
-    assert isinstance(detokenizer, StreamDetokenizer)
+    assert isinstance(detokenizer, TableDetokenizer)
     tokens = [2, 3, 4, 1, *(6 + byte for byte in "日😀".encode()), 5]
     parts = [detokenizer.push(token) for token in tokens]
     assert "".join(parts) + detokenizer.flush() == tokenizer.decode(tokens) == "Hello world 日😀!"
