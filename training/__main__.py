@@ -11,15 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.command import run_command
+from training.graph import STAGES
 
-STAGES = {
-    "score": "score gold completions with every model (cached)",
-    "init": "fit the gate by weak supervision",
-    "train": "train the runs that the settings name",
-    "calibrate": "decode validation questions at a sweep of thresholds and choose one",
-    "evaluate": "answer the test questions in every way: table and plot",
-    "pipeline": "all of these, and the pair to be served",
-}
+PIPELINE = "all of these, and the pair to be served"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _convert(given[1:])
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
-    for name, text in STAGES.items():
+    commands_of = {name: stage.help for name, stage in STAGES.items()} | {"pipeline": PIPELINE}
+    for name, text in commands_of.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--config", type=Path, required=True, help="the project's settings, TOML")
         command.add_argument(
@@ -49,24 +44,18 @@ def run_stage(stage: str, config: Path, overrides: Sequence[str]) -> None:
     from training.settings import load_settings
 
     settings = load_settings(config, overrides)
-    # Late: without these, --help and a wrong setting would wait for torch.
+    # Late: without it, --help and a wrong setting would wait for torch.
     from training.project import Project
-    from training.stages import calibrate, evaluate, export, init, score, train
 
     project = Project(settings)
     project.check()
-    stages = {
-        "score": [score.run],
-        "init": [init.run],
-        "train": [train.run],
-        "calibrate": [calibrate.run, export.run],
-        "evaluate": [evaluate.run],
-        "pipeline": [score.run, init.run, train.run, calibrate.run, export.run],
-    }[stage]
-    if stage == "pipeline" and settings.data.test is not None:
-        stages.append(evaluate.run)
-    for run in stages:
-        run(project)
+    names = [stage]
+    if stage == "pipeline":
+        names = [name for name in STAGES if name != "evaluate" or settings.data.test is not None]
+    elif stage == "calibrate":
+        names = ["calibrate", "export"]
+    for name in names:
+        STAGES[name].run(project)
 
 
 def _convert(arguments: Sequence[str]) -> int:

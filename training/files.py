@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from training.errors import TrainingError
+
+if TYPE_CHECKING:
+    import torch
 
 SETTINGS_FILE = "settings.json"
 DONE_FILE = "done.json"
@@ -46,6 +47,9 @@ def read_json(file: Path) -> Any:
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """The same with safetensors."""
+    # Late: what only asks for the state of a stage does not wait for torch.
+    from safetensors.torch import save_file
+
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     part.touch()
@@ -134,8 +138,12 @@ class StageFolder:
         """Of settings and inputs: what a later stage that reads the output names as its input."""
         return hash_of([self.settings, self.inputs])
 
-    def open(self) -> Self:
-        """Take the folder for this output."""
+    def claim(self) -> Self:
+        """Take the folder for this output: one made with other settings or inputs is renamed, see the class.
+
+        Raises:
+            OSError: the folder cannot be renamed or written to.
+        """
         earlier = self._found
         if earlier not in (None, self.fingerprint):
             aside = self._aside(earlier)

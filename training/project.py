@@ -14,6 +14,7 @@ from training.checkpoints import check_models, device_of, load_tokenizer, vocabu
 from training.data import Example, TokenExample, read_examples, tokenize
 from training.errors import SettingsError
 from training.files import ContentHashes, hash_of_all
+from training.graph import mode_of
 from training.settings import Method, Settings, Split
 
 
@@ -24,6 +25,18 @@ class SplitData:
     examples: list[Example]
     tokens: list[TokenExample]
     fingerprint: str
+
+
+@dataclass(frozen=True)
+class BaseRef:
+    """Which base: the user's, or the one that a run has trained.
+
+    Attributes:
+        run: name of that run's folder; None for the user's.
+    """
+
+    path: Path
+    run: str | None = None
 
 
 @dataclass
@@ -109,10 +122,17 @@ class Project:
         """The folder of a training run."""
         return self.folder("train", f"{method}-{seed}")
 
-    def base_of(self, method: Method, seed: int) -> Path:
-        """The base that a run ends with: its own where the run trained one, else the user's."""
-        trained = self.run(method, seed) / "base"
-        return trained if trained.is_dir() else self.base
+    @property
+    def user_base(self) -> BaseRef:
+        """The base as the user gave it."""
+        return BaseRef(self.base)
+
+    def base_of(self, method: Method, seed: int) -> BaseRef:
+        """The base that a run ends with: its own where the run trains one, else the user's."""
+        if mode_of(self.settings, method) == "gate":
+            return self.user_base
+        run = self.run(method, seed)
+        return BaseRef(run / "base", run.name)
 
 
 def _fingerprint(examples: Sequence[Example], tokens: Sequence[TokenExample]) -> str:

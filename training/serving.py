@@ -15,9 +15,10 @@ from engine.client import Engine
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
 from engine.errors import EngineDeadError, EngineStartupError
 from engine.types import Collaboration, Completion, GenerationRequest, PolicyName, SamplingSpec
-from training.data import Example, TokenExample
+from training.data import Example, TokenExample, spread
 from training.errors import TrainingError
-from training.settings import EngineSettings
+from training.project import Project
+from training.settings import EngineSettings, Split
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,21 @@ def by_task(answers: Iterable[tuple[str, bool]]) -> dict[str, float]:
     for task, right in answers:
         tasks.setdefault(task, []).append(right)
     return {task: sum(found) / len(found) for task, found in sorted(tasks.items())}
+
+
+def asked_numbers(project: Project, split: Split, limit: int | None) -> list[int]:
+    """Numbers of those of the split's examples that are asked, at most ``limit``."""
+    return spread(range(len(project.data(split).examples)), limit)
+
+
+def questions_of(project: Project, split: Split, limit: int | None) -> Questions:
+    """The split's examples as questions, at most ``limit``."""
+    data, numbers = project.data(split), asked_numbers(project, split, limit)
+    return Questions(
+        [data.examples[number] for number in numbers],
+        [data.tokens[number] for number in numbers],
+        project.settings.evaluate.room,
+    )
 
 
 def engine_config(settings: EngineSettings, base: Path, experts: dict[str, Path], gate: Path | None) -> EngineConfig:

@@ -22,5 +22,4 @@ def tiny(tmp_path: Path) -> TinyProject:
 @pytest.fixture
 def fake_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """No engine: ``calibrate`` and ``evaluate`` ask a ``FakePair``."""
-    monkeypatch.setattr("training.stages.calibrate.Pair", FakePair)
-    monkeypatch.setattr("training.stages.evaluate.Pair", FakePair)
+    monkeypatch.setattr("training.serving.Pair", FakePair)

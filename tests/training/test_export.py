@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from datetime import date
 from typing import Any
 
 import pytest
 
 from engine.config import EngineConfig
 from tests.training.builders import TinyProject
-from training.errors import SettingsError
 from training.stages import calibrate, export, train
-from training.toml import to_toml
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -24,22 +21,6 @@ OPTIONS: dict[str, Any] = {
     "nested": [[{"a": 1}, {"b": [{"c": 2.5}]}], []],
     "tables": [{"a": {"b": 1}}, {"c": [{"d": 2}]}],
 }
-
-
-def test_toml_reads_what_was_written() -> None:
-    content = {
-        "base": {"model": "a", "vllm": OPTIONS},
-        "experts": [{"name": "e", "vllm": OPTIONS}, {"name": "f"}],
-        "numbers": [0, -1, 1e-9, 1e30, float("inf"), True],
-        "day": date(2024, 2, 29),
-        "empty": {},
-    }
-    assert tomllib.loads(to_toml(content)) == content
-
-
-def test_what_toml_cannot_say_is_refused() -> None:
-    with pytest.raises(SettingsError, match="None cannot be written as TOML"):
-        to_toml({"a": [None]})
 
 
 @pytest.mark.usefixtures("fake_pair")

@@ -16,9 +16,19 @@ from tests.training.builders import TinyProject, examples, write_jsonl
 from training import files
 from training.__main__ import main
 from training.files import ContentHashes
-from training.stages import init, train
+from training.graph import STAGES
+from training.settings import Settings
+from training.stages import init, score, train
 
 pytest.importorskip("matplotlib")
+
+
+CONTENT = {
+    "out": "out",
+    "base": {"model": "base"},
+    "experts": [{"name": "e", "model": "e"}],
+    "data": {"train": "train.jsonl", "validation": "validation.jsonl"},
+}
 
 
 def add_columns(tiny: TinyProject) -> None:
@@ -79,7 +89,7 @@ def test_another_column_is_calibrated_and_evaluated_anew(tiny: TinyProject) -> N
         return {answer["gold"][-1] for one in found for answer in one}
 
     assert gold() == {"!"}
-    points = tiny.folder / "out" / "calibrate" / "collm-0" / "points.json"
+    points = tiny.folder / "out" / "calibrate" / "collm-0" / "curve.json"
     before = points.stat().st_mtime_ns
     tiny.content["data"]["completion"] = "other"
     assert gold() == {"?"}
@@ -158,3 +168,32 @@ def test_a_change_anywhere_in_a_big_file_is_seen(tmp_path: Path, monkeypatch: py
     assert ContentHashes(memory).of(model) == after
     (model / "README.md").write_text("Not the model.")
     assert ContentHashes(memory).of(model) == after
+
+
+def test_the_graph_lists_what_stages_read_before_them() -> None:
+    order = list(STAGES)
+    for stage in STAGES.values():
+        assert all(order.index(name) < order.index(stage.name) for name in stage.inputs), stage.name
+        assert stage.resolve(Settings.model_validate(CONTENT)).keys() == set(stage.settings)
+
+
+@pytest.mark.usefixtures("fake_pair")
+def test_hidden_states_are_read_once_and_not_by_a_finished_project(
+    tiny: TinyProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the largest files of a project."""
+    tiny.content |= {"seeds": [0, 1]}
+    tiny.content["train"]["methods"] = ["collm", "weak"]
+    config = ["--config", str(tiny.write())]
+    read: list[str] = []
+    load = score.load_scores
+
+    def counted(folder: Path, *rest: Any) -> Any:
+        read.append(folder.relative_to(tiny.folder / "out" / "score").as_posix())
+        return load(folder, *rest)
+
+    monkeypatch.setattr(score, "load_scores", counted)
+    for stage, times in (("score", 0), ("init", 1), ("init", 0), ("train", 1), ("train", 0)):
+        read.clear()
+        assert main([stage, *config]) == 0
+        assert sorted(read) == ["train/base", "train/e1"] * times, stage

@@ -30,10 +30,10 @@ from training.demo.text import Example as Asked
 from training.demo.tokenizer import train_tokenizer
 from training.errors import SettingsError
 from training.files import read_json, write_json
+from training.graph import STAGES
 from training.project import Project
 from training.serving import Pair, Questions, engine_config
 from training.settings import load_settings
-from training.stages import calibrate, evaluate, export, init, score, train
 
 KNOWN_ENTITIES = 30
 
@@ -81,7 +81,7 @@ def make(config: Path, out: Path, force: bool) -> None:
     questions.write(Path(settings.data.train).parent, corpus, train_tokenizer(corpus.tokenizer_texts()))
     project = Project(settings)
     project.check()
-    for stage in (score, init, train, calibrate, export, evaluate):
+    for stage in STAGES.values():
         stage.run(project)
     _ship(project, models, out)
     evaluation = _measure(project, corpus, out)

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
+from training import graph
 from training.files import write_text
 from training.project import Project
-from training.stages import calibrate
-from training.toml import to_toml
 
 
 def run(project: Project) -> None:
@@ -17,17 +18,17 @@ def run(project: Project) -> None:
     seed = project.settings.seeds[0]
     if "collm" not in project.settings.train.methods:
         return
-    calibrate.stage_of(project, "collm", seed).need("calibrate")
+    calibration = graph.calibration(project, "collm", seed)
+    calibration.need("calibrate")
     folder = project.folder("pair")
-    trained = project.base_of("collm", seed)
-    base = project.base
-    shutil.copytree(calibrate.folder_of(project, "collm", seed) / "gate", folder / "gate", dirs_exist_ok=True)
-    if trained != project.base:
+    shutil.copytree(calibration.path / "gate", folder / "gate", dirs_exist_ok=True)
+    trained, base = project.base_of("collm", seed), project.base
+    if trained.run is not None:
         base = folder / "base"
-        shutil.copytree(trained, base, dirs_exist_ok=True)
+        shutil.copytree(trained.path, base, dirs_exist_ok=True)
     experts = [{"name": name, **_lane(project, path)} for name, path in project.expert_paths.items()]
     config = {"base": _lane(project, base), "experts": experts, "gate": {"path": str(folder / "gate")}}
-    write_text(folder / "collm.toml", to_toml(config))
+    write_text(folder / "collm.toml", tomli_w.dumps(config))
     print(f"to serve the pair: python -m server --config {folder / 'collm.toml'}")
 
 

@@ -5,42 +5,31 @@ from __future__ import annotations
 import torch
 from safetensors.torch import load_file
 
+from training import graph
 from training.checkpoints import load_causal, mean_head_row
 from training.files import StageFolder, write_tensors
 from training.fit import CHECKPOINT, Plan
 from training.gate_only import Gate, GateFit, fit_gate
 from training.losses import weak
 from training.project import Project
-from training.stages.score import fingerprints, score_split
+from training.stages.score import TrainingScores
 
 FILE = "gate.safetensors"
 
 
 def run(project: Project) -> None:
     """Fit one initial gate for each seed."""
+    scores = TrainingScores(project)
     for seed in project.settings.seeds:
-        initial_gate(project, seed)
+        initial_gate(project, seed, scores)
 
 
-def stage_of(project: Project, seed: int) -> StageFolder:
-    """The initial gate of a seed."""
-    settings = project.settings
-    resolved = {
-        "init": settings.init.model_dump(),
-        "warm_up": settings.train.warm_up,
-        "bias": settings.train.bias,
-        "seed": seed,
-        "experts": settings.expert_names,
-    }
-    return StageFolder(project.folder("init", f"seed-{seed}"), resolved, fingerprints(project, "train"))
-
-
-def initial_gate(project: Project, seed: int) -> Gate:
+def initial_gate(project: Project, seed: int, scores: TrainingScores | None = None) -> Gate:
     """The initial gate of a seed, fitted if it is not there yet."""
     settings, experts = project.settings, project.settings.expert_names
-    scores = score_split(project, "train")
-    stage = stage_of(project, seed).open()
+    stage = graph.initial_gate(project, seed).claim()
     if not stage.done:
+        found = (scores or TrainingScores(project)).loaded
         row_D = mean_head_row(load_causal(project.base, settings.compute.dtype, project.device))
         start = Gate(row_D.repeat(len(experts), 1), torch.zeros(len(experts)))
         fitting = GateFit(
@@ -52,10 +41,10 @@ def initial_gate(project: Project, seed: int) -> Gate:
             bias=settings.train.bias,
             seed=seed,
         )
-        gate = fit_gate(scores, start, weak, fitting, stage.path, f"init, seed {seed}", project.device)
+        gate = fit_gate(found, start, weak, fitting, stage.path, f"init, seed {seed}", project.device)
         write_tensors(stage.path / FILE, {"theta": gate.theta_KD, "bias": gate.bias_K})
         (stage.path / CHECKPOINT).unlink(missing_ok=True)
-        labels_N = scores.weak_labels()
+        labels_N = found.weak_labels()
         share = [float((labels_N == k + 1).float().mean()) for k in range(len(experts))]
         stage.finish(tokens=len(labels_N), share_of_tokens_that_need=dict(zip(experts, share, strict=True)))
     return read_gate(stage)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from engine.gate import GateArtifact, ModelIdentity, model_identity
+from training import graph
 from training.checkpoints import load_causal, save_base
-from training.files import StageFolder, hash_of
 from training.fit import CHECKPOINT, Plan
 from training.gate_only import Gate, GateFit, fit_gate, steps_of
 from training.joint import JointFit, fit_joint
 from training.losses import Loss, language, marginal, weak, weakly_joint
 from training.project import Project
+from training.scoring import PairScores
 from training.settings import Method
 from training.stages import init
-from training.stages.score import fingerprints, score_split
+from training.stages.score import TrainingScores
 
 LOSSES: dict[tuple[str, Method], Loss] = {
     ("gate", "collm"): marginal,
@@ -33,24 +34,25 @@ LOSSES: dict[tuple[str, Method], Loss] = {
 
 def run(project: Project) -> None:
     """Train all runs that are not there yet."""
-    for seed in project.settings.seeds:
-        for method in project.settings.train.methods:
-            train_run(project, method, seed)
+    scores = TrainingScores(project)
+    for method, seed in graph.runs(project.settings):
+        train_run(project, method, seed, scores)
 
 
-def train_run(project: Project, method: Method, seed: int) -> Path:
+def train_run(project: Project, method: Method, seed: int, scores: TrainingScores | None = None) -> Path:
     """One run; its folder, with ``gate/`` (not for a fine-tuned base) and, where the base learned, ``base/``."""
-    settings, mode = project.settings, _mode(project, method)
-    start = init.initial_gate(project, seed)
-    stage = stage_of(project, method, seed, start).open()
+    settings, mode = project.settings, graph.mode_of(project.settings, method)
+    scores = scores or TrainingScores(project)
+    start = init.initial_gate(project, seed, scores)
+    stage = graph.training_run(project, method, seed).claim()
     folder = stage.path
     if stage.done:
         return folder
     label = f"train {method}, seed {seed}"
     loss = LOSSES[mode, method]
-    scores = score_split(project, "train")
+    found = scores.loaded
     if mode == "gate":
-        gate = _gate_only(project, start, loss, seed, folder, label)
+        gate = _gate_only(project, found, start, loss, seed, folder, label)
     else:
         base = load_causal(project.base, "float32", project.device)
         tokens = project.data("train").tokens
@@ -63,53 +65,19 @@ def train_run(project: Project, method: Method, seed: int) -> Path:
             seed=seed,
             vocabulary=project.vocabulary,
         )
-        base, gate = fit_joint(base, tokens, scores, start, loss, fitting, folder, label)
+        base, gate = fit_joint(base, tokens, found, start, loss, fitting, folder, label)
         save_base(base, project.base, folder / "base")
     if method != "finetuned":
-        artifact(project, gate, folder, stage.settings).save(folder / "gate")
+        artifact(project, gate, project.base_of(method, seed).path, stage.settings).save(folder / "gate")
     (folder / CHECKPOINT).unlink(missing_ok=True)
-    stage.finish(examples=len(project.data("train").tokens), tokens=len(scores.gold_N))
+    stage.finish(examples=len(project.data("train").tokens), tokens=len(found.gold_N))
     return folder
 
 
-def stage_of(project: Project, method: Method, seed: int, start: Gate) -> StageFolder:
-    """A run from an initial gate."""
-    settings, mode = project.settings.train, _mode(project, method)
-    resolved = {
-        "method": method,
-        "mode": mode,
-        "seed": seed,
-        "settings": getattr(settings, mode).model_dump(),
-        "warm_up": settings.warm_up,
-        "bias": settings.bias,
-        "positive_weight": settings.weak_positive_weight,
-        "experts": project.settings.expert_names,
-    }
-    # No expert can have the name of the gate's entry: it has a space.
-    inputs = {
-        "initial gate": hash_of([start.theta_KD.tolist(), start.bias_K.tolist()]),
-        **fingerprints(project, "train"),
-    }
-    return StageFolder(project.run(method, seed), resolved, inputs)
-
-
-def need_run(project: Project, method: Method, seed: int) -> None:
-    """Raise unless a run, with these settings, is there.
-
-    Raises:
-        TrainingError: saying that ``train`` has to be run first.
-    """
-    initial = init.stage_of(project, seed)
-    initial.need("train")
-    stage_of(project, method, seed, init.read_gate(initial)).need("train")
-
-
-def _mode(project: Project, method: Method) -> Literal["gate", "joint"]:
-    return "joint" if method == "finetuned" else project.settings.train.mode
-
-
-def _gate_only(project: Project, start: Gate, loss: Loss, seed: int, folder: Path, label: str) -> Gate:
-    settings, scores = project.settings.train, score_split(project, "train")
+def _gate_only(
+    project: Project, scores: PairScores, start: Gate, loss: Loss, seed: int, folder: Path, label: str
+) -> Gate:
+    settings = project.settings.train
     steps = steps_of(len(scores.gold_N), settings.gate.batch_tokens, settings.gate.epochs)
     fitting = GateFit(
         learning_rate=settings.gate.learning_rate,
@@ -127,15 +95,14 @@ def _plan(project: Project, steps: int) -> Plan:
     return Plan(steps, project.settings.train.warm_up, project.settings.train.checkpoint_every)
 
 
-def artifact(project: Project, gate: Gate, folder: Path, resolved: Mapping[str, Any]) -> GateArtifact:
+def artifact(project: Project, gate: Gate, base: Path, resolved: Mapping[str, Any]) -> GateArtifact:
     """The run's gate as the server loads it, not calibrated yet."""
-    base = folder / "base"
     experts: list[ModelIdentity | None] = [model_identity(path) for path in project.expert_paths.values()]
     return GateArtifact(
         theta=gate.theta_KD.to(torch.float32),
         bias=gate.bias_K.to(torch.float32),
         experts=project.settings.expert_names,
-        base=model_identity(base if base.is_dir() else project.base),
+        base=model_identity(base),
         expert_identities=tuple(experts),
         training={**resolved, "init": project.settings.init.model_dump()},
         data=f"{len(project.data('train').examples)} examples of {Path(project.settings.data.train).name}",

@@ -1,0 +1,65 @@
+"""The losses of a gate and its base, all with the signature ``Loss``. Suffixes: N completion tokens, K experts.
+
+The method is that of arXiv 2403.03870, section 3; ``weakly_joint`` is its reference code's baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What every loss sees: N completion tokens under the base, the gate and K experts.
+
+    Attributes:
+        gate_NK: logits of the experts; the base's is 0. So P(Z = k) is a softmax over K + 1.
+        base_logp_N: log P_base(gold), over the real vocabulary.
+        expert_logp_NK: log P_k(gold), without gradient.
+        label_N: weak label: 0 for the base, k for expert k.
+    """
+
+    gate_NK: torch.Tensor
+    base_logp_N: torch.Tensor
+    expert_logp_NK: torch.Tensor
+    label_N: torch.Tensor
+
+    def log_gate(self) -> torch.Tensor:
+        """log P(Z) [N, K + 1], the base first."""
+        zeros_N1 = torch.zeros_like(self.gate_NK[:, :1])
+        return torch.log_softmax(torch.cat([zeros_N1, self.gate_NK], dim=1), dim=1)
+
+
+Loss = Callable[[Tokens, float], torch.Tensor]
+"""A loss: tokens and the weight of positive labels to a scalar. Losses without labels ignore the weight."""
+
+
+def marginal(tokens: Tokens, positive_weight: float = 1.0) -> torch.Tensor:
+    """Mean over N of -log sum_k P(Z = k) P_k(gold): who wrote each token is summed out.
+
+    Z depends on the text alone, so that the sum over all sequences of Z factorises.
+    """
+    written_NZ = torch.cat([tokens.base_logp_N[:, None], tokens.expert_logp_NK], dim=1)
+    return -torch.logsumexp(tokens.log_gate() + written_NZ, dim=1).mean()
+
+
+def weak(tokens: Tokens, positive_weight: float) -> torch.Tensor:
+    """Mean over N of the cross-entropy of the weak labels; those of an expert weigh ``positive_weight``.
+
+    For K = 1 this is binary cross-entropy with a positive weight.
+    """
+    nll_N = -tokens.log_gate().gather(1, tokens.label_N[:, None])[:, 0]
+    return torch.where(tokens.label_N > 0, positive_weight * nll_N, nll_N).mean()
+
+
+def language(tokens: Tokens, positive_weight: float = 1.0) -> torch.Tensor:
+    """Mean over N of -log P_base(gold): fine-tuning without deferral."""
+    return -tokens.base_logp_N.mean()
+
+
+def weakly_joint(tokens: Tokens, positive_weight: float) -> torch.Tensor:
+    """2/3 of ``language`` + 1/3 of ``weak``: the weakly supervised baseline."""
+    return (2 * language(tokens) + weak(tokens, positive_weight)) / 3
