@@ -42,6 +42,8 @@ def window_limit(request: GenerationRequest, default: RunAhead) -> int | None:
         sampling.presence_penalty == sampling.frequency_penalty == sampling.min_p == 0
         and sampling.repetition_penalty == 1
         and not sampling.logit_bias
+        and sampling.allowed_token_ids is None
+        and not sampling.bad_words
         and sampling.structured_outputs is None
     )
     if wish == "off" or not plain:

@@ -48,6 +48,10 @@ class SamplingSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         top_k: 0 keeps the whole vocabulary.
         seed: makes the request reproducible, alone and in any batch; None is another answer each time.
         logit_bias: token id -> added logit.
+        allowed_token_ids: the only tokens that can be drawn; None is all.
+        bad_words: token ids of words that must not be written, at least one per word: the last one cannot be drawn right
+            after the others.
+        cache_salt: cached prefixes are shared only with requests of the same salt.
         logprobs: how many of the most probable tokens to report beside each written one; None reports nothing.
         prompt_logprobs: the same for prompt tokens, by the base; None reports nothing.
         max_tokens: most tokens to write; at least 1.
@@ -64,6 +68,9 @@ class SamplingSpec(msgspec.Struct, frozen=True, omit_defaults=True):
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    cache_salt: str | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     stop_token_ids: tuple[int, ...] = ()

@@ -131,6 +131,7 @@ class VllmLane:
                 sampling_params=self._sampling_params(added.sampling),
                 pooling_params=None,
                 block_hasher=self._block_hasher,
+                cache_salt=added.sampling.cache_salt,
             )
             scheduler.add_lane_request(request, added, self._on_ready)
             self._stats.catchup_tokens += len(added.written)
@@ -239,6 +240,7 @@ class VllmLane:
             frequency_penalty=spec.frequency_penalty,
             repetition_penalty=spec.repetition_penalty,
             logit_bias=spec.logit_bias,
+            allowed_token_ids=None if spec.allowed_token_ids is None else list(spec.allowed_token_ids),
             logprobs=spec.logprobs,
             prompt_logprobs=spec.prompt_logprobs,
             stop_token_ids=list(spec.stop_token_ids),
@@ -249,6 +251,9 @@ class VllmLane:
             detokenize=False,
             structured_outputs=self._grammar(spec.structured_outputs),
         )
+        if spec.bad_words:
+            # vLLM makes these from text with a tokenizer of its own; here they come as token ids.
+            params._bad_words_token_ids = [list(word) for word in spec.bad_words]
         if self._eos:
             params.update_from_generation_config({"eos_token_id": self._eos}, self._eos[0])
         config = self._core.vllm_config

@@ -63,6 +63,8 @@ def greedy(
     frequency_penalty: float = 0.0,
     repetition_penalty: float = 1.0,
     logit_bias: dict[int, float] | None = None,
+    allowed_token_ids: tuple[int, ...] | None = None,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> Written:
     """Decode one prompt, token by token."""
     out = Written()
@@ -83,6 +85,14 @@ def greedy(
         logits = logits.clone()
         for token, value in (logit_bias or {}).items():
             logits[token] += value
+        if allowed_token_ids is not None:
+            mask = torch.full_like(logits, -torch.inf)
+            mask[list(allowed_token_ids)] = 0.0
+            logits = logits + mask
+        for *before, last in bad_words:
+            # Only what was written counts, not the prompt (vLLM's documentation of bad_words).
+            if before == out.tokens[len(out.tokens) - len(before) :]:
+                logits[last] = -torch.inf
         if len(out.tokens) < min_tokens:
             logits[[pair.eos, *stop_token_ids]] = -torch.inf
         # Repetition counts prompt and output, presence and frequency only the output (vLLM's documentation).

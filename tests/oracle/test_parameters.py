@@ -19,6 +19,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "all penalties": {"presence_penalty": 1.0, "frequency_penalty": 1.0, "repetition_penalty": 0.8},
     "logit bias": {"logit_bias": {17: 12.0, 400: 12.0, 333: -100.0}},
     "logit bias to EOS, min_tokens": {"logit_bias": {0: 30.0}, "min_tokens": 7},
+    "allowed tokens": {"allowed_token_ids": tuple(range(0, 512, 3))},
+    "bad words of one token": {"bad_words": tuple((token,) for token in range(1, 512, 2))},
     "ignore_eos": {"logit_bias": {0: 8.0}, "ignore_eos": True},
 }
 
@@ -41,6 +43,31 @@ def test_equals_the_oracle(
         for number, prompt in enumerate(chosen)
     ]
     assert_same(run(plain_engine, requests, 12), expected)
+
+
+def test_bad_words_across_sources(
+    plain_engine: Engine, random_pair: pairs.Served, prompts: list[list[int]], written: list[Written]
+) -> None:
+    """A word whose tokens are written by both models is forbidden too, and a request beside it is not touched."""
+    forbidden = 0
+    for number, (prompt, plain) in enumerate(zip(prompts[:8], written, strict=False)):
+        pairs_of_tokens = list(zip(plain.tokens[:20], plain.tokens[1:21], plain.sources, plain.sources[1:], strict=False))
+        words = tuple({(first, second) for first, second, one, other in pairs_of_tokens if one != other})[:3]
+        if not words:
+            continue
+        forbidden += 1
+        parameters: dict[str, Any] = {"bad_words": words}
+        expected = greedy(random_pair.reference, prompt, 24, **parameters)
+        requests = [
+            GenerationRequest(f"bad-{number}", prompt, SamplingSpec(temperature=0.0, max_tokens=24, **parameters)),
+            GenerationRequest(f"free-{number}", prompt, SamplingSpec(temperature=0.0, max_tokens=24)),
+        ]
+        bad, free = plain_engine.generate(requests)
+        assert_same([bad], [expected])
+        assert free.tokens == plain.tokens[:24]
+        assert bad.tokens != free.tokens
+        assert not set(words) & set(zip(bad.tokens, bad.tokens[1:], strict=False))
+    assert forbidden >= 3
 
 
 def test_stop_tokens_of_either_source(
@@ -117,6 +144,8 @@ def test_prompt_logprobs_are_the_bases(
         (SamplingSpec(top_p=0.0), "top_p"),
         (SamplingSpec(logit_bias={512: 1.0}), "logit_bias"),
         (SamplingSpec(stop_token_ids=(10**6,)), "stop_token_ids"),
+        (SamplingSpec(allowed_token_ids=(10**6,)), "allowed_token_ids"),
+        (SamplingSpec(allowed_token_ids=()), "allowed_token_ids"),
         (SamplingSpec(logprobs=10**4), "logprobs"),
         (SamplingSpec(min_tokens=10**4), "min_tokens"),
         (SamplingSpec(max_tokens=0), "max_tokens"),

@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     from vllm import ir
     from vllm.engine.arg_utils import EngineArgs
     from vllm.platforms import current_platform
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -292,6 +293,13 @@ def test_messages_take_and_carry_an_attribute() -> None:
 )
 def test_names_exist(owner: type, names: list[str]) -> None:
     assert [name for name in names if not hasattr(owner, name)] == []
+
+
+def test_bad_words_are_taken_as_token_ids() -> None:
+    params = SamplingParams()
+    params._bad_words_token_ids = [[1, 2]]
+    assert params.bad_words_token_ids == [[1, 2]]
+    assert "sampling_params.bad_words_token_ids" in inspect.getsource(InputBatch.add_request)
 
 
 def test_request_carries_what_the_scheduler_touches() -> None:
