@@ -51,7 +51,9 @@ def test_bad_words_across_sources(
     """A word whose tokens are written by both models is forbidden too, and a request beside it is not touched."""
     forbidden = 0
     for number, (prompt, plain) in enumerate(zip(prompts[:8], written, strict=False)):
-        pairs_of_tokens = list(zip(plain.tokens[:20], plain.tokens[1:21], plain.sources, plain.sources[1:], strict=False))
+        pairs_of_tokens = list(
+            zip(plain.tokens[:20], plain.tokens[1:21], plain.sources, plain.sources[1:], strict=False)
+        )
         words = tuple({(first, second) for first, second, one, other in pairs_of_tokens if one != other})[:3]
         if not words:
             continue
