@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # The server with everything it needs. For NVIDIA GPUs:      docker build -t collm .
-# For machines without one (TORCH_INDEX: the extra index that PyTorch publishes for CPU wheels):
-#                                  docker build -t collm:cpu --build-arg DEVICE=cpu --build-arg TORCH_INDEX=... .
+# For machines without one:         docker build -t collm:cpu --build-arg DEVICE=cpu .
+# Smaller with --build-arg TORCH_INDEX=..., the extra index that PyTorch publishes for CPU wheels.
 # Runs as a user without rights; the root file system may be read-only, with /tmp and /var/cache/collm writable. What is
 # compiled at run time is loaded from the latter, which must not be mounted noexec (as Docker mounts a tmpfs).
 
@@ -12,10 +12,11 @@ ARG DEVICE=gpu
 ARG TORCH_INDEX=""
 WORKDIR /src
 RUN python -m venv /opt/collm
-COPY requirements/${DEVICE}.txt requirements.txt
+# All: where torch's CPU build is not found, the versions of the CUDA libraries come from gpu.txt.
+COPY requirements/*.txt requirements/
+COPY scripts/install.sh scripts/
 RUN --mount=type=cache,target=/root/.cache/pip \
-    if [ "${DEVICE}" = cpu ] && [ -n "${TORCH_INDEX}" ]; then set -- --extra-index-url "${TORCH_INDEX}"; fi; \
-    /opt/collm/bin/pip install --no-deps "$@" -r requirements.txt
+    TORCH_INDEX="${TORCH_INDEX}" scripts/install.sh /opt/collm/bin/python "${DEVICE}"
 COPY pyproject.toml README.md LICENSE ./
 COPY engine engine
 COPY server server

