@@ -69,7 +69,7 @@ demo: $(INSTALLED) ## Train the demo pair and its gate anew into models/demo (ab
 	$(BIN)/python -m training.demo --out models/demo $(ARGS)
 
 .PHONY: bench
-bench: $(INSTALLED) ## Measure the server's performance
+bench: $(DEV) ## Measure the server's performance
 	$(BIN)/python -m bench $(ARGS)
 
 .PHONY: test

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import compare, context, coordination, memory, pacing, prediction
-from bench.contenders.interface import BenchError, Settings
+from bench.errors import BenchError
 from bench.report import Report, bar_table, environment, environment_line, json_line
+from bench.settings import Settings
 from bench.shapes import DEMO, NAMES, Pair, get_pair
 from bench.workload import PROMPT_TOKENS, Cell, Deferral
 
@@ -27,7 +28,7 @@ COMMANDS = {
     "coordination": "the engine alone: which part of its time goes to anything but the models",
     "pacing": "the engine alone: lockstep as it is, with gather, with run-ahead, with both",
     "predict": "the engine alone: what a model of cost says beforehand, what is measured, when a pair is worth it",
-    "compare": "server, engine, stock vLLM, and the reference way, side by side",
+    "compare": "server, engine, stock vLLM, and the per-token HTTP baseline, side by side",
     "context": "the engine alone: its own time a token as the context grows",
     "memory": "the server's resident memory over many requests",
 }
@@ -263,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=int, metavar="N", help="requests for each one in flight; memory: in all")
     add("--max-tokens", type=int, metavar="N", help="tokens that every request writes")
     add("--seed", type=int, default=1, help="of prompts and forced deferrals")
-    add("--agreement", type=float, metavar="SHARE", help="how often made-up base and expert agree (default 0)")
+    add("--agreement", type=float, metavar="SHARE", help="how often synthetic base and expert agree (default 0)")
     add("--dtype", default="", help="instead of the shape's own")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where nvidia-smi is")
     add("--threads", type=int, metavar="N", help="OMP_NUM_THREADS for all; stock servers choose their own on CPU")
@@ -277,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compare: start servers once and freeze those that are not measured, or start each anew in every round",
     )
     add("--full", action="store_true", help="all: the whole grid, and 10,000 requests for memory (hours on two cores)")
-    add("--workdir", type=Path, metavar="FOLDER", help="keeps made-up models; default: a temporary folder")
+    add("--workdir", type=Path, metavar="FOLDER", help="keeps synthetic models; default: a temporary folder")
     add("--log", type=Path, metavar="FILE", help="what the servers print; default: servers.log in the workdir")
     add("--json", type=Path, metavar="FILE", help="also write the JSON line there")
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition(";")[0])

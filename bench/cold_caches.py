@@ -21,7 +21,7 @@ from typing import Any
 
 import msgspec
 
-from bench.contenders.interface import BenchError
+from bench.errors import BenchError
 from bench.shapes import REPOSITORY
 from bench.workload import Deferral, Job
 
@@ -50,12 +50,12 @@ class Task:
     seed: int
 
 
-def prompts(task: Task, turn: int, length: int) -> list[Job]:
+def prompts(task: Task, round_number: int, length: int) -> list[Job]:
     """One round's jobs of one length; no two share a prefix."""
-    draw = random.Random(f"{task.seed} {turn} {length}")
+    draw = random.Random(f"{task.seed} {round_number} {length}")
     return [
         Job(
-            f"{turn}-{length}-{number}",
+            f"{round_number}-{length}-{number}",
             [draw.randrange(1, task.vocab_size) for _ in range(length)],
             task.max_tokens,
             task.deferral,
@@ -161,10 +161,10 @@ def main() -> int:
     stopwatch = _Stopwatch(task.config)
     found: dict[int, list[float]] = {length: [] for length in task.lengths}
     try:
-        for turn in range(-1, task.rounds):
+        for round_number in range(-1, task.rounds):
             for length in task.lengths:
-                microseconds = stopwatch.run(prompts(task, turn, length))
-                if turn >= 0:
+                microseconds = stopwatch.run(prompts(task, round_number, length))
+                if round_number >= 0:
                     found[length].append(microseconds)
     except BenchError as error:
         print(error, file=sys.stderr)

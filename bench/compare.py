@@ -1,8 +1,8 @@
 """All contenders side by side: same jobs, rounds interleaved.
 
 With ``starts = "once"`` every server is started once and then frozen (SIGSTOP); in each round and for each cell the
-contenders take turns, A B C A B C, each thawed for its own turn only, since idle engines would take CPU time from the
-one that is measured. Neighbouring turns are seconds apart, which matters on machines that others use too. With
+contenders alternate, A B C A B C, each thawed for its own measurement only, since idle engines would take CPU time from
+the one that is measured. Neighbouring measurements are seconds apart, which matters on shared machines. With
 ``starts = "each-round"`` each contender is started anew in every round and runs all cells in a block, in an order that
 is reversed every other round: for machines whose memory does not hold all servers at once.
 """
@@ -17,27 +17,30 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bench import processes
+from bench.account import Account
+from bench.contenders.base import Contender, Service
 from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
-from bench.contenders.interface import Account, Contender, Service, Settings, running
-from bench.contenders.reference import Reference
+from bench.contenders.per_token_http import PerTokenHttp
 from bench.contenders.server import Server, server_service
 from bench.contenders.stock import Stock, stock_service
 from bench.coordination import ACCOUNT_HEADERS, account_cells, account_record
 from bench.load import Outcome, drive
 from bench.progress import Progress
 from bench.report import Bar, Report, percentile, spread, table
+from bench.services import running
+from bench.settings import Settings
 from bench.workload import Cell, make_jobs
 
-SERVER, ENGINE, BASE, EXPERT, REFERENCE = "server", "engine", "stock base", "stock expert", "reference way"
-NAMES = (SERVER, ENGINE, BASE, EXPERT, REFERENCE)
+SERVER, ENGINE, BASE, EXPERT, PER_TOKEN_HTTP = "server", "engine", "stock base", "stock expert", "per-token HTTP"
+NAMES = (SERVER, ENGINE, BASE, EXPERT, PER_TOKEN_HTTP)
 LIMIT = "limit: lanes' steps"
 
 BASE_BARS = {"tiny": 1.0, "S": 0.97}
 """Server at deferral 0 against stock vLLM with the base, tokens/s at concurrency 32."""
 BOTH_BAR = 0.9
 """Server at deferral 1 against 1 / (1/base + 1/expert) of the stock servers."""
-REFERENCE_BARS = {"tiny": 12.0, "S": 15.0}
-"""Server at deferral 0.3 against the reference way, concurrency 8 and 32."""
+PER_TOKEN_HTTP_BARS = {"tiny": 12.0, "S": 15.0}
+"""Server at deferral 0.3 against the per-token HTTP baseline, concurrency 8 and 32."""
 
 _WARM_UP_TOKENS = 4
 
@@ -47,22 +50,22 @@ class Found:
     """All that was measured.
 
     Attributes:
-        turns: for each contender and cell, one entry a round.
+        outcomes: for each contender and cell, one entry per round.
         peak_rss: of each contender's process trees, in bytes.
     """
 
-    turns: dict[tuple[str, Cell], list[tuple[Outcome, Account | None]]] = field(default_factory=dict)
+    outcomes: dict[tuple[str, Cell], list[tuple[Outcome, Account | None]]] = field(default_factory=dict)
     peak_rss: dict[str, int] = field(default_factory=dict)
 
     def speeds(self, name: str, cell: Cell) -> list[float]:
-        """Tokens a second, one entry a round; empty if the contender was not measured there."""
-        return [outcome.tokens_per_second for outcome, _ in self.turns.get((name, cell), [])]
+        """Tokens a second, one entry per round; empty if the contender was not measured there."""
+        return [outcome.tokens_per_second for outcome, _ in self.outcomes.get((name, cell), [])]
 
 
 def contenders(settings: Settings, names: list[str] | None) -> list[Contender]:
     """Those that were asked for; they share the stock servers."""
     pair = settings.pair
-    # As many cores as vLLM would take, all but one, but not the same ones: both work at once in the reference way.
+    # As many cores as vLLM would take, all but one, but not the same ones: per-token HTTP uses both servers at once.
     *cores, last = sorted(os.sched_getaffinity(0))
     base = stock_service(BASE, pair.base, settings, cores)
     expert = stock_service(EXPERT, pair.expert, settings, [*cores[1:], last])
@@ -71,7 +74,7 @@ def contenders(settings: Settings, names: list[str] | None) -> list[Contender]:
         ENGINE: lambda: EngineAlone(EngineService(engine_config(settings))),
         BASE: lambda: Stock(BASE, base, 0.0),
         EXPERT: lambda: Stock(EXPERT, expert, 1.0),
-        REFERENCE: lambda: Reference(base, expert),
+        PER_TOKEN_HTTP: lambda: PerTokenHttp(base, expert),
     }
     return [make[name]() for name in NAMES if names is None or name in names]
 
@@ -96,10 +99,10 @@ async def measure(
     taking_part = contenders(settings, names)
     services = list({id(service): service for contender in taking_part for service in contender.services}.values())
     found = Found()
-    turns = sum(contender.takes(cell) for contender in taking_part for cell in cells)
-    with Progress(rounds * turns, f"compare {settings.pair.name}") as progress:
+    measurements = sum(contender.takes(cell) for contender in taking_part for cell in cells)
+    with Progress(rounds * measurements, f"compare {settings.pair.name}") as progress:
 
-        async def turn(contender: Contender, cell: Cell, number: int) -> None:
+        async def measure_once(contender: Contender, cell: Cell, number: int) -> None:
             progress.say(f"round {number + 1}: {contender.name}, {cell}")
             count = cell.concurrency * (1 if contender.slow else requests)
             jobs = make_jobs(settings.pair, cell, count, max_tokens, seed, number)
@@ -111,17 +114,17 @@ async def measure(
             after = contender.account()
             await contender.close()
             account = after.since(before) if after is not None and before is not None else None
-            found.turns.setdefault((contender.name, cell), []).append((outcome, account))
+            found.outcomes.setdefault((contender.name, cell), []).append((outcome, account))
             peak = sum(processes.peak_rss_bytes(service.pid) for service in contender.services)
             found.peak_rss[contender.name] = max(peak, found.peak_rss.get(contender.name, 0))
             progress.step()
 
         run = _frozen if starts == "once" else _started_anew
-        await run(taking_part, services, cells, rounds, turn, progress)
+        await run(taking_part, services, cells, rounds, measure_once, progress)
     return _report(settings, cells, found, requests=requests, max_tokens=max_tokens, starts=starts)
 
 
-Turn = Callable[[Contender, Cell, int], Awaitable[None]]
+Measure = Callable[[Contender, Cell, int], Awaitable[None]]
 
 
 async def _frozen(
@@ -129,7 +132,7 @@ async def _frozen(
     services: list[Service],
     cells: list[Cell],
     rounds: int,
-    turn: Turn,
+    measure_once: Measure,
     progress: Progress,
 ) -> None:
     async with running(services, lambda name: progress.say(f"starting {name}")):
@@ -140,7 +143,7 @@ async def _frozen(
                         continue
                     for service in contender.services:
                         processes.thaw(service.pid)
-                    await turn(contender, cell, number)
+                    await measure_once(contender, cell, number)
                     for service in contender.services:
                         processes.freeze(service.pid)
 
@@ -150,7 +153,7 @@ async def _started_anew(
     services: list[Service],
     cells: list[Cell],
     rounds: int,
-    turn: Turn,
+    measure_once: Measure,
     progress: Progress,
 ) -> None:
     for number in range(rounds):
@@ -162,7 +165,7 @@ async def _started_anew(
                 for service in contender.services:
                     processes.thaw(service.pid)
                 for cell in taken:
-                    await turn(contender, cell, number)
+                    await measure_once(contender, cell, number)
 
 
 # -- report ---------------------------------------------------------------------------------------------------
@@ -188,12 +191,12 @@ def _report(
     for cell in cells:
         place = [str(cell.concurrency), str(cell.deferral), cell.prompt]
         for name in NAMES:
-            turns = found.turns.get((name, cell))
-            if not turns:
+            measured = found.outcomes.get((name, cell))
+            if not measured:
                 continue
-            outcomes = [outcome for outcome, _ in turns]
+            outcomes = [outcome for outcome, _ in measured]
             rows.append([name, *place, *_outcome_cells(outcomes)])
-            accounts = [account for _, account in turns if account is not None]
+            accounts = [account for _, account in measured if account is not None]
             if accounts:
                 limits = [account.limit_tokens_per_second for account in accounts]
                 rows.append([LIMIT, *place, spread(limits), "-", "-", "-", "-"])
@@ -202,9 +205,9 @@ def _report(
             records.append(_record(name, cell, outcomes, accounts))
     text = f"### Comparison, {settings.pair.name}\n\n"
     text += (
-        f"{max_tokens} tokens a request, greedy; {requests} requests for each one in flight (the reference way: 1). "
+        f"{max_tokens} tokens a request, greedy; {requests} requests for each one in flight (per-token HTTP: 1). "
         + (
-            "Servers started once; all but the measured one frozen; contenders in turn for every cell of a round."
+            "Servers started once; all but the measured one frozen; contenders alternate within every cell of a round."
             if starts == "once"
             else "Each contender started anew in every round; blocks in alternating order."
         )
@@ -272,8 +275,8 @@ def bars(shape: str, cells: list[Cell], found: Found) -> list[Bar]:
             expert = found.speeds(EXPERT, cell)
             ratios = [ours * (1 / b + 1 / e) for ours, b, e in zip(served, base, expert, strict=False)]
             add(f"{shape}: server / (stock base, then stock expert), {cell}", BOTH_BAR, ratios)
-        if cell.deferral == 0.3 and cell.concurrency in (8, 32) and shape in REFERENCE_BARS:
-            reference = found.speeds(REFERENCE, cell)
+        if cell.deferral == 0.3 and cell.concurrency in (8, 32) and shape in PER_TOKEN_HTTP_BARS:
+            reference = found.speeds(PER_TOKEN_HTTP, cell)
             ratios = [ours / theirs for ours, theirs in zip(served, reference, strict=False)]
-            add(f"{shape}: server / reference way, {cell}", REFERENCE_BARS[shape], ratios)
+            add(f"{shape}: server / per-token HTTP, {cell}", PER_TOKEN_HTTP_BARS[shape], ratios)
     return result

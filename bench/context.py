@@ -9,13 +9,16 @@ from __future__ import annotations
 from copy import deepcopy
 
 from bench import cold_caches, processes
+from bench.account import Account
 from bench.cold_caches import Task
 from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
-from bench.contenders.interface import Account, BenchError, Settings, running
 from bench.coordination import account_record
+from bench.errors import BenchError
 from bench.load import drive
 from bench.progress import Progress
 from bench.report import Bar, Report, spread, table
+from bench.services import running
+from bench.settings import Settings
 from bench.workload import Deferral
 from engine.types import Delta, EngineStats
 
@@ -89,10 +92,10 @@ async def measure(
         async with running([service], lambda name: progress.say(f"starting {name}")):
             processes.thaw(service.pid)
             service.client.on_batch(window.note)
-            for turn in range(-1, rounds):
+            for round_number in range(-1, rounds):
                 for length in lengths:
                     progress.say(f"{settings.pair.name}, prompts of {length} tokens")
-                    jobs = cold_caches.prompts(task, turn, length)
+                    jobs = cold_caches.prompts(task, round_number, length)
                     window.begin(concurrency)
                     await drive(contender, jobs, concurrency)
                     if window.account is None or not window.account.tokens:
@@ -100,7 +103,7 @@ async def measure(
                             f"a request ended before the last prompt of {length} tokens was read: "
                             f"--max-tokens {max_tokens} is too few"
                         )
-                    if turn >= 0:
+                    if round_number >= 0:
                         found[length].append(window.account)
                         progress.step()
         progress.say(f"{settings.pair.name}, with cold caches")

@@ -7,11 +7,13 @@ steps took (``step_seconds``); in lockstep the difference is what joining two mo
 from __future__ import annotations
 
 from bench import processes
+from bench.account import Account
 from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
-from bench.contenders.interface import Account, Settings, running
 from bench.load import Outcome, drive
 from bench.progress import Progress
 from bench.report import Bar, Report, spread, table
+from bench.services import running
+from bench.settings import Settings
 from bench.shapes import DEMO
 from bench.workload import Cell, make_jobs
 
@@ -36,14 +38,14 @@ async def measure(
             processes.thaw(service.pid)
             progress.step()
             warm_up = cells[0]
-            for turn in range(-1, rounds):
-                for cell in [warm_up] if turn < 0 else cells:
+            for round_number in range(-1, rounds):
+                for cell in [warm_up] if round_number < 0 else cells:
                     progress.say(f"{settings.pair.name} {cell}")
-                    count = cell.concurrency * (1 if turn < 0 else requests)
-                    jobs = make_jobs(settings.pair, cell, count, max_tokens, seed, turn)
+                    count = cell.concurrency * (1 if round_number < 0 else requests)
+                    jobs = make_jobs(settings.pair, cell, count, max_tokens, seed, round_number)
                     before = contender.account()
                     outcome = await drive(contender, jobs, cell.concurrency)
-                    if turn >= 0:
+                    if round_number >= 0:
                         found[cell].append((outcome, contender.account().since(before)))
                         progress.step()
             peak = processes.peak_rss_bytes(service.pid)

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from bench.account import Account
 from bench.contenders.engine_alone import engine_request
-from bench.contenders.interface import Account
 from bench.workload import Job
 from engine.config import SchedulerConfig
 from engine.lanes.interface import Lane, LaneReport
@@ -49,21 +48,11 @@ def fit(stretches: Sequence[Stretch]) -> list[float]:
     """
     counts = np.array([stretch.counts for stretch in stretches])
     relative = counts / np.array([[stretch.seconds] for stretch in stretches])
-    kinds = range(counts.shape[1])
-    best: tuple[float, npt.NDArray[np.float64]] | None = None
-    # The best non-negative solution is the ordinary one of some of the columns. There are few: try all choices.
-    for used in itertools.chain.from_iterable(itertools.combinations(kinds, size) for size in range(1, len(kinds) + 1)):
-        chosen = list(used)
-        found = np.linalg.lstsq(relative[:, chosen], np.ones(len(relative)), rcond=None)[0]
-        if (found < 0).any():
-            continue
-        error = float(np.square(relative[:, chosen] @ found - 1.0).sum())
-        if best is None or error < best[0]:
-            whole = np.zeros(len(kinds))
-            whole[chosen] = found
-            best = error, whole
-    assert best is not None, "counts are not negative, so one of them alone fits"
-    return [float(value) for value in best[1]]
+    # Late: scipy is a dependency of this command alone.
+    from scipy.optimize import nnls
+
+    found, _ = nnls(relative, np.ones(len(relative)))
+    return [float(value) for value in found]
 
 
 @dataclass(frozen=True)

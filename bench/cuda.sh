@@ -4,7 +4,7 @@
 #   bash bench/cuda.sh [options of python -m bench all]
 #
 # PYTHON: a Python in which this project is installed (make install install-dev); default .venv/bin/python.
-# WORKDIR: folder for the made-up models, about 20 GB for 1B-8B; default: a temporary one.
+# WORKDIR: folder for the synthetic models, about 20 GB for 1B-8B; default: a temporary one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.contenders.interface import BenchError, Contender
+from bench.contenders.base import Contender
+from bench.errors import BenchError
 from bench.http_client import HttpError
 from bench.workload import Job
 

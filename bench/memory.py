@@ -7,11 +7,12 @@ on CPU memory grows over the first thousands of requests, with stock vLLM too, a
 from __future__ import annotations
 
 from bench import processes
-from bench.contenders.interface import Settings, running
 from bench.contenders.server import Server, server_service
 from bench.load import drive
 from bench.progress import Progress
 from bench.report import Bar, Report, table
+from bench.services import running
+from bench.settings import Settings
 from bench.workload import Cell, make_jobs
 
 SAMPLES = 20

@@ -1,7 +1,7 @@
 """What gather and run-ahead bring: the engine alone, jobs of one kind, with and without each of them.
 
 Two engines, one that never lets an expert's step wait and one that does; whether the base drafts ahead is said with
-every request. The engines take turns, each frozen while the other is measured. A first round is not counted: on a CPU
+every request. The engines alternate, each frozen while the other is measured. A first round is not counted: on a CPU
 matrix products are compiled for every number of rows when it first comes up, for milliseconds each, and the ways differ
 in how many numbers they bring up.
 """
@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 
 from bench import processes
+from bench.account import Account
 from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
-from bench.contenders.interface import Account, Settings, running
 from bench.coordination import account_record
 from bench.load import Outcome, drive
 from bench.progress import Progress
 from bench.report import Bar, Report, percentile, spread, table
+from bench.services import running
+from bench.settings import Settings
 from bench.shapes import DEMO
 from bench.workload import Cell, make_jobs
 
@@ -54,19 +56,19 @@ async def measure(
     found: dict[tuple[Cell, str], list[tuple[Outcome, Account]]] = {}
     with Progress((1 + rounds) * len(cells) * len(ways), f"pacing {settings.pair.name}") as progress:
         async with running([at_once, gathers], lambda name: progress.say(f"starting {name}")):
-            for turn in range(-1, rounds):
+            for round_number in range(-1, rounds):
                 for cell in cells:
                     for number, (service, way) in enumerate(ways):
-                        progress.say(f"round {turn + 1}: {way.name}, {cell}")
+                        progress.say(f"round {round_number + 1}: {way.name}, {cell}")
                         processes.thaw(service.pid)
                         # Every way has jobs of its own: one engine serves several, and knows the prompts it has seen.
-                        lot = turn * len(ways) + number
-                        warm_up = make_jobs(settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, lot)
+                        draw = round_number * len(ways) + number
+                        warm_up = make_jobs(settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, draw)
                         await drive(way, warm_up, cell.concurrency)
-                        jobs = make_jobs(settings.pair, cell, cell.concurrency * requests, max_tokens, seed, lot)
+                        jobs = make_jobs(settings.pair, cell, cell.concurrency * requests, max_tokens, seed, draw)
                         before = way.account()
                         outcome = await drive(way, jobs, cell.concurrency)
-                        if turn >= 0:
+                        if round_number >= 0:
                             found.setdefault((cell, way.name), []).append((outcome, way.account().since(before)))
                         processes.freeze(service.pid)
                         progress.step()

@@ -12,13 +12,15 @@ import statistics
 from typing import Any, NamedTuple
 
 from bench import processes
+from bench.account import Account
 from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
-from bench.contenders.interface import Account, Settings, running
 from bench.cost_model import PairCost, Predicted, predict
 from bench.load import Outcome, drive
 from bench.pacing import LOCKSTEP
 from bench.progress import Progress
 from bench.report import Bar, Report, spread, table
+from bench.services import running
+from bench.settings import Settings
 from bench.workload import Cell, Deferral, make_jobs
 from engine.config import SchedulerConfig
 
@@ -74,16 +76,16 @@ async def measure(
     checked = [Cell(concurrency, deferral) for concurrency in concurrencies for deferral in deferrals]
     with Progress((1 + rounds) * (len(fitted) + len(checked) * len(ways)), f"predict {settings.pair.name}") as progress:
 
-        async def run(way: str, cell: Cell, turn: int) -> tuple[Outcome, Account]:
-            progress.say(f"round {turn + 1}: {way}, {cell}")
+        async def run(way: str, cell: Cell, round_number: int) -> tuple[Outcome, Account]:
+            progress.say(f"round {round_number + 1}: {way}, {cell}")
             service = services[way]
             contender = EngineAlone(service)
             processes.thaw(service.pid)
-            lot = turn * len(ways) + list(ways).index(way)
-            warm_up = make_jobs(settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, lot)
+            draw = round_number * len(ways) + list(ways).index(way)
+            warm_up = make_jobs(settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, draw)
             await drive(contender, warm_up, cell.concurrency)
             before = contender.account()
-            jobs = make_jobs(settings.pair, cell, cell.concurrency * requests, max_tokens, seed, lot)
+            jobs = make_jobs(settings.pair, cell, cell.concurrency * requests, max_tokens, seed, draw)
             outcome = await drive(contender, jobs, cell.concurrency)
             processes.freeze(service.pid)
             progress.step()
@@ -95,12 +97,12 @@ async def measure(
             for cell in checked:
                 for way in ways:
                     await run(way, cell, -1)
-            for turn in range(rounds):
-                cost = PairCost.of([(await run(PLAIN, cell, turn))[1] for cell in fitted])
+            for round_number in range(rounds):
+                cost = PairCost.of([(await run(PLAIN, cell, round_number))[1] for cell in fitted])
                 costs.append(cost)
                 for cell in checked:
                     for way, scheduler in ways.items():
-                        outcome, account = await run(way, cell, turn)
+                        outcome, account = await run(way, cell, round_number)
                         predicted = _same_work(
                             cost, settings, cell, account, scheduler, outcome, max_tokens=max_tokens, seed=seed
                         )

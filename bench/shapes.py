@@ -1,6 +1,6 @@
-"""Pairs of models to measure: of any shape with made-up weights, or the shipped demo pair.
+"""Pairs of models to measure: of any shape with synthetic weights, or the shipped demo pair.
 
-Made-up models cost what real ones of their shape cost, and write something that is easy to measure: the next token is
+Synthetic models cost what real ones of their shape cost, and write something that is easy to measure: the next token is
 a function of the last one alone. The attention and MLP output projections are near zero, so the last token's embedding
 comes through, and the LM head maps it to its successor. All that is written is printable ASCII, so that a token is a
 piece of text at once, in every server. How often base and expert agree on a successor is a parameter; 0 is the
@@ -111,8 +111,8 @@ class Pair:
 
     Attributes:
         expert_name: the expert's name in configurations.
-        gate: folder of the gate artifact, None for made-up pairs.
-        prompts: real prompts as token ids; empty for made-up pairs, which take any.
+        gate: folder of the gate artifact, None for synthetic pairs.
+        prompts: real prompts as token ids; empty for synthetic pairs, which take any.
     """
 
     name: str
@@ -131,8 +131,8 @@ def get_pair(name: str, workdir: Path, *, agreement: float = 0.0, context: int =
     """The pair of this name; made in ``workdir`` if it is not there yet.
 
     Args:
-        agreement: share of tokens after which base and expert write the same, 0 to 1. Made-up pairs only.
-        context: longest context in tokens. Made-up pairs only.
+        agreement: share of tokens after which base and expert write the same, 0 to 1. Synthetic pairs only.
+        context: longest context in tokens. Synthetic pairs only.
         dtype: instead of the shape's own.
 
     Raises:
@@ -195,7 +195,7 @@ def _demo(workdir: Path, dtype: str) -> Pair:
     )
 
 
-# -- made-up models -------------------------------------------------------------------------------------------
+# -- synthetic models -------------------------------------------------------------------------------------------
 
 
 def save_tokenizer(directory: Path, vocab_size: int) -> list[int]:

@@ -46,14 +46,14 @@ class Job:
     seed: int
 
 
-def make_jobs(pair: Pair, cell: Cell, count: int, max_tokens: int, seed: int, turn: int) -> list[Job]:
+def make_jobs(pair: Pair, cell: Cell, count: int, max_tokens: int, seed: int, round_number: int) -> list[Job]:
     """A cell's jobs of one round; another round has other prompts, so that no prefix is cached from the last one.
 
     Args:
         seed: of the whole run.
-        turn: the round's number.
+        round_number: the round's number.
     """
-    draw = random.Random(f"{seed} {turn} {cell.concurrency} {cell.deferral} {cell.prompt}")
+    draw = random.Random(f"{seed} {round_number} {cell.concurrency} {cell.deferral} {cell.prompt}")
     jobs = []
     for number in range(count):
         if pair.prompts and cell.prompt == "short":
@@ -61,6 +61,6 @@ def make_jobs(pair: Pair, cell: Cell, count: int, max_tokens: int, seed: int, tu
         else:
             prompt = [draw.randrange(1, pair.vocab_size) for _ in range(PROMPT_TOKENS[cell.prompt])]
         jobs.append(
-            Job(f"{turn}-{cell}-{number}", prompt, max_tokens, cell.deferral, draw.randrange(1 << 62)),
+            Job(f"{round_number}-{cell}-{number}", prompt, max_tokens, cell.deferral, draw.randrange(1 << 62)),
         )
     return jobs

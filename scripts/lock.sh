@@ -55,7 +55,7 @@ publish gpu "Everything that serving and training need on a machine with an NVID
 # What tests, linters and type checks need on top, without what both other locks have.
 grep -v -E '^(torch|triton)=' requirements/cpu.txt >"$work/dev.txt"
 if [[ -f requirements/dev.txt ]]; then cat requirements/dev.txt >>"$work/dev.txt"; fi
-compile dev --extra dev
+compile dev --extra dev --extra bench
 comm -12 <(names requirements/cpu.txt) <(names requirements/gpu.txt) | sed 's/\./\\./g; s/.*/^&==/' >"$work/both"
 grep -v -f "$work/both" "$work/dev.txt" | grep -v -E '^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+|setuptools)==' >"$work/rest"
 mv "$work/rest" "$work/dev.txt"

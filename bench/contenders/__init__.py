@@ -1,1 +1,1 @@
-"""What is measured, and what it is measured against. :mod:`bench.contenders.interface` says what each must do."""
+"""What is measured, and what it is measured against. :mod:`bench.contenders.base` says what each must do."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from copy import deepcopy
 
 from bench import reaper
-from bench.contenders.interface import Account, BenchError, Settings, Stamp
+from bench.account import Account
+from bench.contenders.base import Stamp
+from bench.errors import BenchError
+from bench.settings import Settings
 from bench.workload import Cell, Job
 from engine.client import EngineClient
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
@@ -70,7 +73,7 @@ class EngineService:
         return self.client.pid
 
     async def start(self) -> None:
-        """See :class:`~bench.contenders.interface.Service`."""
+        """See :class:`~bench.contenders.base.Service`."""
         try:
             self._client = await EngineClient.start(self._config)
         except CollmError as error:
@@ -80,7 +83,7 @@ class EngineService:
         self._client.on_batch(self._add)
 
     async def stop(self) -> None:
-        """See :class:`~bench.contenders.interface.Service`."""
+        """See :class:`~bench.contenders.base.Service`."""
         client, self._client = self._client, None
         if client is not None:
             await client.shutdown()
@@ -102,7 +105,7 @@ class EngineService:
 
 
 class EngineAlone:
-    """See the module's docstring; :class:`~bench.contenders.interface.Contender` for the contract.
+    """See the module's docstring; :class:`~bench.contenders.base.Contender` for the contract.
 
     Args:
         run_ahead: asked for with every job; None leaves it to the engine's settings.

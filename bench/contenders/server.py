@@ -6,9 +6,12 @@ import json
 import os
 from typing import Any
 
+from bench.account import Account
+from bench.contenders.base import Stamp
 from bench.contenders.engine_alone import engine_config
-from bench.contenders.interface import HOST, Account, HttpService, Settings, Stamp, stream_completion
 from bench.http_client import Pool
+from bench.services import HOST, HttpService, stream_completion
+from bench.settings import Settings
 from bench.workload import Cell, Job
 
 MODEL = "collm"
@@ -30,7 +33,7 @@ def server_service(settings: Settings) -> HttpService:
 
 
 class Server:
-    """See the module's docstring; :class:`~bench.contenders.interface.Contender` for the contract."""
+    """See the module's docstring; :class:`~bench.contenders.base.Contender` for the contract."""
 
     name = "server"
     slow = False

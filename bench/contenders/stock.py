@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.contenders.interface import HOST, Account, HttpService, Settings, Stamp, stream_completion
+from bench.account import Account
+from bench.contenders.base import Stamp
 from bench.http_client import Pool
+from bench.services import HOST, HttpService, stream_completion
+from bench.settings import Settings
 from bench.shapes import Member
 from bench.workload import Cell, Job
 
@@ -44,7 +47,7 @@ def stock_service(name: str, member: Member, settings: Settings, cores: Sequence
 
 
 class Stock:
-    """See the module's docstring; :class:`~bench.contenders.interface.Contender` for the contract.
+    """See the module's docstring; :class:`~bench.contenders.base.Contender` for the contract.
 
     Args:
         deferral: at which this member alone does the work of the pair: 0 for the base, 1 for the expert.

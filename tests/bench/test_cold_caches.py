@@ -8,7 +8,8 @@ import pytest
 
 from bench.cold_caches import Task, measure, prompts
 from bench.contenders.engine_alone import engine_config
-from bench.contenders.interface import BenchError, Settings
+from bench.errors import BenchError
+from bench.settings import Settings
 from bench.shapes import Pair
 
 
@@ -32,8 +33,8 @@ def test_a_stretch_without_tokens_is_an_error(tiny: Pair) -> None:
 
 def test_no_two_prompts_share_a_prefix() -> None:
     asked = Task({}, 512, [32], 4, 0.3, 8, 1, seed=1)
-    lots = [prompts(asked, turn, 32) for turn in (0, 1)]
-    assert lots[0] == prompts(asked, 0, 32)
-    beginnings = {tuple(job.prompt[:8]) for lot in lots for job in lot}
+    rounds = [prompts(asked, number, 32) for number in (0, 1)]
+    assert rounds[0] == prompts(asked, 0, 32)
+    beginnings = {tuple(job.prompt[:8]) for jobs in rounds for job in jobs}
     assert len(beginnings) == 8
-    assert all(len(job.prompt) == 32 for lot in lots for job in lot)
+    assert all(len(job.prompt) == 32 for jobs in rounds for job in jobs)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.contenders.interface import Account
+from bench.account import Account
 from bench.cost_model import PairCost, Predicted, StepTime, Stretch, fit, predict
 from bench.shapes import Pair
 from bench.workload import Deferral, Job

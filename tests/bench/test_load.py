@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from bench.contenders.interface import BenchError, stream_completion
-from bench.contenders.reference import defers
+from bench.contenders.per_token_http import defers
+from bench.errors import BenchError
 from bench.http_client import HttpError, Pool
 from bench.load import drive
+from bench.services import stream_completion
 from bench.shapes import Pair
 from bench.workload import Cell, Job, make_jobs
 from engine.lanes.interface import Sample
@@ -136,9 +137,9 @@ def test_the_gates_decisions_cannot_be_foretold() -> None:
 
 def test_jobs_are_the_same_for_everybody_and_new_in_every_round(tiny: Pair) -> None:
     cell = Cell(8, 0.3)
-    first = make_jobs(tiny, cell, 5, 16, seed=1, turn=0)
-    assert make_jobs(tiny, cell, 8, 16, seed=1, turn=0)[:5] == first
-    others = [make_jobs(tiny, cell, 5, 16, seed=1, turn=1), make_jobs(tiny, cell, 5, 16, seed=2, turn=0)]
+    first = make_jobs(tiny, cell, 5, 16, seed=1, round_number=0)
+    assert make_jobs(tiny, cell, 8, 16, seed=1, round_number=0)[:5] == first
+    others = [make_jobs(tiny, cell, 5, 16, seed=1, round_number=1), make_jobs(tiny, cell, 5, 16, seed=2, turn=0)]
     assert all(jobs[0].prompt != first[0].prompt for jobs in others)
     assert {len(job.prompt) for job in first} == {32}
-    assert {len(job.prompt) for job in make_jobs(tiny, Cell(8, 0.3, "long"), 5, 16, seed=1, turn=0)} == {512}
+    assert {len(job.prompt) for job in make_jobs(tiny, Cell(8, 0.3, "long"), 5, 16, seed=1, round_number=0)} == {512}

@@ -9,8 +9,8 @@ import statistics
 import pytest
 
 from bench import compare
+from bench.account import Account
 from bench.compare import Found
-from bench.contenders.interface import Account
 from bench.load import Outcome
 from bench.report import Bar, Report, bar_table, environment, environment_line, json_line, percentile, spread, table
 from bench.workload import Cell

@@ -1,4 +1,4 @@
-"""The way of the reference code: one HTTP request a token to two stock vLLM servers, the whole prefix each time.
+"""The reference code's method as a baseline: one HTTP request per token to two stock servers, whole prefix each time.
 
 Kinder than the original: prefix caching is on, no logprobs are asked for (the original asks for those of the whole
 vocabulary), connections are kept, and nothing is computed between requests.
@@ -6,9 +6,12 @@ vocabulary), connections are kept, and nothing is computed between requests.
 
 from __future__ import annotations
 
-from bench.contenders.interface import HOST, Account, BenchError, HttpService, Stamp
+from bench.account import Account
+from bench.contenders.base import Stamp
 from bench.contenders.stock import MODEL
+from bench.errors import BenchError
 from bench.http_client import Connection, Pool
+from bench.services import HOST, HttpService
 from bench.workload import Cell, Job
 from engine import draws
 
@@ -24,10 +27,10 @@ def defers(job: Job, position: int) -> bool:
     return draws.uniform(job.seed, draws.POLICY_STREAM, position) < job.deferral
 
 
-class Reference:
-    """See the module's docstring; :class:`~bench.contenders.interface.Contender` for the contract."""
+class PerTokenHttp:
+    """See the module's docstring; :class:`~bench.contenders.base.Contender` for the contract."""
 
-    name = "reference way"
+    name = "per-token HTTP"
     slow = True
 
     def __init__(self, base: HttpService, expert: HttpService) -> None:
