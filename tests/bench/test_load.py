@@ -139,7 +139,10 @@ def test_jobs_are_the_same_for_everybody_and_new_in_every_round(tiny: Pair) -> N
     cell = Cell(8, 0.3)
     first = make_jobs(tiny, cell, 5, 16, seed=1, round_number=0)
     assert make_jobs(tiny, cell, 8, 16, seed=1, round_number=0)[:5] == first
-    others = [make_jobs(tiny, cell, 5, 16, seed=1, round_number=1), make_jobs(tiny, cell, 5, 16, seed=2, turn=0)]
+    others = [
+        make_jobs(tiny, cell, 5, 16, seed=1, round_number=1),
+        make_jobs(tiny, cell, 5, 16, seed=2, round_number=0),
+    ]
     assert all(jobs[0].prompt != first[0].prompt for jobs in others)
     assert {len(job.prompt) for job in first} == {32}
     assert {len(job.prompt) for job in make_jobs(tiny, Cell(8, 0.3, "long"), 5, 16, seed=1, round_number=0)} == {512}
