@@ -1,12 +1,10 @@
-"""The dashboard: what is committed is what its description makes, and it keeps to the house's habits."""
+"""The dashboard: Grafana knows every field of it, and it keeps to the house's habits."""
 
 from __future__ import annotations
 
 import copy
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
@@ -25,12 +23,6 @@ BEYOND_THE_SCHEMA = {
     "templating.list[].definition",
 }  # fmt: skip
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
-
-
-def test_committed_dashboard_is_what_its_description_makes() -> None:
-    command = [sys.executable, "-B", str(GRAFANA / "generate.py"), "--check"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
 
 
 def lost_in_the_schema(board: dict[str, Any]) -> set[str]:
