@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -102,10 +102,10 @@ class Api:
             if response.status_code != 200:
                 response.read()
                 raise self._failure(response, str(body.get("model", "")))
-            for line in response.iter_lines():
-                if not line.startswith("data: ") or line == "data: [DONE]":
+            for line in _lines(response.iter_bytes()):
+                if not line.startswith(b"data: ") or line == b"data: [DONE]":
                     continue
-                chunk = json.loads(line.removeprefix("data: "))
+                chunk = json.loads(line.removeprefix(b"data: "))
                 if "error" in chunk:
                     raise CommandError(str(chunk["error"]["message"]))
                 for choice in chunk["choices"]:
@@ -147,6 +147,16 @@ class Api:
             served = ", ".join(str(card["id"]) for card in self.models())
             return CommandError(f"there is no model {model!r}; served are {served}", status)
         return CommandError(f"{message} ({status}{f', {code}' if code else ''})", status)
+
+
+def _lines(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of an event stream. httpx's own also end at U+2028 and the like, which JSON's strings may hold."""
+    rest = b""
+    for part in parts:
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r")
+    yield rest
 
 
 def _piece(choice: dict[str, Any]) -> Piece:
