@@ -49,8 +49,8 @@ class SamplingSpec(msgspec.Struct, frozen=True, omit_defaults=True):
         seed: makes the request reproducible, alone and in any batch; None is another answer each time.
         logit_bias: token id -> added logit.
         allowed_token_ids: the only tokens that can be drawn; None is all.
-        bad_words: token ids of words that must not be written, at least one per word: the last one cannot be drawn right
-            after the others.
+        bad_words: token ids of words that must not be written, at least one per word: the last one cannot be drawn
+            right after the others.
         cache_salt: cached prefixes are shared only with requests of the same salt.
         logprobs: how many of the most probable tokens to report beside each written one; None reports nothing.
         prompt_logprobs: the same for prompt tokens, by the base; None reports nothing.

@@ -101,7 +101,8 @@ def test_alert_says_what_to_do(alert: dict[str, Any]) -> None:
 
 def runbook(alert: dict[str, Any]) -> tuple[str, str]:
     """The file and its heading's anchor that an alert links to."""
-    file, _, anchor = alert["annotations"]["runbook_url"].removeprefix("{{ $externalLabels.collm_docs }}").partition("#")
+    path = alert["annotations"]["runbook_url"].removeprefix("{{ $externalLabels.collm_docs }}")
+    file, _, anchor = path.partition("#")
     return file, anchor
 
 
