@@ -1,7 +1,8 @@
-"""The gate artifact: one vector per expert over the base's last hidden state, and what it fits.
+"""The gate artifact: what computes the experts' values from the base's step, and the models that it fits.
 
-A directory with two files. ``gate.safetensors`` holds ``theta`` [K, d] and ``bias`` [K], float32.
-``gate.json`` holds everything else, field by field as in ``GateArtifact``.
+A directory with two files. ``gate.safetensors`` holds the tensors of the gate's kind (:mod:`engine.gates`), float32;
+every kind has ``theta`` [K, *] and ``bias`` [K]. ``gate.json`` holds everything else, field by field as in
+``GateFile``. Format 1 knows linear gates over the hidden state alone, and these are still written as format 1.
 
 Shapes: B rows, K experts, d hidden size.
 """
@@ -11,19 +12,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from engine.errors import GateError
+from engine.gates import FEATURES, KINDS, GateFunction
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
 TENSORS_FILE = "gate.safetensors"
 FIELDS_FILE = "gate.json"
 
@@ -39,8 +43,7 @@ def gate_logits(hidden_BD: torch.Tensor, theta_KD: torch.Tensor, bias_K: torch.T
     return hidden_BD.float() @ theta_KD.float().T + bias_K.float()
 
 
-@dataclass(frozen=True)
-class ModelIdentity:
+class ModelIdentity(msgspec.Struct, frozen=True):
     """What a gate needs a model to be, whatever its weights' values and precision.
 
     ``config_sha256`` is of ``architecture``, the part of config.json that decides what is computed;
@@ -123,12 +126,34 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+class GateFile(msgspec.Struct, kw_only=True):
+    """gate.json. See ``GateArtifact`` for most fields.
+
+    Attributes:
+        kind, features: format 2; a file of format 1 has neither.
+    """
+
+    format_version: int
+    kind: str = "linear"
+    features: list[str] = []
+    experts: list[str]
+    hidden_size: int
+    default_policy: str
+    default_threshold: float
+    base: ModelIdentity
+    expert_identities: list[ModelIdentity | None]
+    calibration: list[dict[str, float]] | None
+    training: dict[str, Any] | None
+    data: str
+    date: str
+
+
 @dataclass(frozen=True, eq=False)
 class GateArtifact:
     """A trained gate.
 
     Attributes:
-        theta: [K, d] float32, finite.
+        theta: [K, *] float32, finite; [K, d] for a linear gate without features.
         bias: [K] float32, finite; zeros where the gate has none.
         experts: K names, in the order of theta's rows.
         base: the base it was trained on.
@@ -139,6 +164,9 @@ class GateArtifact:
         training: the settings it was trained with.
         data: what it was trained on, in words.
         date: ISO 8601 day.
+        kind: name in ``engine.gates.KINDS``.
+        features: what it reads of the base's distribution beside the hidden state; names of ``engine.gates.FEATURES``.
+        layers: the kind's other tensors by name.
     """
 
     theta: torch.Tensor
@@ -152,11 +180,24 @@ class GateArtifact:
     training: dict[str, Any] | None = None
     data: str = ""
     date: str = ""
+    kind: str = "linear"
+    features: tuple[str, ...] = ()
+    layers: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name."""
+        return {**self.layers, "theta": self.theta, "bias": self.bias}
+
+    @property
+    def function(self) -> GateFunction:
+        """The gate as a function of hidden states and logits."""
+        return GateFunction(KINDS[self.kind], self.features, self.tensors)
 
     @property
     def hidden_size(self) -> int:
         """d, the base's hidden size."""
-        return int(self.theta.shape[1])
+        return int(self.tensors[KINDS[self.kind].first[0]].shape[-1]) - len(self.features)
 
     def only(self, *names: str) -> GateArtifact:
         """The gate for some of its experts, in this order: what a request that names them gets of the whole gate.
@@ -189,19 +230,21 @@ class GateArtifact:
         """
         directory = Path(path)
         fields = {
-            "format_version": FORMAT_VERSION,
+            "format_version": 1,
             "experts": list(self.experts),
-            "hidden_size": self.hidden_size if self.theta.dim() == 2 else None,
+            "hidden_size": self.hidden_size,
             "default_policy": self.default_policy,
             "default_threshold": self.default_threshold,
-            "base": vars(self.base),
-            "expert_identities": [i and vars(i) for i in self.expert_identities],
+            "base": msgspec.structs.asdict(self.base),
+            "expert_identities": [i and msgspec.structs.asdict(i) for i in self.expert_identities],
             "calibration": self.calibration,
             "training": self.training,
             "data": self.data,
             "date": self.date,
         }
-        tensors = {"theta": self.theta, "bias": self.bias}
+        if self.kind != "linear" or self.features:
+            fields |= {"format_version": 2, "kind": self.kind, "features": list(self.features)}
+        tensors = self.tensors
         _parse(fields, tensors, directory)
         directory.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(directory / TENSORS_FILE))
@@ -249,69 +292,69 @@ class GateArtifact:
 
 def _parse(fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], directory: Path) -> GateArtifact:
     """The artifact with these contents of its files; ``directory`` is for the messages."""
-    read = _Fields(directory / FIELDS_FILE, fields)
-    version = read("format_version", int)
-    if version != FORMAT_VERSION:
-        raise read.wrong("format_version", f"is {version}; this program reads {FORMAT_VERSION}")
-    experts = read("experts", list)
-    if not experts or not all(isinstance(name, str) and name for name in experts):
-        raise read.wrong("experts", "is not a list of names")
+    file = directory / FIELDS_FILE
+    version = fields.get("format_version", FORMAT_VERSIONS[0])
+    if version not in FORMAT_VERSIONS:
+        known = " and ".join(map(str, FORMAT_VERSIONS))
+        raise _wrong(file, "format_version", f"is {version}; this program reads {known}")
+    try:
+        read = msgspec.convert(fields, GateFile)
+    except msgspec.ValidationError as error:
+        raise _refusal(file, str(error)) from error
+    experts = read.experts
+    if not experts or not all(experts):
+        raise _wrong(file, "experts", "is not a list of names")
     if len(set(experts)) != len(experts):
-        raise read.wrong("experts", "has a name twice")
-    identities = read("expert_identities", list)
-    if len(identities) != len(experts):
-        raise read.wrong("expert_identities", f"has {len(identities)} for {len(experts)} experts")
-    threshold = float(read("default_threshold", (int, float)))
-    if not math.isfinite(threshold):
-        raise read.wrong("default_threshold", f"is {threshold}")
-    hidden_size = read("hidden_size", int)
-    shapes = {"theta": (len(experts), hidden_size), "bias": (len(experts),)}
-    for name, shape in shapes.items():
+        raise _wrong(file, "experts", "has a name twice")
+    if len(read.expert_identities) != len(experts):
+        raise _wrong(file, "expert_identities", f"has {len(read.expert_identities)} for {len(experts)} experts")
+    if not math.isfinite(read.default_threshold):
+        raise _wrong(file, "default_threshold", f"is {read.default_threshold}")
+    if read.kind not in KINDS:
+        raise _wrong(file, "kind", f"is {read.kind!r}; this program knows {', '.join(KINDS)}")
+    for name in read.features:
+        if name not in FEATURES or read.features.count(name) > 1:
+            raise _wrong(file, "features", f"has {name!r} twice, or it is none of {', '.join(FEATURES)}")
+    kind, inputs = KINDS[read.kind], read.hidden_size + len(read.features)
+    found = tensors.get("theta")
+    width = found.shape[1] if found is not None and found.dim() == 2 else 0
+    for name, shape in kind.shapes(inputs, len(experts), width).items():
         _check_tensor(directory / TENSORS_FILE, name, tensors.get(name), shape)
     return GateArtifact(
         theta=tensors["theta"],
         bias=tensors["bias"],
         experts=tuple(experts),
-        base=_identity(read, "base", read("base", dict)),
-        expert_identities=tuple(
-            None if value is None else _identity(read, "expert_identities", value) for value in identities
-        ),
-        default_policy=read("default_policy", str),
-        default_threshold=threshold,
-        calibration=read("calibration", (list, type(None))),
-        training=read("training", (dict, type(None))),
-        data=read("data", str),
-        date=read("date", str),
+        base=read.base,
+        expert_identities=tuple(read.expert_identities),
+        default_policy=read.default_policy,
+        default_threshold=read.default_threshold,
+        calibration=read.calibration,
+        training=read.training,
+        data=read.data,
+        date=read.date,
+        kind=read.kind,
+        features=tuple(read.features),
+        layers={name: tensors[name] for name in kind.hidden},
     )
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """Reads typed fields of a JSON object; its errors name the file and the field."""
-
-    file: Path
-    content: Mapping[str, Any]
-
-    def __call__(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        if key not in self.content:
-            raise GateError(f"{self.file}: field {key}: missing")
-        value = self.content[key]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise self.wrong(key, f"has the wrong type, {type(value).__name__}")
-        return value
-
-    def wrong(self, key: str, what: str) -> GateError:
-        return GateError(f"{self.file}: field {key}: {what}")
+_MISSING = re.compile(r"Object missing required field `(?P<field>[^`]*)`(?: - at `\$\.(?P<path>[^`]*)`)?")
+_TYPE = re.compile(r"Expected `[^`]*`, got `(?P<found>[^`]*)` - at `\$\.(?P<path>[^`]*)`")
 
 
-def _identity(read: _Fields, key: str, value: object) -> ModelIdentity:
-    kinds = (("config_sha256", str), ("tokenizer_sha256", str), ("architecture", dict), ("tokens", int))
-    if not isinstance(value, dict):
-        raise read.wrong(key, "is not an identity")
-    for name, kind in kinds:
-        if not isinstance(value.get(name), kind):
-            raise read.wrong(f"{key}.{name}", "missing or of the wrong type")
-    return ModelIdentity(**{name: value[name] for name, _ in kinds})
+def _refusal(file: Path, message: str) -> GateError:
+    """msgspec's message in this program's words."""
+    if match := _MISSING.fullmatch(message):
+        if match["path"] is None:
+            return _wrong(file, match["field"], "missing")
+        return _wrong(file, f"{match['path']}.{match['field']}", "missing or of the wrong type")
+    if match := _TYPE.fullmatch(message):
+        return _wrong(file, match["path"], f"has the wrong type, {match['found']}")
+    return GateError(f"{file}: {message}")
+
+
+def _wrong(file: Path, name: str, what: str) -> GateError:
+    return GateError(f"{file}: field {name}: {what}")
 
 
 def _check_tensor(file: Path, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:

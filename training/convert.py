@@ -32,11 +32,16 @@ def to_reference(base_dir: Path, gate_dir: Path, out_dir: Path) -> None:
     Theta takes the precision of the base's weights; a tied LM head is untied.
 
     Raises:
-        GateError: the gate has a bias, several experts, or another hidden size than the base.
+        GateError: the gate is not linear over the hidden state, has a bias or several experts, or another hidden size
+            than the base.
     """
     gate = GateArtifact.load(gate_dir)
     if len(gate.experts) != 1:
         raise GateError(f"{gate_dir}: the reference format holds one expert, not {len(gate.experts)}")
+    if gate.kind != "linear" or gate.features:
+        raise GateError(
+            f"{gate_dir}: the reference format holds a vector over the hidden state, not this gate's {gate.kind}"
+        )
     if gate.bias.any():
         raise GateError(f"{gate_dir}: the reference format has no bias, and this gate's is not zero")
     config, tensors = _read(base_dir)

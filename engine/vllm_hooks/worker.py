@@ -18,7 +18,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import _SAMPLING_EPS as GREEDY
 
 from engine import draws
-from engine.gate import GateArtifact, gate_logits
+from engine.gate import GateArtifact
 from engine.vllm_hooks.wire import EDITS, READINGS, SETTINGS_KEY, LaneEdits, Readings
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class RowReader:
 
     Args:
         compute_logits: the model's own, hidden_RD -> logits_RV (None on ranks that hold no logits).
-        gate: theta and bias; None for a lane without a gate artifact.
+        gate: None for a lane without a gate artifact.
         gate_in_head: the last row of the LM head is theta (reference format).
         vocab_size: real vocabulary; columns from here on are masked, so that neither the reference format's gate
             nor a padded embedding can ever be sampled, and log-probabilities are those of the real vocabulary.
@@ -55,8 +55,7 @@ class RowReader:
         device: torch.device,
     ) -> None:
         self._compute_logits = compute_logits
-        self._theta_KD = gate.theta.to(device) if gate is not None else None
-        self._bias_K = gate.bias.to(device) if gate is not None else None
+        self._gate = gate.function.to(device) if gate is not None else None
         self._gate_in_head = gate_in_head
         self._vocab_size = vocab_size
         self._reading = False
@@ -75,10 +74,10 @@ class RowReader:
         logits_RV = self._compute_logits(hidden_RD, *args, **kwargs)
         # vLLM calls this a second time for prompt log-probabilities; those rows are nobody's to read.
         reading, self._reading = self._reading, False
-        if reading and self._theta_KD is not None and self._bias_K is not None:
-            self._gate_RK = gate_logits(hidden_RD, self._theta_KD, self._bias_K)
         if logits_RV is None:
             return None
+        if reading and self._gate is not None:
+            self._gate_RK = self._gate(hidden_RD, logits_RV[:, : self._vocab_size])
         if reading and self._gate_in_head:
             # A copy: the column is masked next.
             self._gate_RK = logits_RV[:, self._vocab_size : self._vocab_size + 1].to(torch.float32, copy=True)

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.gate import GateArtifact, GateError, model_identity
+from engine.gate import GateArtifact, GateError, ModelIdentity, model_identity
 from training import convert
 from training.checkpoints import forward, load_causal
 
@@ -117,3 +117,13 @@ def test_command_says_errors_in_one_line(
     written = capsys.readouterr().err
     assert written.startswith("error: ")
     assert written.count("\n") == 1
+
+
+def test_only_a_vector_over_the_hidden_state_goes_into_the_reference_format(tmp_path: Path) -> None:
+    identity = ModelIdentity("a", "b", {}, 3)
+    gate = GateArtifact(
+        torch.zeros(1, 9), torch.zeros(1), ("codes",), identity, (None,), kind="linear", features=("margin",)
+    )
+    gate.save(tmp_path / "gate")
+    with pytest.raises(GateError, match="holds a vector over the hidden state"):
+        convert.to_reference(tmp_path / "base", tmp_path / "gate", tmp_path / "out")

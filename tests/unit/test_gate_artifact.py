@@ -154,7 +154,7 @@ def test_refuses_a_missing_field(saved: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format_version: is 2; this program reads 1"),
+        ({"format_version": 3}, "format_version: is 3; this program reads 1 and 2"),
         ({"experts": []}, "experts: is not a list of names"),
         ({"experts": ["x", "x"]}, "experts: has a name twice"),
         ({"experts": "codes"}, "experts: has the wrong type, str"),
