@@ -103,10 +103,13 @@ types: $(DEV) ## Check types
 	$(BIN)/mypy $(addprefix -p ,$(PACKAGES))
 
 .PHONY: docker-lint
-docker-lint: $(DEV) ## Check the Dockerfile, the compose files and the CI workflows
+docker-lint: $(DEV) ## Check the Dockerfile, the compose files, the CI workflows and what GitHub reads
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml docker-compose.gpu.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format --default-filetype yaml CITATION.cff
 
 # What looks like a secret and is none: words in examples and tests. Digests of the demo pair are in models/.
 NO_SECRETS := ^(none|right|wrong|nowhere.*|zebra|my-secret-|s3cret)$$
