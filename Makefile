@@ -88,6 +88,24 @@ test-browser: $(DEV) ## Run the tests that drive a real browser (Debian's chromi
 soak: $(DEV) ## Mixed load on a live demo server (ARGS="--minutes 60 --plot soak.png")
 	$(BIN)/python -m tests.soak $(ARGS)
 
+DOCS_VENV := .venv-docs
+DOCS := $(DOCS_VENV)/.installed
+
+$(DOCS): requirements/docs.txt | $(BIN)/python
+	@$(BIN)/python -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip --disable-pip-version-check -qq install --no-deps -r requirements/docs.txt
+	@touch $@
+
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs
+
+.PHONY: docs
+docs: $(DOCS) ## Build the documentation's site into out/site; a broken link fails
+	$(MKDOCS) build --quiet
+
+.PHONY: docs-serve
+docs-serve: $(DOCS) ## Show the documentation's site while it is written (ARGS="--dev-addr 127.0.0.1:8001")
+	$(MKDOCS) serve $(ARGS)
+
 .PHONY: lint
 lint: $(DEV) ## Check style, imports and formatting
 	$(BIN)/ruff check $(CODE)
@@ -127,5 +145,5 @@ lock: ## Make requirements/*.txt anew from pyproject.toml (ARGS=--upgrade for th
 
 .PHONY: clean
 clean: ## Remove VENV and everything that tools left behind
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DOCS_VENV) out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -27,7 +27,7 @@ def here(requirements: list[Requirement]) -> dict[str, str]:
     return versions
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "dev"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "dev", "docs"])
 def test_everything_is_pinned(name: str) -> None:
     requirements = locked(name)
     assert len(requirements) > 20
