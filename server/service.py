@@ -15,6 +15,7 @@ from server.metrics import Metrics
 from server.models import ModelTable
 from server.settings import ServerConfig, Settings
 from server.text.chat_template import ChatTemplate
+from server.text.guard import SpecialTokenGuard
 from server.text.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ class Service:
         # One at a time: see routes.tokenize.
         self.tokenizing = _admission(config, 1, config.max_queued_tokenize_requests)
         self.chat_template = ChatTemplate.find(tokenizer)
+        self.guard: SpecialTokenGuard | None = None
+        if self.chat_template is not None and config.special_tokens_in_messages == "text":
+            self.guard = tokenizer.guard(self.chat_template.source)
         self.traces: Traces | None = None
         self.created = int(time.time())
         self.phase: Phase = "loading"

@@ -97,6 +97,10 @@ class ServerConfig(BaseModel):
     """When the engine dies: "exit" ends the server with a non-zero status, for a supervisor to restart it; "restart"
     starts another engine in its place."""
 
+    special_tokens_in_messages: Literal["text", "token"] = "text"
+    """What a special token's name in a chat message is: "text", so that no message can end itself or begin another one;
+    "token" for conversations that bring special tokens of their own. Those of the chat template are tokens always."""
+
     tokenizer_threads: int = Field(default=2, ge=1, le=64)
     """Threads that tokenise prompts."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -17,6 +19,7 @@ from server.sampling import check_length, check_prompt, fit, for_choice, samplin
 from server.service import Service
 from server.stream import Answer
 from server.text.chat_template import ChatTemplateError
+from server.text.guard import GuardedMessages, GuardError
 
 router = APIRouter(tags=["generation"])
 
@@ -61,11 +64,19 @@ async def _prompt_ids(service: Service, body: ChatRequest, info: EngineInfo) -> 
     template = service.chat_template
     if template is None:
         raise invalid("The served tokenizer has no chat template; use /v1/completions.", "messages", "no_chat_template")
-    messages = [message.for_template() for message in body.messages]
+    messages: list[dict[str, Any]] = [message.for_template() for message in body.messages]
+    guard = service.guard
+
+    def rendered() -> tuple[str, GuardedMessages | None]:
+        guarded = None if guard is None else guard.guard(messages)
+        return template.render(messages if guarded is None else guarded.messages), guarded
+
     try:
-        text = await asyncio.to_thread(template.render, messages)
-    except ChatTemplateError as error:
+        text, guarded = await asyncio.to_thread(rendered)
+    except (ChatTemplateError, GuardError) as error:
         raise invalid(f"The chat template refuses these messages: {shown(str(error), 200)}.", "messages") from None
     check_length(text, service.tokenizer, info.max_model_len, "messages")
-    # Special tokens are the template's to write.
-    return await service.tokenizer.encode(text, add_special_tokens=False)
+    # Special tokens at the beginning and the end are the template's to write.
+    if guard is None or guarded is None:
+        return await service.tokenizer.encode(text, add_special_tokens=False)
+    return await service.tokenizer.run(partial(guard.encode, guarded, text))

@@ -1,32 +1,49 @@
 """Chat templates: the one that comes with the tokenizer, never one from a request.
 
-Rendered as Hugging Face tokenizers are meant to be: jinja2, sandboxed, with ``raise_exception``, ``strftime_now`` and a
-``tojson`` that does not escape HTML.
+Rendered as transformers renders them: jinja2, sandboxed, with ``raise_exception``, ``strftime_now``, loop controls,
+``{% generation %}``, and a ``tojson`` that does not escape HTML.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
+from jinja2 import Template, TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from server.text.tokenizer import TextTokenizer, TokenizerError
+
+_ESCAPED_MARK = re.compile(r"(\\\\)|\\u(fd[de][0-9a-f])")
+"""A mark of :mod:`server.text.guard` that JSON has escaped; a backslash before another is one of the text's own."""
 
 
 class ChatTemplateError(Exception):
     """The template refuses these messages. The message is the template's own."""
 
 
+class _Generation(Extension):
+    """``{% generation %} ... {% endgeneration %}``: marks what the model wrote, for training. Here it is a scope."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """See jinja2."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
 class ChatTemplate:
     """A compiled template and the special tokens that it may use.
 
     Args:
-        source: jinja2.
+        source: jinja2; kept as an attribute.
         special_tokens: ``bos_token`` and the like.
 
     Raises:
@@ -34,7 +51,9 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _strftime_now
@@ -43,6 +62,7 @@ class ChatTemplate:
         except TemplateError as error:
             raise TokenizerError(f"tokenizer: the chat template is damaged: {str(error)[:200]}") from None
         self._special_tokens = special_tokens
+        self.source = source
 
     @classmethod
     def find(cls, tokenizer: TextTokenizer) -> ChatTemplate | None:
@@ -63,16 +83,19 @@ class ChatTemplate:
             return None
         return cls(source, _special_tokens(config))
 
-    def render(self, messages: Sequence[dict[str, str]]) -> str:
+    def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         """The prompt for the next assistant message.
+
+        Args:
+            messages: the conversation.
+            options: more variables for the template, such as ``tools``, or others in the place of the usual ones.
 
         Raises:
             ChatTemplateError: the template refuses.
         """
+        variables = {"add_generation_prompt": True, "tools": None, "documents": None, **self._special_tokens}
         try:
-            return self._template.render(
-                messages=list(messages), add_generation_prompt=True, tools=None, documents=None, **self._special_tokens
-            )
+            return self._template.render({**variables, **options, "messages": list(messages)})
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             raise ChatTemplateError(str(error)) from None
 
@@ -103,4 +126,5 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _ESCAPED_MARK.sub(lambda found: chr(int(found[2], 16)) if found[2] else found[0], text)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from server.text.decoding import Decoding, decoding_of
 from server.text.detokenize import CONTEXT, Detokenizer, TableDetokenizer, WindowDetokenizer
+from server.text.guard import SpecialTokenGuard
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
@@ -122,6 +123,10 @@ class TextTokenizer:
             before,
             begun=len(prompt) > CONTEXT,
         )
+
+    def guard(self, chat_template: str) -> SpecialTokenGuard:
+        """What keeps special tokens out of messages; see :mod:`server.text.guard`."""
+        return SpecialTokenGuard(self._tokenizer, chat_template)
 
     def is_special(self, token: int) -> bool:
         """Whether detokenising skips it."""
