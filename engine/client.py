@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -124,9 +125,11 @@ class EngineClient:
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
+                "-P",
                 "-m",
                 "engine.process",
                 str(self._directory),
+                env=_safe_environment(),
                 stdin=asyncio.subprocess.PIPE,
                 # A session of its own: signals from the terminal are the parent's to handle.
                 start_new_session=True,
@@ -332,6 +335,19 @@ class EngineClient:
             await self._process.wait()
         self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _safe_environment() -> dict[str, str]:
+    """For the engine's process and those that vLLM starts from it: none looks for modules in the current folder.
+
+    A file ``engine.py`` there would be run in the place of this package.
+    """
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    root = Path(__file__).resolve().parents[1]
+    if root.name not in ("site-packages", "dist-packages"):
+        # A checkout, which may be found by nothing but the current folder.
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    return environment
 
 
 class _Stream:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.live import announced_address
 from tests.packaging.sources import ROOT
@@ -33,8 +34,7 @@ playground = "{playground}"
 """
 
 
-@contextlib.contextmanager
-def standins(
+def server_of_standins(
     folder: Path,
     *,
     step_seconds: float = 0.002,
@@ -42,8 +42,8 @@ def standins(
     keys: Sequence[str] = (),
     queued: int = 64,
     playground: str = "key",
-) -> Iterator[str]:
-    """A server of stand-in lanes, for as long as the context; gives its address."""
+) -> Path:
+    """Configuration and tokenizer of a server of stand-in lanes; gives the configuration's file."""
     tokenizer = byte_level_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     lane = LANE.format(vocabulary=tokenizer.get_vocab_size(), step_seconds=step_seconds)
@@ -52,6 +52,13 @@ def standins(
     parts += [SERVER.format(queued=queued, keys=", ".join(f'"{key}"' for key in keys), playground=playground)]
     config = folder / "collm.toml"
     config.write_text("\n".join(parts))
+    return config
+
+
+@contextlib.contextmanager
+def standins(folder: Path, **options: Any) -> Iterator[str]:
+    """A server of stand-in lanes, for as long as the context; gives its address. Options as above."""
+    config = server_of_standins(folder, **options)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COLLM_")}
     log = folder / "server.log"
     with log.open("w") as out:
