@@ -62,6 +62,7 @@ $(DEV): requirements/dev.txt $(INSTALLED)
 
 .PHONY: serve
 serve: $(INSTALLED) ## Serve CONFIG on HOST:PORT
+	@echo "The command line is $(BIN)/collm; to find it as collm: export PATH=\"$(abspath $(BIN)):\$$PATH\""
 	$(BIN)/python -m server --config $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
 
 .PHONY: demo

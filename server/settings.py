@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from functools import cached_property
 from pathlib import Path
@@ -173,7 +174,7 @@ class Settings(BaseSettings):
     )
 
     config: Path | None = None
-    """TOML file with any of these options, under the same names."""
+    """TOML file with any of these options, under the same names. Paths in it count from its folder."""
 
     served_model_name: str = Field(default="collm", pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")
     """Name of the joint model; its members are served as NAME/base and NAME/EXPERT."""
@@ -235,7 +236,30 @@ class _TomlFile(PydanticBaseSettingsSource):
             raise ConfigFileError(f"{path}: {_reason(error)}") from None
         if "config" in values:
             raise ConfigFileError(f"{path}: 'config' cannot stand in the file itself")
+        _resolve_paths(values, Path(path).absolute().parent)
         return values
+
+
+_PATHS = (("tokenizer",), ("base", "model"), ("gate", "path"), ("server", "api_keys_file"))
+"""Settings that name a file or folder, by table and name; beside them the model of each expert."""
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    """Let relative paths count from the folder of the file that they stand in.
+
+    What is not there stays as it is: the name of a model on a hub, or a path from the working folder.
+    """
+    experts = values.get("experts")
+    named = [(expert, "model") for expert in (experts if isinstance(experts, list) else [])]
+    for *tables, name in _PATHS:
+        table: Any = values
+        for key in tables:
+            table = table.get(key) if isinstance(table, dict) else None
+        named.append((table, name))
+    for table, name in named:
+        value = table.get(name) if isinstance(table, dict) else None
+        if isinstance(value, str) and (found := folder / value).exists():
+            table[name] = os.path.normpath(found)
 
 
 def _reason(error: Exception) -> str:

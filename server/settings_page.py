@@ -32,7 +32,8 @@ An option that does not exist is an error on the command line and in the file. I
 since `COLLM_URL` and `COLLM_API_KEY` are the [command line](cli.md)'s. A list is given to the command line and the
 environment as JSON: `--experts '[{"name": "codes", "model": "models/demo/codes"}]'`. Yes-or-no options have two flags
 on the command line: `--server.access_log` and `--no-server.access_log`. Files to begin with are in `deploy/config/`.
-Relative paths start at the folder that the server is started in. `python -m server --help` lists the same options.
+Relative paths in a file count from its folder, others from the folder that the server is started in.
+`python -m server --help` lists the same options.
 """
 
 

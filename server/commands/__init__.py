@@ -1,19 +1,23 @@
-"""``collm``, the command line: serve, and talk to a server.
+"""``collm``, the command line: the one door to everything.
 
     collm serve --config demo.toml
     collm complete "Question: ..."     collm chat     collm models     collm top     collm completion bash
+    collm train pipeline --config project.toml     collm convert     collm bench
 
-Everything but ``serve`` is a client and knows the server by its HTTP API alone.
+``serve``, ``train``, ``convert`` and ``bench`` pass their options on to the package that does the work; the others are
+clients and know the server by its HTTP API alone.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import click
 
 from server import __version__
+from server.commands.api import CommandError
 from server.commands.chat import chat
 from server.commands.complete import complete
 from server.commands.completion import completion
@@ -36,8 +40,33 @@ def serve(options: tuple[str, ...]) -> None:
     """Serve a pair of models; takes the options of python -m server (collm serve --help)."""
     from server.cli import main as run_server
 
+    if not options and not any(name.upper().startswith(("COLLM_CONFIG", "COLLM_BASE__")) for name in os.environ):
+        raise CommandError(
+            "say which pair: collm serve --config FILE (the demo pair: deploy/config/demo.toml in the repository), or"
+            ' two models: collm serve --base.model FOLDER --experts \'[{"name": "expert", "model": "FOLDER"}]\''
+        )
     sys.exit(run_server(list(options)))
 
+
+def _door(name: str, module: str, arguments: Sequence[str], summary: str) -> None:
+    """A command that runs a package's own command line in this process's place.
+
+    The client commands must not import torch, and packages of the engine's side must not be imported by the server's.
+    """
+
+    def run(options: tuple[str, ...]) -> None:
+        # -P: nothing of the current folder is imported.
+        os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments, *options])
+
+    run.__doc__ = f"{summary}; takes the options of python -m {' '.join([module, *arguments])} (collm {name} --help)."
+    passed_on: Callable[..., None] = click.argument("options", nargs=-1, type=click.UNPROCESSED)(run)
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    collm.command(name, add_help_option=False, context_settings=settings)(passed_on)
+
+
+_door("train", "training", (), "Train a gate for a pair")
+_door("convert", "training", ("convert",), "Convert a pair to and from the reference format")
+_door("bench", "bench", (), "Measure performance")
 
 for _command in (complete, chat, models, top, completion):
     collm.add_command(_command)

@@ -24,9 +24,14 @@ def complete(prompt: str, model: str | None, color: str, url: str, key: str | No
     In a terminal the tokens of experts are coloured and underlined, and a last line tells who wrote how much. In a
     pipe there is the text and nothing else. A backslash and n in PROMPT are two characters: use $'...\n...'.
     """
+    if prompt == "-" and sys.stdin.isatty():
+        raise CommandError(
+            "there is nothing to continue: give the beginning of a text (collm complete 'Once upon a time'), or hold a"
+            " conversation with collm chat"
+        )
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text:
-        raise CommandError("the prompt is empty")
+        raise CommandError("the prompt is empty; for a conversation there is collm chat")
     api = Api(url, key)
     body = request_of(model=model or api.joint_model(), **fields)
     try:

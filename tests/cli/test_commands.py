@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -187,7 +188,7 @@ def completions(words: str, position: int, url: str | None) -> list[str]:
 
 
 def test_commands_options_and_served_models_are_completed(url: str) -> None:
-    assert completions("collm co", 1, None) == ["complete", "completion"]
+    assert completions("collm com", 1, None) == ["complete", "completion"]
     assert "--threshold" in completions("collm complete --th", 2, None)
     assert completions("collm complete -p al", 3, None) == ["always"]
     assert completions(f"collm complete -m {MODEL}/", 3, url) == [f"{MODEL}/base", f"{MODEL}/codes"]
@@ -236,6 +237,43 @@ def test_refusals_of_the_api_are_told(url: str) -> None:
     one_line(piped(["complete", "x", "-m", f"{MODEL}/base", "-p", "always"], url), "collaboration")
     one_line(piped(["complete"], url, stdin=""), "prompt is empty")
     one_line(piped(["chat"], url, stdin="hello\n"), "chat template")
+
+
+def test_serve_without_options_says_what_to_write() -> None:
+    for env in ({}, {"COLLM_URL": "http://127.0.0.1:1"}):
+        result = piped(["serve"], **env)
+        one_line(result, "collm serve --config FILE", "deploy/config/demo.toml")
+    assert "collm serve" not in piped(["serve"], COLLM_CONFIG="nowhere.toml").err
+
+
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        (["train"], "usage: python -m training [-h] STAGE"),
+        (["train", "pipeline"], "usage: python -m training pipeline"),
+        (["convert"], "usage: python -m training.convert"),
+        (["bench"], "usage: python -m bench"),
+        (["bench", "context"], "usage: python -m bench context"),
+    ],
+)
+def test_one_door_to_every_package(command: list[str], usage: str) -> None:
+    result = piped([*command, "--help"])
+    assert (result.status, result.err) == (0, "")
+    assert " ".join(result.out.split()).startswith(usage)
+    assert piped([*command, "--nonsense"]).status == 2
+
+
+def test_a_door_runs_nothing_of_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "training.py").write_text("raise SystemExit('the wrong one')")
+    collm = Path(sys.executable).with_name("collm")
+    done = subprocess.run([collm, "train", "--help"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_nothing_to_continue(url: str, terminal: type[Terminal]) -> None:
+    result = terminal(["complete"], url).end()
+    assert result.status == 1
+    assert "collm chat" in result.out
 
 
 def test_wrong_usage() -> None:

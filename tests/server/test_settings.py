@@ -196,3 +196,30 @@ def test_the_server_imports_neither_torch_nor_vllm_nor_transformers() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_paths_in_a_file_count_from_its_folder(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there is found from anywhere; what is not stays: a hub's name, or a path from the working folder."""
+    folder = config.parent
+    (folder / "models/base").mkdir(parents=True)
+    (folder / "shared/gate").mkdir(parents=True)
+    (folder / "keys.txt").write_text("a-key")
+    text = TOML.replace("models/gate", "models/../shared/gate") + 'api_keys_file = "keys.txt"\n'
+    config.write_text(text)
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    settings = load_settings(["--config", "../demo.toml"])
+    assert settings.base.model == settings.tokenizer_location == str(folder / "models/base")
+    assert settings.experts[0].model == "models/codes"
+    assert settings.gate.path == str(folder / "shared/gate")
+    assert settings.server.api_keys_file == folder / "keys.txt"
+    # Those of the command line count from the working folder, as everywhere.
+    assert load_settings(["--config", "../demo.toml", "--base.model", "models/base"]).base.model == "models/base"
+
+
+@pytest.mark.parametrize("wrong", ["base = 3", "experts = 3", "experts = [3]", "gate = []", "[base]\nmodel = 3"])
+def test_paths_of_a_file_of_another_shape(tmp_path: Path, wrong: str) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(wrong)
+    with pytest.raises(ConfigurationError):
+        load_settings(["--config", str(path)])
