@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from server import __version__
@@ -34,6 +35,7 @@ def create_app(service: Service) -> FastAPI:
     config = service.settings.server
     if config.playground != "off":
         mount_playground(app)
+    _answer_head(app)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     # The last one added is the outermost.
@@ -50,7 +52,7 @@ def create_app(service: Service) -> FastAPI:
         app.add_middleware(
             Cors,
             allow_origins=config.cors_allow_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
@@ -61,6 +63,15 @@ def create_app(service: Service) -> FastAPI:
         app.add_middleware(TraceRequests, traces=service.traces)
     app.add_middleware(RequestContext, http_requests=service.metrics.http_requests)
     return app
+
+
+def _answer_head(app: FastAPI) -> None:
+    """Answer HEAD on every route that answers GET. The HTTP protocol leaves the body out."""
+    for route in list(app.routes):
+        if isinstance(route, APIRoute) and "GET" in route.methods:
+            app.add_api_route(
+                route.path, route.endpoint, methods=["HEAD"], response_model=None, include_in_schema=False
+            )
 
 
 async def _api_error(_request: Request, error: Any) -> Response:

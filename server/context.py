@@ -11,8 +11,8 @@ from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.disconnect import ClientGone
 from server.errors import ApiError
-from server.stream import ClientGone
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,9 @@ import msgspec
 
 from engine.errors import CollmError, EngineDeadError, RequestError
 
+UNSUPPORTED_VALUE = "unsupported_value"
+"""Pydantic's type of error for a value that :class:`server.protocol.base.Only` refuses."""
+
 
 class ErrorBody(msgspec.Struct):
     """The inside of an error."""
@@ -141,7 +144,9 @@ def from_validation(problems: list[Any], messages: Mapping[str, str]) -> ApiErro
         reason = str(problem["ctx"]["error"]) if "ctx" in problem else "malformed"
         return invalid(f"The body is not valid JSON: {reason}.", code="invalid_json")
     if isinstance(cause := problem.get("ctx", {}).get("error"), FieldError):
-        return invalid(f"'{cause.field}' {cause}.", cause.field, "invalid_value")
+        # A nested model names its own field; where it gives the whole path, that is it already.
+        path = cause.field if cause.field.split(".")[0] in ("", *location[:1]) else _path((*location, cause.field))
+        return invalid(f"'{path}' {cause}.", path, "invalid_value")
     if not location:
         return invalid("The body must be a JSON object.", code="invalid_body")
     if kind == "extra_forbidden":
@@ -149,6 +154,8 @@ def from_validation(problems: list[Any], messages: Mapping[str, str]) -> ApiErro
         return invalid(f"Unknown field {shown(name)}.", shown(name)[1:-1], "unknown_field")
     if kind == "none_required":
         return invalid(f"'{_path(location)}' is not supported by this server.", _path(location), "unsupported_field")
+    if kind == UNSUPPORTED_VALUE:
+        return invalid(f"'{_path(location)}' {problem['msg']}.", _path(location), "unsupported_field")
     if kind == "missing":
         return invalid(f"'{_path(location)}' is required.", _path(location), "missing_field")
     for end, part in enumerate(location, 1):

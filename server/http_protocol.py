@@ -1,23 +1,27 @@
 """Uvicorn's HTTP/1.1 protocol on h11, with the limits that it lacks.
 
 h11 rather than httptools: only h11 bounds the size of a request's head at all. What is added here: a time limit for the
-head, an error object (431 where the head is too large) in place of plain text, a bounded farewell to clients that are
-still sending a body nobody wants, and an end to clients that don't read their response.
+head, an error object (431 where the head is too large) in place of plain text, a lingering close for clients that are
+still sending a body that was refused, and an end to clients that don't read their response.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from server.errors import ApiError
 
-LINGER_S = 2.0
-LINGER_BYTES = 4 * 1024 * 1024
+LINGER_S = 30.0
+"""Seconds that a client may go on sending a body that was refused; nginx's lingering_time."""
+
+LINGER_IDLE_S = 5.0
+"""Seconds after which such a client is disconnected where it sends nothing; nginx's lingering_timeout."""
 
 
 def limited_protocol(*, header_timeout: float, write_timeout: float) -> type[H11Protocol]:
@@ -31,6 +35,30 @@ def limited_protocol(*, header_timeout: float, write_timeout: float) -> type[H11
     return Configured
 
 
+class _GentleTransport:
+    """A transport that is closed in another way; all else is its own.
+
+    Args:
+        close: returns whether the connection lingers instead of being closed at once.
+    """
+
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], bool]) -> None:
+        self._transport = transport
+        self._close = close
+        self._lingers = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._lingers = self._close()
+
+    def is_closing(self) -> bool:
+        """Whether nothing more can be sent."""
+        return self._lingers or self._transport.is_closing()
+
+
 class LimitedProtocol(H11Protocol):
     """One connection."""
 
@@ -39,11 +67,15 @@ class LimitedProtocol(H11Protocol):
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _linger_timer: asyncio.TimerHandle | None = None
-    _linger_left: int | None = None
+    _linger_until: float | None = None
+    _deaf: bool = False
+    _socket: asyncio.Transport
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """The first head is due."""
-        super().connection_made(transport)
+        # Uvicorn closes by itself where a response says "Connection: close", whatever the client is still sending.
+        super().connection_made(cast("asyncio.Transport", _GentleTransport(transport, self._close)))
+        self._socket = transport
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -54,8 +86,8 @@ class LimitedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a head, of a body, or of a body nobody wants."""
-        if self._linger_left is not None:
+        """Bytes of a head, of a body, or of a body that was refused."""
+        if self._linger_until is not None:
             self._linger(data)
             return
         if self._head_timer is None and self.conn.their_state is h11.IDLE:
@@ -65,28 +97,50 @@ class LimitedProtocol(H11Protocol):
             self._head_arrived()
 
     def on_response_complete(self) -> None:
-        """Give a client whose body was refused some time to end it: closing at once would reset the connection, and
-        the client might lose the response with it. What it still sends is thrown away. Where the body does end, which
-        it mostly does with the next packet, the connection is good for another request.
+        """Let a client whose body was refused finish sending it, see :meth:`_begin_lingering`. Where the body ends and
+        both sides keep connections alive, this one is good for another request.
         """
         refused = self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
         super().on_response_complete()
         if refused and not self.transport.is_closing():
-            self._linger_left = LINGER_BYTES
-            self._linger_timer = self.loop.call_later(LINGER_S, self.transport.close)
+            self._begin_lingering()
+
+    def _close(self) -> bool:
+        """Close the connection, at once or in a while; returns whether it lingers."""
+        if self._linger_until is None and self.conn.their_state in (h11.SEND_BODY, h11.ERROR):
+            self._deaf = True
+            self._begin_lingering()
+            self.flow.resume_reading()
+            if self._socket.can_write_eof():
+                self._socket.write_eof()
+            return True
+        self._socket.close()
+        return False
+
+    def _begin_lingering(self) -> None:
+        """Go on reading what the client sends, and drop it. Closing at once would reset the connection, and the client
+        would lose the response that it has not read yet.
+        """
+        self._linger_until = self.loop.time() + LINGER_S
+        self._linger_timer = self.loop.call_later(LINGER_IDLE_S, self._socket.close)
 
     def _linger(self, data: bytes) -> None:
-        assert self._linger_left is not None
-        self._linger_left -= len(data)
-        if self._linger_left < 0:
-            self.transport.close()
-            return
-        super().data_received(data)
-        if self.conn.our_state is h11.DONE:
-            return
-        # The body has ended, and with it the farewell.
-        self._linger_left = None
+        assert self._linger_until is not None
         self._end_linger_timer()
+        left = self._linger_until - self.loop.time()
+        if left <= 0:
+            self._socket.close()
+            return
+        if not self._deaf:
+            super().data_received(data)
+            if self.conn.our_state is not h11.DONE:
+                self._end_lingering()
+                return
+        self._linger_timer = self.loop.call_later(min(left, LINGER_IDLE_S), self._socket.close)
+
+    def _end_lingering(self) -> None:
+        """The body that was refused has ended."""
+        self._linger_until = None
         if self.conn.their_state is not h11.IDLE:
             return
         if self.conn.trailing_data[0]:
@@ -100,6 +154,9 @@ class LimitedProtocol(H11Protocol):
         if self._linger_timer is not None:
             self._linger_timer.cancel()
             self._linger_timer = None
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: Java's HTTP client offers h2c with every request, and the offer may be ignored (RFC 9110, 7.8)."""
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn while it handles h11's complaint about what was received."""

@@ -99,4 +99,6 @@ class _Body:
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
+    # What the client still sends is read and dropped, see server.http_protocol; the connection is of no more use.
+    headers = {"Connection": "close"}
+    return ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large", headers=headers)

@@ -29,12 +29,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine.types import BASE, EngineInfo
 from server import __version__
 from server.context import route_path
+from server.disconnect import ClientGone
 from server.errors import ApiError
 from server.generation import Choice
 from server.models import ModelTable
 from server.otlp_exporter import quiet_exporter
 from server.settings import ServerConfig
-from server.stream import ClientGone
 from server.text.pieces import Piece
 from server.tracing import MAX_STRETCHES, Stretch, enter, stretches
 

@@ -1,4 +1,4 @@
-"""Request fields become the engine's sampling parameters; what needs the vocabulary or the context is checked here."""
+"""Request fields become the engine's sampling parameters; what needs the vocabulary is checked here."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ def sampling_of(body: GenerationFields, info: EngineInfo, **more: Any) -> Sampli
         "repetition_penalty": body.repetition_penalty,
         "min_tokens": body.min_tokens,
         "ignore_eos": body.ignore_eos,
+        "cache_salt": body.cache_salt,
         "structured_outputs": body.grammar,
         **more,
     }
+    stop_token_ids = _in_vocabulary(body.stop_token_ids or (), info.vocab_size, "stop_token_ids")
     return SamplingSpec(
         top_k=max(body.top_k or 0, 0),
         logit_bias=_logit_bias(body.logit_bias, info.vocab_size),
-        stop_token_ids=_in_vocabulary(body.stop_token_ids or (), info.vocab_size, "stop_token_ids"),
+        stop_token_ids=stop_token_ids,
+        allowed_token_ids=_allowed(body, info, stop_token_ids),
         **{name: value for name, value in given.items() if value is not None},
     )
 
@@ -65,73 +68,38 @@ def derived_seed(seed: int, index: int) -> int:
     return (z ^ (z >> 31)) >> 1
 
 
-def check_prompt(tokens: Sequence[int], vocab_size: int, param: str) -> None:
-    """Token ids that a client sent.
+async def bad_words_of(body: GenerationFields, tokenizer: TextTokenizer) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that stand for a request's bad words: each word at the beginning of a text, and after a space
+    where that gives another first token and as many of them, as vLLM does.
 
     Raises:
-        ApiError: 400, naming the field.
+        ApiError: 400, a word that has no tokens.
     """
-    if not tokens:
-        raise invalid(f"'{param}' has no tokens.", param)
-    if max(tokens) >= vocab_size:
-        raise invalid(f"'{param}' has token id {shown(max(tokens))}; the vocabulary has {vocab_size} tokens.", param)
+    words = list(dict.fromkeys(word.lstrip() for word in body.bad_words or ()))
+    if not words:
+        return ()
+    texts = [f"{space}{word}" for word in words for space in ("", " ")]
+    encoded = await tokenizer.encode_all(texts, add_special_tokens=False)
+    found: list[tuple[int, ...]] = []
+    for alone, after_space in zip(encoded[::2], encoded[1::2], strict=True):
+        if not alone:
+            raise invalid("'bad_words' has a word without tokens.", "bad_words")
+        found.append(tuple(alone))
+        if len(after_space) == len(alone) and after_space[0] != alone[0]:
+            found.append(tuple(after_space))
+    return tuple(found)
 
 
-def check_length(text: str, tokenizer: TextTokenizer, context: int, param: str) -> None:
-    """Refuse a text that is too long by any count before it is tokenised, which would take time and memory.
-
-    Raises:
-        ApiError: 400, naming the field.
-    """
-    if len(text) > context * tokenizer.longest_token:
+def _allowed(body: GenerationFields, info: EngineInfo, stop_token_ids: Sequence[int]) -> tuple[int, ...] | None:
+    if body.allowed_token_ids is None:
+        return None
+    allowed = _in_vocabulary(body.allowed_token_ids, info.vocab_size, "allowed_token_ids")
+    if body.min_tokens and not set(allowed) - {*stop_token_ids, *info.eos_token_ids}:
         raise invalid(
-            f"'{param}' has {len(text)} characters, which cannot fit the context of {context} tokens.",
-            param,
-            "context_length_exceeded",
+            "'allowed_token_ids' has only tokens that end the text, which 'min_tokens' forbids at first.",
+            "allowed_token_ids",
         )
-
-
-def fit(
-    prompt_tokens: int,
-    max_tokens: int | None,
-    default: int | None,
-    context: int,
-    param: str,
-    name: str,
-    min_tokens: int | None,
-) -> int:
-    """How many tokens may be written after a prompt.
-
-    Args:
-        prompt_tokens: length of the prompt.
-        max_tokens: as asked for; None is ``default``, cut to what fits.
-        default: None is all that fits.
-        context: most tokens of prompt and text together.
-        param: the prompt's field, for messages.
-        name: the field of ``max_tokens``, for messages.
-        min_tokens: as asked for. That it is not greater than ``max_tokens`` or ``default`` has been checked.
-
-    Raises:
-        ApiError: 400; prompt and text together don't fit the context.
-    """
-    room = context - prompt_tokens
-    if room < 1:
-        raise invalid(
-            f"'{param}' has {prompt_tokens} tokens, which leaves no room in the context of {context} tokens.",
-            param,
-            "context_length_exceeded",
-        )
-    for field, asked in ((name, max_tokens), ("min_tokens", min_tokens)):
-        if asked is not None and asked > room:
-            raise invalid(
-                f"'{field}' is {asked}, but after {prompt_tokens} prompt tokens the context of {context} tokens "
-                f"has room for {room}.",
-                field,
-                "context_length_exceeded",
-            )
-    if max_tokens is None:
-        return room if default is None else min(default, room)
-    return max_tokens
+    return allowed
 
 
 def _in_vocabulary(tokens: Sequence[int], vocab_size: int, param: str) -> tuple[int, ...]:

@@ -66,6 +66,9 @@ class ServerConfig(BaseModel):
     """Requests to /tokenize and /detokenize that may wait for the one before them; more are answered 429. Here too
     there is a reserve for the other clients."""
 
+    max_stop_strings: int = Field(default=16, ge=4, le=256)
+    """Most stop strings of a request; OpenAI allows 4, evaluation harnesses send more."""
+
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     """Largest request body."""
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -15,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.admission import Places
+from server.disconnect import ClientGone, unless_gone
 from server.engine_port import Engine
 from server.errors import ApiError
 from server.generation import Choice, collect, merged
@@ -26,12 +25,6 @@ from server.service import Service
 DONE = b"data: [DONE]\n\n"
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-
-class ClientGone(Exception):
-    """The client hung up before the response began; there is nobody to answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,34 +138,6 @@ async def _events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
 def frame(chunk: msgspec.Struct) -> bytes:
     """One server-sent event."""
     return b"data: " + encode(chunk) + b"\n\n"
-
-
-async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """Await work that a disconnected client cancels. The request's body must have been read.
-
-    Raises:
-        ClientGone: the client hung up; the work was cancelled and has ended.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        await _cancelled(task, gone)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _cancelled(*tasks: asyncio.Future[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class EventStream(Response):

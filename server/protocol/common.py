@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from fastapi import Request
 from pydantic import Field, ValidationError, model_validator
+from starlette.requests import ClientDisconnect
 
 from engine.types import MOST_DRAFTS, PolicyName, StructuredOutputs
+from server.disconnect import ClientGone
 from server.errors import ApiError, FieldError, from_validation
-from server.protocol.base import Strict, TokenId, Unsupported
+from server.protocol.base import Only, Strict, TokenId, Unsupported
 from server.protocol.structured import MAX_GRAMMAR_LENGTH, ResponseFormat, StructuredOutputsOptions, engine_grammar
 
 MAX_STOP_LENGTH = 1024
 """Characters of a stop string."""
 
+MAX_STOP_STRINGS = 256
+"""Greatest number of stop strings that ``server.max_stop_strings`` may allow."""
+
+MAX_TOKEN_IDS = 4096
+"""Token ids in a list that a request adds to sampling."""
+
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_LENGTH = 256
+MAX_LOGPROBS = 20
+"""Most probable tokens per position, as in vLLM's default."""
+
+MAX_METADATA = 16
+
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 Body = TypeVar("Body", bound=Strict)
+
+Label = Annotated[str, Field(max_length=1024)]
+MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
 
 
 class CollaborationOptions(Strict):
@@ -56,14 +75,15 @@ class StreamOptions(Strict):
     continuous_usage_stats: bool | None = None
     """Send the usage so far with every chunk."""
 
-    include_obfuscation: Unsupported = None
+    include_obfuscation: Annotated[Any, Only((False,))] = None
 
 
 class GenerationFields(Strict):
     """The fields that mean the same in completions and chat."""
 
     messages_by_field: ClassVar[dict[str, str]] = {
-        "stop": f"must be a string or an array of 1 to 4 strings, each with 1 to {MAX_STOP_LENGTH} characters",
+        "stop": f"must be a string or an array of strings, each with 1 to {MAX_STOP_LENGTH} characters",
+        "metadata": f"must map at most {MAX_METADATA} names of 1 to 64 characters to strings of at most 512",
         "logit_bias": "must map token ids to numbers from -100 to 100",
         "run_ahead": f"must be 'auto', 'off', or an integer from 1 to {MOST_DRAFTS}",
         "json": f"must be a JSON schema: an object, or text of 1 to {MAX_GRAMMAR_LENGTH} characters",
@@ -90,10 +110,11 @@ class GenerationFields(Strict):
     n: int | None = Field(default=None, ge=1, le=128)
     """Choices for each prompt. Default: 1."""
 
-    stop: StopString | Annotated[list[StopString], Field(min_length=1, max_length=4)] | None = None
-    """One to four strings that end the text; they may span tokens, of whatever source."""
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    """Strings that end the text; they may span tokens, of whatever source. How many there may be is the server's
+    ``max_stop_strings``."""
 
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS)] | None = None
     """Tokens that end the text, beside the end-of-sequence tokens."""
 
     include_stop_str_in_output: bool | None = None
@@ -123,11 +144,49 @@ class GenerationFields(Strict):
     stream_options: StreamOptions | None = None
     """Only with ``stream``."""
 
-    user: str | None = None
-    """Accepted, for the client's own books."""
-
     return_token_ids: bool | None = None
     """Return the token ids of prompt and text."""
+
+    return_tokens_as_token_ids: bool | None = None
+    """Show tokens in logprobs as ``token_id:N`` instead of their text. Default: false."""
+
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKEN_IDS)] | None = None
+    """The only tokens that may be written, by whichever model."""
+
+    bad_words: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]], Field(max_length=MAX_BAD_WORDS)
+        ]
+        | None
+    ) = None
+    """Words that must not be written: the last token of a word's tokens is forbidden after the others."""
+
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    """Return the logprobs of the prompt's tokens, by the base, and of so many of the most probable ones. Not with
+    ``stream``."""
+
+    skip_special_tokens: bool | None = None
+    """Leave special tokens out of the text. Default: true."""
+
+    spaces_between_special_tokens: bool | None = None
+    """May only be false where special tokens are skipped, which makes it meaningless. Default: true."""
+
+    add_special_tokens: bool | None = None
+    """Add the tokenizer's special tokens (a beginning of text) to the prompt. Default: true; in chat false, where they
+    are the template's to write."""
+
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1, le=2**31 - 1)
+    """Keep so many tokens of a longer prompt; -1 keeps as many as leave room for one more. Default: a prompt that is
+    too long is refused."""
+
+    truncation_side: Literal["left", "right"] | None = None
+    """Where a prompt is cut: "left" keeps its end, "right" its beginning. Default: "left"."""
+
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    """Share cached prefixes only with requests that have the same salt."""
+
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = None
+    """Becomes part of the response's id. Default: a random one."""
 
     collaboration: CollaborationOptions | None = None
     """How the models share the work."""
@@ -138,16 +197,48 @@ class GenerationFields(Strict):
     structured_outputs: StructuredOutputsOptions | None = None
     """A grammar for the answer, under vLLM's names; not together with ``response_format``."""
 
-    metadata: Unsupported = None
-    prompt_cache_key: Unsupported = None
-    safety_identifier: Unsupported = None
-    service_tier: Unsupported = None
-    store: Unsupported = None
+    # Accepted and ignored: labels for the client's own bookkeeping.
+    user: Label | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] | None = None
+    prompt_cache_key: Label | None = None
+    safety_identifier: Label | None = None
+    session_id: Label | None = None
+
+    # OpenAI's fields that clients send by default.
+    service_tier: Annotated[Any, Only(("auto", "default"))] = None
+    store: Annotated[Any, Only((False,))] = None
+
+    # vLLM's fields that clients send by default.
+    use_beam_search: Annotated[Any, Only((False,))] = None
+    length_penalty: Annotated[Any, Only((1, 1.0))] = None
+    early_stopping: Annotated[Any, Only((False,))] = None
+    priority: Annotated[Any, Only((0,))] = None
+    watermarking: Annotated[Any, Only((False,))] = None
+    thinking_token_budget: Annotated[Any, Only((-1,))] = None
+    stream_interval: Annotated[Any, Only((1,))] = None
+    routed_experts_prompt_start: Annotated[Any, Only((0,))] = None
+    return_token_offsets: Annotated[Any, Only((False,))] = None
+    return_mm_kwargs: Annotated[Any, Only((False, True))] = None
+    mm_payload: Annotated[Any, Only(("tensors", "none"))] = None
+    vllm_xargs: Annotated[Any, Only(({},))] = None
+    kv_transfer_params: Unsupported = None
+    ec_transfer_params: Unsupported = None
+    logprob_token_ids: Unsupported = None
+    repetition_detection: Unsupported = None
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
+    def _check_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", "may only be given with stream")
+        if self.prompt_logprobs is not None and self.stream:
+            raise FieldError("prompt_logprobs", "cannot be used with stream")
+        if self.spaces_between_special_tokens is False and self.skip_special_tokens is False:
+            raise FieldError("spaces_between_special_tokens", "must not be false where special tokens are shown")
+        for field in ("allowed_token_ids", "bad_words"):
+            if getattr(self, field) and self.grammar_param is not None:
+                raise FieldError(field, f"cannot be used together with {self.grammar_param}")
+        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
+            raise FieldError("truncation_side", "may only be given with truncate_prompt_tokens")
         return self
 
     @model_validator(mode="after")
@@ -172,9 +263,7 @@ class GenerationFields(Strict):
     @property
     def stop_strings(self) -> list[str]:
         """Stop strings as a list."""
-        if self.stop is None:
-            return []
-        return [self.stop] if isinstance(self.stop, str) else self.stop
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def include_usage(self) -> bool:
@@ -197,6 +286,7 @@ async def read_body(request: Request, model: type[Body]) -> Body:
 
     Raises:
         ApiError: 415 for another content type, 400 for anything that the model does not allow.
+        ClientGone: the client hung up while it was sending.
     """
     # A program may leave the content type out. A page in a browser may not: what it sends without one goes to any
     # server that the browser reaches, one on its own machine without a key say, and CORS does not ask that one before.
@@ -205,8 +295,12 @@ async def read_body(request: Request, model: type[Body]) -> Body:
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise ApiError(415, "The content type must be application/json.", code="unsupported_media_type")
     try:
+        body = await request.body()
+    except ClientDisconnect:
+        raise ClientGone from None
+    try:
         # Pydantic's own JSON parser bounds nesting and the length of numbers, and refuses bytes that are no UTF-8.
-        return model.model_validate_json(await request.body())
+        return model.model_validate_json(body)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
         raise from_validation(problems, model.messages_by_field) from None

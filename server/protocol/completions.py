@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from server.errors import FieldError
-from server.protocol.base import TokenId, Unsupported
-from server.protocol.common import GenerationFields
+from server.protocol.base import Only, TokenId, Unsupported
+from server.protocol.common import MAX_LOGPROBS, GenerationFields
 
 MAX_PROMPTS = 1024
-MAX_LOGPROBS = 5
 MAX_BEST_OF = 20
 DEFAULT_MAX_TOKENS = 16
 
@@ -51,7 +50,8 @@ class CompletionRequest(GenerationFields):
     echo: bool | None = None
     """Return the prompt before the text; with ``logprobs``, its logprobs too. Default: false."""
 
-    suffix: Unsupported = None
+    suffix: Annotated[Any, Only(("",))] = None
+    prompt_embeds: Unsupported = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -43,6 +43,18 @@ class LegacyLogprobs(Struct):
     text_offset: list[int]
 
 
+class PromptLogprob(Struct):
+    """One token at a position of a prompt, as in vLLM."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+"""For each token of a prompt: the logprobs of itself and of the most probable ones, by token id; null for the first."""
+
+
 class CompletionChoice(Struct):
     """One choice, or what a chunk adds to it."""
 
@@ -53,6 +65,7 @@ class CompletionChoice(Struct):
     collaboration: CollaborationReport | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class CompletionResponse(Struct):
@@ -121,6 +134,7 @@ class ChatResponse(Struct):
     system_fingerprint: str
     usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class ChatDelta(Struct):

@@ -20,7 +20,7 @@ from server.protocol.responses import (
     TopLogprob,
     Usage,
 )
-from server.rendering.common import Head, finite, most_probable, report
+from server.rendering.common import Head, TokenNames, finite, most_probable, prompt_logprobs, report
 from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer
 
@@ -43,6 +43,7 @@ class ChatRenderer:
     ) -> None:
         self._body = body
         self._tokenizer = tokenizer
+        self._shown = TokenNames(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._lane_names = lane_names
         self._prompt_ids = prompt_ids
         self._head = head
@@ -85,6 +86,9 @@ class ChatRenderer:
         response = ChatResponse(head.id, "chat.completion", head.created, head.model, rendered, head.fingerprint, usage)
         if self._body.return_token_ids:
             response.prompt_token_ids = self._prompt_ids
+        if self._body.prompt_logprobs is not None:
+            entries = choices[0].piece.prompt_logprobs or []
+            response.prompt_logprobs = prompt_logprobs(entries, self._tokenizer, self._body.prompt_logprobs)
         return response
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
@@ -107,4 +111,4 @@ class ChatRenderer:
         return ChatLogprobs(content)
 
     def _entry(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
-        return self._tokenizer.token_text(token), finite(logprob), list(self._tokenizer.token_bytes(token))
+        return self._shown(token), finite(logprob), list(self._tokenizer.token_bytes(token))

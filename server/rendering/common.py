@@ -10,8 +10,9 @@ import msgspec
 
 from engine.types import BASE, TokenLogprobs
 from server.generation import Choice
-from server.protocol.responses import CollaborationReport, CompletionTokensDetails, Usage
+from server.protocol.responses import CollaborationReport, CompletionTokensDetails, PromptLogprob, PromptLogprobs, Usage
 from server.text.pieces import Piece
+from server.text.tokenizer import TextTokenizer
 
 LOWEST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
@@ -76,6 +77,42 @@ class UsageCounter:
 def report(piece: Piece, lane_names: Sequence[str]) -> CollaborationReport:
     """A piece's tokens with their sources and deferral probabilities."""
     return CollaborationReport(piece.token_texts, [lane_names[source] for source in piece.sources], piece.deferrals)
+
+
+class TokenNames:
+    """How tokens are shown in logprobs.
+
+    Args:
+        as_ids: as ``token_id:N`` instead of their text, as vLLM's ``return_tokens_as_token_ids`` has it.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, *, as_ids: bool) -> None:
+        self._text = tokenizer.token_text
+        self._as_ids = as_ids
+
+    def __call__(self, token: int) -> str:
+        """The name of a token."""
+        return f"token_id:{token}" if self._as_ids else self._text(token)
+
+
+def prompt_logprobs(entries: Sequence[TokenLogprobs], tokenizer: TextTokenizer, count: int) -> PromptLogprobs:
+    """The logprobs of a prompt's tokens.
+
+    Args:
+        entries: one for each token but the first.
+        count: how many of the most probable ones to show at each position; there may be more.
+    """
+    shown: PromptLogprobs = [None]
+    for entry in entries:
+        ranked = list(enumerate(most_probable(entry)[:count], 1))
+        found = {
+            token: PromptLogprob(finite(logprob), rank, tokenizer.token_text(token))
+            for rank, (token, logprob) in ranked
+        }
+        own = entry.token_ids[0]
+        found.setdefault(own, PromptLogprob(finite(entry.logprobs[0]), entry.rank, tokenizer.token_text(own)))
+        shown.append(found)
+    return shown
 
 
 def finite(logprob: float) -> float:

@@ -11,7 +11,7 @@ from engine.types import TokenLogprobs
 from server.generation import Choice
 from server.protocol.completions import CompletionRequest
 from server.protocol.responses import CompletionChoice, CompletionResponse, LegacyLogprobs, Usage
-from server.rendering.common import Head, finite, mean_logprob, most_probable, report
+from server.rendering.common import Head, TokenNames, finite, mean_logprob, most_probable, prompt_logprobs, report
 from server.text.echo import EchoedPrompt
 from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer
@@ -37,6 +37,7 @@ class CompletionRenderer:
     ) -> None:
         self._body = body
         self._tokenizer = tokenizer
+        self._shown = TokenNames(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._lane_names = lane_names
         self._prompt_ids = prompt_ids
         self._prompts = prompts
@@ -92,6 +93,10 @@ class CompletionRenderer:
             rendered.token_ids = piece.tokens
             if first:
                 rendered.prompt_token_ids = self._prompt_ids[choice.prompt_index]
+        if body.prompt_logprobs is not None and first:
+            rendered.prompt_logprobs = prompt_logprobs(
+                piece.prompt_logprobs or [], self._tokenizer, body.prompt_logprobs
+            )
         return rendered
 
     def _logprobs(self, piece: Piece, prompt: EchoedPrompt | None, *, first: bool) -> LegacyLogprobs:
@@ -114,7 +119,7 @@ class CompletionRenderer:
         offsets: Iterable[int],
         entries: Iterable[TokenLogprobs | None],
     ) -> None:
-        shown = self._tokenizer.token_text
+        shown, count = self._shown, self._body.logprobs or 0
         for token, offset, entry in zip(tokens, offsets, entries, strict=True):
             name = shown(token)
             result.tokens.append(name)
@@ -125,7 +130,7 @@ class CompletionRenderer:
                 continue
             written = finite(entry.logprobs[0])
             top: dict[str, float] = {}
-            for other, logprob in most_probable(entry):
+            for other, logprob in most_probable(entry)[:count]:
                 top.setdefault(shown(other), finite(logprob))
             top.setdefault(name, written)
             result.token_logprobs.append(written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,15 +12,16 @@ from fastapi import APIRouter, Request, Response
 from engine.types import EngineInfo
 from server.errors import invalid, shown
 from server.openapi import GENERATION_ERRORS, operation
+from server.prompts import check_prompt, fit, prompt_tokens
 from server.protocol.chat import ChatRequest
 from server.protocol.responses import ChatResponse
 from server.rendering.chat import ChatRenderer
 from server.routes.generation import Call, receive
-from server.sampling import check_length, check_prompt, fit, for_choice, sampling_of
+from server.sampling import bad_words_of, for_choice, sampling_of
 from server.service import Service
 from server.stream import Answer
-from server.text.chat_template import ChatTemplateError
-from server.text.guard import GuardedMessages, GuardError
+from server.text.chat_template import ChatTemplate, ChatTemplateError
+from server.text.guard import GuardError
 
 router = APIRouter(tags=["generation"])
 
@@ -48,7 +50,13 @@ async def create_chat_completion(request: Request) -> Response:
 async def _prepare(call: Call[ChatRequest]) -> Answer:
     service, body, info = call.service, call.body, call.info
     collaboration = call.collaboration()
-    sampling = sampling_of(body, info, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    sampling = sampling_of(
+        body,
+        info,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+        bad_words=await bad_words_of(body, service.tokenizer),
+    )
     prompt = await _prompt_ids(service, body, info)
     check_prompt(prompt, info.vocab_size, "messages")
     limit = fit(len(prompt), body.limit, None, info.max_model_len, "messages", body.limit_name, body.min_tokens)
@@ -64,19 +72,30 @@ async def _prompt_ids(service: Service, body: ChatRequest, info: EngineInfo) -> 
     template = service.chat_template
     if template is None:
         raise invalid("The served tokenizer has no chat template; use /v1/completions.", "messages", "no_chat_template")
-    messages: list[dict[str, Any]] = [message.for_template() for message in body.messages]
-    guard = service.guard
-
-    def rendered() -> tuple[str, GuardedMessages | None]:
-        guarded = None if guard is None else guard.guard(messages)
-        return template.render(messages if guarded is None else guarded.messages), guarded
-
     try:
-        text, guarded = await asyncio.to_thread(rendered)
+        text, encode = await asyncio.to_thread(_rendered, service, template, body)
     except (ChatTemplateError, GuardError) as error:
         raise invalid(f"The chat template refuses these messages: {shown(str(error), 200)}.", "messages") from None
-    check_length(text, service.tokenizer, info.max_model_len, "messages")
     # Special tokens at the beginning and the end are the template's to write.
-    if guard is None or guarded is None:
-        return await service.tokenizer.encode(text, add_special_tokens=False)
-    return await service.tokenizer.run(partial(guard.encode, guarded, text))
+    return await prompt_tokens(text, service.tokenizer, body, info, "messages", special=False, encode=encode)
+
+
+def _rendered(
+    service: Service, template: ChatTemplate, body: ChatRequest
+) -> tuple[str, Callable[[str], list[int]] | None]:
+    """The conversation as the template writes it, and what makes tokens of it if that is not the tokenizer alone."""
+    messages: list[dict[str, Any]] = [message.for_template() for message in body.messages]
+    given: dict[str, Any] = {"documents": body.documents, "variables": body.chat_template_kwargs}
+    guard, encode = service.guard, None
+    if guard is not None:
+        # Special tokens in whatever the client sent are text.
+        guarded = guard.guard([*messages, given])
+        *messages, given = guarded.messages
+        encode = partial(guard.encode, guarded)
+    text = template.render(
+        messages,
+        add_generation_prompt=body.adds_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        **given,
+    )
+    return text, encode

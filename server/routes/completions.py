@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from fastapi import APIRouter, Request, Response
@@ -9,11 +10,12 @@ from fastapi import APIRouter, Request, Response
 from engine.types import EngineInfo
 from server.generation import Choice
 from server.openapi import GENERATION_ERRORS, operation
+from server.prompts import check_prompt, fit, kept_tokens, prompt_tokens, truncated
 from server.protocol.completions import DEFAULT_MAX_TOKENS, CompletionRequest
 from server.protocol.responses import CompletionResponse
 from server.rendering.completions import CompletionRenderer
 from server.routes.generation import Call, receive
-from server.sampling import check_length, check_prompt, fit, for_choice, sampling_of
+from server.sampling import bad_words_of, for_choice, sampling_of
 from server.service import Service
 from server.stream import Answer
 from server.text.echo import EchoedPrompt, echoed
@@ -54,7 +56,8 @@ async def _prepare(call: Call[CompletionRequest]) -> Answer:
         info,
         # Ranking needs the written tokens' own logprobs.
         logprobs=0 if ranked and body.logprobs is None else body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=_prompt_logprobs(body),
+        bad_words=await bad_words_of(body, service.tokenizer),
     )
     prompts = await _prompt_ids(service, body, info)
     asked, context, least = body.max_tokens or None, info.max_model_len, body.min_tokens
@@ -65,7 +68,7 @@ async def _prepare(call: Call[CompletionRequest]) -> Answer:
         for candidate in range(body.candidates):
             index = len(choices)
             generation = None
-            if not echo_only or body.logprobs is not None:
+            if not echo_only or sampling.prompt_logprobs is not None:
                 # The engine writes one token at least, also where only the prompt's logprobs are wanted.
                 own = for_choice(sampling, candidate, 1 if echo_only else limit)
                 generation = call.to_generate(index, prompt, own, collaboration)
@@ -82,18 +85,29 @@ async def _prepare(call: Call[CompletionRequest]) -> Answer:
 
 
 async def _prompt_ids(service: Service, body: CompletionRequest, info: EngineInfo) -> list[list[int]]:
-    prompts = body.prompts
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    for text in texts:
-        check_length(text, service.tokenizer, info.max_model_len, "prompt")
-    ids = await service.tokenizer.encode_all(texts) if texts else [p for p in prompts if not isinstance(p, str)]
+    keep = kept_tokens(body, info)
+
+    async def tokens_of(prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return await prompt_tokens(prompt, service.tokenizer, body, info, "prompt", special=True)
+        check_prompt(prompt, info.vocab_size, "prompt")
+        return prompt if keep is None else truncated(prompt, keep, body.truncation_side)
+
+    ids = list(await asyncio.gather(*map(tokens_of, body.prompts)))
     for prompt in ids:
         check_prompt(prompt, info.vocab_size, "prompt")
     return ids
 
 
+def _prompt_logprobs(body: CompletionRequest) -> int | None:
+    """How many of the most probable tokens are wanted at the prompt's positions; None is no logprobs at all."""
+    asked = [body.prompt_logprobs, body.logprobs if body.echo else None]
+    return max((count for count in asked if count is not None), default=None)
+
+
 async def _echoed(tokenizer: TextTokenizer, body: CompletionRequest, prompts: list[list[int]]) -> list[EchoedPrompt]:
-    given: Sequence[str | list[int]] = body.prompts
+    # A prompt that was cut is echoed as what was kept of it.
+    given: Sequence[str | list[int]] = body.prompts if body.truncate_prompt_tokens is None else prompts
 
     def work() -> list[EchoedPrompt]:
         return [echoed(tokenizer, prompt, tokens) for prompt, tokens in zip(given, prompts, strict=True)]

@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from engine.types import Collaboration, EngineInfo, GenerationRequest, SamplingSpec
 from server.auth import client_of
 from server.engine_port import Engine
+from server.errors import invalid
 from server.generation import Choice
 from server.metrics import RequestMeter
 from server.protocol.common import GenerationFields, read_body
@@ -81,7 +82,7 @@ class Call(Generic[Body]):
             request=generation,
             prompt_only=prompt_only,
             builder=PieceBuilder(
-                service.tokenizer.detokenizer(prompt),
+                service.tokenizer.detokenizer(prompt, skip_special_tokens=body.skip_special_tokens is not False),
                 stop=body.stop_strings,
                 include_stop=bool(body.include_stop_str_in_output),
                 min_tokens=body.min_tokens or 0,
@@ -92,7 +93,10 @@ class Call(Generic[Body]):
 
     def head(self) -> Head:
         """What each chunk and the response begin with."""
-        return Head(self.id, int(time.time()), self.body.model, self.service.fingerprint)
+        name = self.id
+        if self.body.request_id is not None:
+            name = f"{self.id.partition('-')[0]}-{self.body.request_id}"
+        return Head(name, int(time.time()), self.body.model, self.service.fingerprint)
 
     def answer(self, choices: list[Choice], renderer: Renderer, prompt_tokens: int) -> Answer:
         """The request, ready to run. ``prompt_tokens`` are those of all prompts, each once."""
@@ -122,7 +126,12 @@ async def receive(request: Request, body_type: type[Body], id_prefix: str) -> Ca
     started = time.perf_counter()
     body = await read_body(request, body_type)
     member = service.models.member(body.model)
+    most = service.settings.server.max_stop_strings
+    if len(body.stop_strings) > most:
+        raise invalid(
+            f"'stop' has {len(body.stop_strings)} strings; this server takes at most {most} (server.max_stop_strings).",
+            "stop",
+        )
     engine = service.ready_engine()
-    return Call(
-        request, service, engine, body, member, client_of(request.scope), started, f"{id_prefix}-{uuid.uuid4().hex}"
-    )
+    client = client_of(request.scope)
+    return Call(request, service, engine, body, member, client, started, f"{id_prefix}-{uuid.uuid4().hex}")

@@ -11,14 +11,14 @@ from collections.abc import Awaitable, Callable
 from fastapi import APIRouter, Request, Response
 
 from server.auth import client_of
+from server.disconnect import unless_gone
 from server.openapi import BODY_ERRORS, operation
+from server.prompts import check_prompt
 from server.protocol.common import read_body
 from server.protocol.responses import DetokenizeResponse, TokenizeResponse, encode
 from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from server.routes import service_of
-from server.sampling import check_prompt
 from server.service import Service
-from server.stream import unless_gone
 from server.text.tokenizer import TextTokenizer
 
 router = APIRouter(tags=["tokens"])

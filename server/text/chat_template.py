@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
@@ -21,6 +21,10 @@ from server.text.tokenizer import TextTokenizer, TokenizerError
 
 _ESCAPED_MARK = re.compile(r"(\\\\)|\\u(fd[de][0-9a-f])")
 """A mark of :mod:`server.text.guard` that JSON has escaped; a backslash before another is one of the text's own."""
+
+_RESERVED = frozenset({"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"})
+_END = "\ue000END OF THE LAST MESSAGE\ue000 "
+"""Marks where a conversation's last message ends, to be found in what the template makes of it."""
 
 
 class ChatTemplateError(Exception):
@@ -83,21 +87,45 @@ class ChatTemplate:
             return None
         return cls(source, _special_tokens(config))
 
-    def render(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
-        """The prompt for the next assistant message.
+    def render(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> str:
+        """The prompt for the next assistant message, or for the rest of the last one.
 
         Args:
             messages: the conversation.
+            continue_final_message: end with the last message's text; not together with ``add_generation_prompt``.
+            variables: what the client gives the template besides.
             options: more variables for the template, such as ``tools``, or others in the place of the usual ones.
 
         Raises:
-            ChatTemplateError: the template refuses.
+            ChatTemplateError: the template refuses, or shows nothing of the message to be continued.
         """
-        variables = {"add_generation_prompt": True, "tools": None, "documents": None, **self._special_tokens}
+        if reserved := _RESERVED.intersection(variables or ()):
+            raise ChatTemplateError(f"the variable '{min(reserved)}' cannot be set")
+        messages = list(messages)
+        if continue_final_message:
+            # As in transformers: the template is rendered whole, then cut where the message ends.
+            messages[-1] = messages[-1] | {"content": messages[-1]["content"] + _END}
+        usual = {"add_generation_prompt": True, "tools": None, "documents": None, **self._special_tokens}
         try:
-            return self._template.render({**variables, **options, "messages": list(messages)})
+            text = self._template.render({**usual, **(variables or {}), **options, "messages": messages})
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             raise ChatTemplateError(str(error)) from None
+        return _up_to_end(text) if continue_final_message else text
+
+
+def _up_to_end(text: str) -> str:
+    before, found, rest = text.rpartition(_END.rstrip())
+    if not found:
+        raise ChatTemplateError("it shows nothing of the last message, so that it cannot be continued")
+    # A template that trims messages has taken the mark's space away; it would have trimmed the message itself.
+    return before if rest.startswith(" ") else before.rstrip()
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

@@ -28,9 +28,14 @@ HASTE = {"header_timeout_s": 0.6, "body_timeout_s": 0.6, "write_timeout_s": 0.6}
 class Wire:
     """Raw connections to a served house."""
 
-    def __init__(self, house: House, port: int) -> None:
+    def __init__(self, house: House, port: int, server: HttpServer) -> None:
         self.house = house
         self.port = port
+        self._server = server
+
+    def connections(self) -> int:
+        """How many connections the server holds."""
+        return len(self._server.server_state.connections)
 
     async def open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self.port)
@@ -87,7 +92,7 @@ async def listening(house: House) -> AsyncIterator[Wire]:
     sock = bind("127.0.0.1", 0)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     try:
-        yield Wire(house, sock.getsockname()[1])
+        yield Wire(house, sock.getsockname()[1], server)
     finally:
         server.should_exit = True
         await asyncio.wait_for(serving, 30)

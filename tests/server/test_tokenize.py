@@ -173,8 +173,8 @@ async def test_long_work_is_not_the_event_loop_s(
 
     detokenizer = tokenizer.detokenizer
 
-    def detokenizers(*given: object) -> object:
-        made = detokenizer(*given)  # type: ignore[arg-type]
+    def detokenizers(*given: object, **how: object) -> object:
+        made = detokenizer(*given, **how)  # type: ignore[arg-type]
         made.push = noted("push", made.push)  # type: ignore[method-assign, assignment]
         return made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.server.conftest import Build, House
@@ -30,9 +31,9 @@ COMMON: list[tuple[dict[str, Any], str]] = [
     ({"frequency_penalty": -3}, "frequency_penalty"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
     ({"stop": ""}, "stop"),
-    ({"stop": []}, "stop"),
     ({"stop": ["a", ""]}, "stop"),
-    ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+    ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": ["a"] * 257}, "stop"),
     ({"stop": 3}, "stop"),
     ({"stop": "x" * 1025}, "stop"),
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
@@ -57,9 +58,40 @@ COMMON: list[tuple[dict[str, Any], str]] = [
     ({"model": 3}, "model"),
     ({"model": None}, "model"),
     ({"return_token_ids": "no"}, "return_token_ids"),
-    ({"metadata": {"a": "b"}}, "metadata"),
-    ({"store": False}, "store"),
-    ({"service_tier": "auto"}, "service_tier"),
+    ({"metadata": {"a": 1}}, "metadata"),
+    ({"metadata": {f"{number}": "" for number in range(17)}}, "metadata"),
+    ({"store": True}, "store"),
+    ({"store": 0}, "store"),
+    ({"service_tier": "flex"}, "service_tier"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"priority": 1}, "priority"),
+    ({"priority": False}, "priority"),
+    ({"vllm_xargs": {"a": 1}}, "vllm_xargs"),
+    ({"kv_transfer_params": {}}, "kv_transfer_params"),
+    ({"repetition_detection": {}}, "repetition_detection"),
+    ({"logprob_token_ids": [1]}, "logprob_token_ids"),
+    ({"thinking_token_budget": 5}, "thinking_token_budget"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"allowed_token_ids": [512]}, "allowed_token_ids"),
+    ({"allowed_token_ids": [-1]}, "allowed_token_ids[0]"),
+    ({"allowed_token_ids": [0], "min_tokens": 1}, "allowed_token_ids"),
+    ({"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 1}, "allowed_token_ids"),
+    ({"allowed_token_ids": [5], "response_format": {"type": "json_object"}}, "allowed_token_ids"),
+    ({"bad_words": [""]}, "bad_words[0]"),
+    ({"bad_words": [" "]}, "bad_words"),
+    ({"bad_words": "no"}, "bad_words"),
+    ({"bad_words": ["a"], "structured_outputs": {"regex": "b"}}, "bad_words"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+    ({"skip_special_tokens": False, "spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": 257}, "truncate_prompt_tokens"),
+    ({"truncation_side": "left"}, "truncation_side"),
+    ({"truncate_prompt_tokens": 5, "truncation_side": "up"}, "truncation_side"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"request_id": "a b"}, "request_id"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
     ({"response_format": {"type": "json_object", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
@@ -129,8 +161,9 @@ COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [1] * 250, "min_tokens": 7}, "min_tokens"),
     ({"prompt": [1] * 250, "min_tokens": 7, "structured_outputs": {"regex": "a"}}, "min_tokens"),
     ({"logprobs": 21}, "logprobs"),
-    ({"logprobs": 6}, "logprobs"),
-    ({"logprobs": 6, "stream": True}, "logprobs"),
+    ({"logprobs": 21, "stream": True}, "logprobs"),
+    ({"prompt": "a", "truncate_prompt_tokens": 0}, "prompt"),
+    ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
     ({"logprobs": -2}, "logprobs"),
     ({"logprobs": "a"}, "logprobs"),
     ({"logprobs": True}, "logprobs"),
@@ -165,8 +198,15 @@ CHAT: list[tuple[dict[str, Any], str]] = [
     ({"logprobs": 1}, "logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"tools": []}, "tools"),
-    ({"tool_choice": "none"}, "tool_choice"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    ({"tools": [{}], "tool_choice": "required", "parallel_tool_calls": True, "strict": True}, "tools"),
+    ({"functions": [{"name": "f"}], "function_call": {"name": "f"}}, "functions"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"verbosity": "low"}, "verbosity"),
+    ({"add_generation_prompt": True, "continue_final_message": True}, "add_generation_prompt"),
+    ({"chat_template_kwargs": {"messages": []}}, "messages"),
+    ({"chat_template_kwargs": []}, "chat_template_kwargs"),
     ({"chat_template": "{{ 1 }}"}, "chat_template"),
     ({"prompt": "x"}, "prompt"),
     ({"echo": True}, "echo"),
@@ -194,6 +234,109 @@ async def test_chat(house: House, fields: dict[str, Any], param: str) -> None:
     check_error(await house.chat(**fields), 400, param)
     assert house.engine.seen == []
     assert (await house.chat(max_tokens=1)).status_code == 200
+
+
+ASK_NOTHING: list[dict[str, Any]] = [
+    {"stop": []},
+    {"stop": ["a", "b", "c", "d", "e"]},
+    {"stop": ["x"] * 16},
+    {"store": False},
+    {"metadata": {}},
+    {"metadata": {"run": "7"}},
+    {"service_tier": "auto"},
+    {"prompt_cache_key": "mine", "safety_identifier": "user-1", "user": "user-1", "session_id": "s"},
+    {"stream": True, "stream_options": {"include_obfuscation": False}},
+    {"use_beam_search": False, "length_penalty": 1.0, "early_stopping": False, "best_of": 1},
+    {"priority": 0, "cache_salt": "salt", "vllm_xargs": {}, "watermarking": None, "stream_interval": 1},
+    {"skip_special_tokens": True, "spaces_between_special_tokens": False},
+    {"bad_words": [], "allowed_token_ids": None, "logit_bias": {}, "stop_token_ids": []},
+    {"response_format": {"type": "text"}},
+]
+
+
+@pytest.mark.parametrize("fields", ASK_NOTHING, ids=name)
+async def test_fields_that_ask_nothing(house: House, fields: dict[str, Any]) -> None:
+    """What client libraries send by default changes nothing: the engine is asked the same as without."""
+    chat = {key: value for key, value in fields.items() if key != "best_of"}
+    assert (await house.complete(**fields)).status_code == 200
+    assert (await house.complete(stream=bool(fields.get("stream")))).status_code == 200
+    assert (await house.chat(**chat)).status_code == 200
+    assert (await house.chat(stream=bool(fields.get("stream")))).status_code == 200
+    first, plain, chatted, plain_chat = (
+        msgspec.structs.replace(seen.sampling, cache_salt=None) for seen in house.engine.seen
+    )
+    assert first == plain
+    assert chatted == plain_chat
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"parallel_tool_calls": True, "tool_choice": "none", "tools": []},
+        {"tool_choice": "auto", "functions": [], "function_call": "none"},
+        {"modalities": ["text"], "verbosity": "medium", "reasoning_effort": "none"},
+        {"top_logprobs": 0},
+        {"echo": False, "include_reasoning": True, "documents": [], "chat_template_kwargs": {}},
+        {"add_special_tokens": False, "add_generation_prompt": True, "continue_final_message": False},
+    ],
+    ids=name,
+)
+async def test_chat_fields_that_ask_nothing(house: House, fields: dict[str, Any]) -> None:
+    assert (await house.chat(**fields)).status_code == 200
+    assert (await house.chat()).status_code == 200
+    assert house.engine.seen[0].prompt == house.engine.seen[1].prompt
+    assert house.engine.seen[0].sampling == house.engine.seen[1].sampling
+
+
+async def test_an_empty_suffix_asks_nothing(house: House) -> None:
+    assert (await house.complete(suffix="")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"annotations": [], "tool_calls": [], "refusal": None, "audio": None, "function_call": None},
+        {"reasoning": None, "reasoning_content": None, "tool_calls": None, "provider_specific_fields": None},
+        {"name": "helper"},
+    ],
+    ids=name,
+)
+@pytest.mark.parametrize("content", ["an answer", None])
+async def test_history_as_it_was_returned(house: House, message: dict[str, Any], content: str | None) -> None:
+    history = [{"role": "assistant", "content": content, **message}, {"role": "user", "content": "go on"}]
+    assert (await house.chat(messages=history)).status_code == 200
+    plain = [{"role": "assistant", "content": content or ""}, {"role": "user", "content": "go on"}]
+    assert (await house.chat(messages=plain)).status_code == 200
+    assert house.engine.seen[0].prompt == house.engine.seen[1].prompt
+
+
+async def test_history_with_tool_calls_is_refused_by_name(house: House) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    check_error(await house.chat(messages=[message]), 400, "messages[0].tool_calls")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [1] * 256},
+        {"prompt": [1] * 250, "max_tokens": 7},
+        {"prompt": "word " * 400},
+        {"prompt": "a " * 500_000},
+    ],
+    ids=name,
+)
+async def test_overflow_in_the_words_that_clients_look_for(house: House, fields: dict[str, Any]) -> None:
+    error = check_error(await house.complete(**fields), 400)
+    assert "maximum context length is 256 tokens" in error["message"]
+    assert error["code"] == "context_length_exceeded"
+
+
+async def test_how_many_stop_strings_is_a_setting(build: Build) -> None:
+    house = await build(server={"max_stop_strings": 40})
+    assert (await house.complete(stop=[f"<{number}>" for number in range(40)])).status_code == 200
+    error = check_error(await house.complete(stop=["<"] * 41), 400, "stop")
+    assert "server.max_stop_strings" in error["message"]
 
 
 @pytest.mark.parametrize("field", ["model", "prompt"])
