@@ -87,7 +87,7 @@ test-browser: $(DEV) ## Run the tests that drive a real browser (Debian's chromi
 
 .PHONY: soak
 soak: $(DEV) ## Mixed load on a live demo server (ARGS="--minutes 60 --plot soak.png")
-	$(BIN)/python -m tests.soak $(ARGS)
+	$(BIN)/python -m tests.robustness.soak $(ARGS)
 
 DOCS_VENV := .venv-docs
 DOCS := $(DOCS_VENV)/.installed

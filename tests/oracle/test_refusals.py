@@ -1,7 +1,7 @@
 """What does not fit refuses to start, with one line that names it.
 
 Where nothing has to be loaded for that, the function is asked that the engine's process asks first; that what it says
-reaches the user is shown in ``tests/faults/test_startup.py``.
+reaches the user is shown in ``tests/robustness/test_startup.py``.
 """
 
 from __future__ import annotations
