@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.servers import server_of_standins
 from tests.engine.builders import standin_config
 from tests.engine.oracle import Pair
-from tests.faults.servers import DEMO, START_SECONDS
 from tests.live import announced_address
 from tests.packaging.sources import ROOT
+from tests.robustness.servers import DEMO, START_SECONDS
+from tests.server.commands.servers import server_of_standins
 from tests.waiting import GENEROUS_SECONDS
 
 SCRIPT = """
