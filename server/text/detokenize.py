@@ -14,7 +14,7 @@ import codecs
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from server.text.decoding import Decoding
+from engine.spelling.decoding import Decoding
 
 CONTEXT = 32
 """Tokens of a prompt that a detokenizer is begun with."""
@@ -36,7 +36,7 @@ class Detokenizer(Protocol):
 
 
 class TableDetokenizer:
-    """For decoders that give each token the same bytes wherever it stands; see :mod:`server.text.decoding`.
+    """For decoders that give each token the same bytes wherever it stands; see :mod:`engine.spelling.decoding`.
 
     This is the common case and the hot path: a table and an incremental UTF-8 decoder.
 

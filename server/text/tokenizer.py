@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
-from server.text.decoding import Decoding, decoding_of
+from engine.spelling.decoding import Decoding, decoding_of, token_bytes
 from server.text.detokenize import CONTEXT, Detokenizer, TableDetokenizer, WindowDetokenizer
 from server.text.guard import SpecialTokenGuard
 
@@ -169,19 +169,8 @@ class TextTokenizer:
         content = self._content(token)
         if not content:
             return b""
-        data = (self._decoding or _ROUGHLY).bytes_of(content, first=first)
-        if token in self._added and not _is_text(data):
-            # The library would read "é" in an added token as a byte of the byte-level alphabet, and show U+FFFD.
-            return content.encode("utf-8", "replace")
-        return data
-
-
-def _is_text(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
+        decoding = self._decoding or _ROUGHLY
+        return token_bytes(decoding, content, added=token in self._added, first=first)
 
 
 def _from_hub(name: str) -> Path:

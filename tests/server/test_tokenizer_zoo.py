@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from engine.spelling.decoding import BYTEWISE
 from server.app import create_app
 from server.service import Service
-from server.text.decoding import BYTEWISE
 from server.text.detokenize import TableDetokenizer, WindowDetokenizer
 from server.text.echo import echoed
 from server.text.tokenizer import TextTokenizer

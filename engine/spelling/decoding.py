@@ -159,3 +159,27 @@ def _byte_table() -> dict[str, int]:
             table[chr(0x100 + shifted)] = byte
             shifted += 1
     return table
+
+
+def token_bytes(decoding: Decoding, content: str, *, added: bool, first: bool = False) -> bytes:
+    """The bytes that one token adds to a text.
+
+    Args:
+        decoding: the tokenizer's.
+        content: the token's entry in the vocabulary.
+        added: whether it is an added token.
+        first: whether it begins the text.
+    """
+    data = decoding.bytes_of(content, first=first)
+    if added and not _is_text(data):
+        # The library would read "é" in an added token as a byte of the byte-level alphabet, and show U+FFFD.
+        return content.encode("utf-8", "replace")
+    return data
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True

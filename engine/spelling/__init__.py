@@ -1,0 +1,14 @@
+"""Texts in several vocabularies: what models need that do not share a tokenizer.
+
+The text of an answer is bytes that all members have in common. Each member reads and writes it in tokens of its own:
+
+- :mod:`~engine.spelling.decoding`: the bytes of one token;
+- :mod:`~engine.spelling.vocabulary`: a tokenizer as a set of byte strings, sorted, so that all tokens that begin with
+  a prefix are one span;
+- :mod:`~engine.spelling.mass`: the probability that a model gives to a prefix, whatever token continues it;
+- :mod:`~engine.spelling.boundaries`: offsets at which a tokenizer can be restarted;
+- :mod:`~engine.spelling.speller`: text to tokens, in the middle of a document and byte for byte;
+- :mod:`~engine.spelling.strand`: one member's tokens for the common text while it grows.
+
+Pure: numpy and the tokenizers library; no torch, no vLLM, no scheduler.
+"""

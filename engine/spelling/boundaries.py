@@ -1,0 +1,56 @@
+r"""Offsets at which a tokenizer can be restarted: what precedes is spelled the same whatever follows, and what follows
+is spelled as it would be there.
+
+Pre-tokenizers look ahead (``\s+(?!\S)`` gives the last space of a run to the next word), group digits, take a line
+break to the punctuation before it or a contraction to its word; SentencePiece has no pre-tokenizer at all. So an
+offset counts only where all families in use have a boundary, and only as far as no token of the vocabulary at hand
+reaches across one of its kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from engine.spelling.vocabulary import Vocabulary
+
+_AFTER_NO_SPACE = (
+    rb"(?<=[^\x00-\x20\x7f])"
+    # Spaces beyond ASCII, in UTF-8: U+0085, U+00A0, U+1680, U+2000 to U+200A, U+2028, U+2029, U+202F, U+205F, U+3000.
+    rb"(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)"
+)
+_KINDS = (
+    # A space after anything else. The space may be followed by others: they are one run.
+    _AFTER_NO_SPACE + rb"(?= )",
+    # A line break after a word; after punctuation it may be the punctuation's.
+    rb"(?<=[0-9A-Za-z])(?=[\r\n])",
+    # A mark after a letter; apostrophes may begin a contraction.
+    rb"(?<=[A-Za-z])(?=[,.;:!?()\[\]{}\"<>=+*/\\|&%$#@^~])",
+    # The same in Chinese and Japanese: after an ideograph U+3001, U+3002, U+FF01, U+FF0C, U+FF1A, U+FF1B or U+FF1F.
+    rb"(?<=[\xe4-\xe9][\x80-\xbf]{2})(?=\xe3\x80[\x81\x82]|\xef\xbc[\x81\x8c\x9a\x9b\x9f])",
+)
+_CONTEXT = 4
+"""Bytes to both sides that a kind of boundary looks at, at most."""
+
+
+class Boundaries:
+    """The safe boundaries of one vocabulary.
+
+    A kind of boundary is used only if no text token has one inside.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        kinds = [kind for kind in _KINDS if not re.search(kind, vocabulary.joined, re.DOTALL)]
+        self._pattern = re.compile(b"|".join(kinds), re.DOTALL) if kinds else None
+
+    def within(self, text: bytes | bytearray, begin: int, end: int) -> Iterator[int]:
+        """Safe boundaries b with begin <= b <= end, in order; those at the ends of ``text`` are not among them."""
+        if self._pattern is None:
+            return
+        first = max(begin - _CONTEXT, 0)
+        for match in self._pattern.finditer(text[first : end + _CONTEXT]):
+            offset = match.start() + first
+            if offset > end:
+                break
+            if offset >= begin:
+                yield offset

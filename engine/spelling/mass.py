@@ -1,0 +1,85 @@
+"""The probability that one model, at one position, gives to a prefix, whatever token continues it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.spelling.vocabulary import Vocabulary
+
+EXACT = 256
+"""Symbol: the token ends here."""
+
+END = 257
+"""Symbol: the text ends here."""
+
+SYMBOLS = 258
+
+_SHORT = 1024
+"""Spans up to this many tokens are summed directly."""
+
+_FAINT = 1e-6
+"""Below this a difference of cumulative sums has lost digits, and the span is summed directly."""
+
+
+class Mass:
+    """A next-token distribution as a distribution over byte strings.
+
+    Special tokens are left out; the ids that end a text are one symbol, END. The rest is renormalised.
+
+    Args:
+        vocabulary: the model's.
+        probabilities: [V] for each token id, not negative; entries beyond the vocabulary are ignored.
+
+    Attributes:
+        end: probability that the text ends.
+
+    Raises:
+        ValueError: a probability is not finite, or no token of the vocabulary has any.
+    """
+
+    __slots__ = ("_cumulative", "_text", "_vocabulary", "end")
+
+    def __init__(self, vocabulary: Vocabulary, probabilities: NDArray[np.floating]) -> None:
+        text = probabilities[vocabulary.order].astype(np.float64)
+        stops = [stop for stop in vocabulary.stops if stop < len(probabilities)]
+        end = float(probabilities[stops].sum(dtype=np.float64))
+        total = float(text.sum()) + end
+        if not (np.isfinite(total) and total > 0):
+            raise ValueError("a distribution is not finite, or empty")
+        text /= total
+        self._vocabulary = vocabulary
+        self._text = text
+        self._cumulative = np.concatenate([[0.0], np.cumsum(text)])
+        self.end = end / total
+
+    def of(self, prefix: bytes) -> float:
+        """Probability that the next token begins with ``prefix``; for b"" that the text goes on."""
+        return self._sum(*self._vocabulary.span(prefix))
+
+    def at(self, text: bytes) -> float:
+        """Probability that the next token is exactly ``text``."""
+        branches = self._vocabulary.branches(text)
+        return self._sum(branches.begin, branches.exact)
+
+    def next(self, prefix: bytes) -> NDArray[np.float64]:
+        """[SYMBOLS]: probability that the next token begins with ``prefix`` and goes on by a byte, or is ``prefix``
+        itself (EXACT); for b"" also that the text ends (END), for others that is 0.
+        """
+        branches = self._vocabulary.branches(prefix)
+        begin, end = branches.begin, branches.end
+        sums, offset = self._cumulative, 0
+        if end - begin <= _SHORT or sums[end] - sums[begin] < _FAINT:
+            sums, offset = np.concatenate([[0.0], np.cumsum(self._text[begin:end])]), begin
+        masses = np.empty(SYMBOLS)
+        at = sums[branches.bounds - offset]
+        np.subtract(at[1:], at[:-1], out=masses[:256])
+        masses[EXACT] = at[0] - sums[begin - offset]
+        masses[END] = 0.0 if prefix else self.end
+        return masses
+
+    def _sum(self, begin: int, end: int) -> float:
+        mass = float(self._cumulative[end] - self._cumulative[begin])
+        if mass < _FAINT:
+            return float(self._text[begin:end].sum())
+        return mass
