@@ -20,12 +20,16 @@ from tests.deployment.sources import RULE_FILES, server_series
 from tests.packaging.sources import ROOT
 
 KUBERNETES = ROOT / "deploy/kubernetes"
-BUILDS = ["base", "overlays/cpu"]
+BUILDS = ["base", "overlays/cpu", "overlays/one-gpu"]
 VERSIONS = ["1.30", "1.34"]
 """Of Kubernetes, whose schemas the objects must fit."""
 
-CUSTOM_KINDS = frozenset({"ServiceMonitor", "PrometheusRule"})
-"""Of the Prometheus operator: Kubernetes' schemas don't know them."""
+CUSTOM_KINDS = {
+    "ServiceMonitor": "monitoring.coreos.com/v1",
+    "PrometheusRule": "monitoring.coreos.com/v1",
+    "ScaledObject": "keda.sh/v1alpha1",
+}
+"""Of the Prometheus operator and of KEDA: Kubernetes' schemas don't know them."""
 
 LEFT_FOR_THE_END_S = 20
 """Seconds that the server may take after its drain: last answers, and the engine's end."""
@@ -64,11 +68,14 @@ def built(folder: str) -> Objects:
 
 
 def manifests() -> list[Path]:
-    """The files of the base that are whole objects."""
-    return [
-        KUBERNETES / "base" / name
-        for name in yaml.safe_load((KUBERNETES / "base/kustomization.yaml").read_text())["resources"]
-    ]
+    """The files of the base, and the examples, that are whole objects."""
+    names = yaml.safe_load((KUBERNETES / "base/kustomization.yaml").read_text())["resources"]
+    return [*(KUBERNETES / "base" / name for name in names), *sorted((KUBERNETES / "examples").glob("*.yaml"))]
+
+
+def example(name: str) -> dict[str, Any]:
+    """One of the objects that are applied by hand."""
+    return yaml.safe_load((KUBERNETES / "examples" / name).read_text())  # type: ignore[no-any-return]
 
 
 def validate(item: dict[str, Any], version: str) -> None:
@@ -99,7 +106,7 @@ def test_manifest_is_valid(path: Path, version: str) -> None:
     """Each file by itself: needs no kustomize."""
     [item] = yaml.safe_load_all(path.read_text())
     if item["kind"] in CUSTOM_KINDS:
-        assert item["apiVersion"] == "monitoring.coreos.com/v1"
+        assert item["apiVersion"] == CUSTOM_KINDS[item["kind"]]
     else:
         validate(item, version)
 
@@ -157,12 +164,15 @@ def test_the_demo_pair_is_configured_as_everywhere() -> None:
     """Needs no kustomize. The overlay has what demo.toml has, but for what a GPU needs and a pod must say."""
     demo = tomllib.loads((ROOT / "deploy/config/demo.toml").read_text())
     mine = tomllib.loads((KUBERNETES / "overlays/cpu/config/collm.toml").read_text())
-    for lane in (demo["base"], *demo["experts"]):
+    one_gpu = tomllib.loads((KUBERNETES / "overlays/one-gpu/config/collm.toml").read_text())
+    for lane in (demo["base"], *demo["experts"], one_gpu["base"], *one_gpu["experts"]):
         del lane["vllm"]["gpu_memory_utilization"]
         lane["model"] = lane["model"].removeprefix("../../")
     demo["gate"]["path"] = demo["gate"]["path"].removeprefix("../../")
     assert set(mine.pop("server")) == {"drain_timeout_s"}
     assert mine == demo
+    assert set(one_gpu.pop("server")) == {"drain_timeout_s"}
+    assert one_gpu == demo
 
 
 def test_sources_of_config_maps_are_valid_toml() -> None:
@@ -243,6 +253,7 @@ def test_everything_selects_the_pods(folder: str) -> None:
         objects["Deployment"]["spec"]["selector"]["matchLabels"],
         objects["Service"]["spec"]["selector"],
         objects["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        objects["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
     ):
         assert selector
         assert selector.items() <= labels.items()
@@ -252,6 +263,48 @@ def test_everything_selects_the_pods(folder: str) -> None:
     assert port["targetPort"] == container(objects)["ports"][0]["name"]
     assert [endpoint["port"] for endpoint in monitor["endpoints"]] == [port["name"]]
     assert [endpoint["path"] for endpoint in monitor["endpoints"]] == ["/metrics"]
+
+
+def test_one_gpu_overlay_has_a_gpu_and_the_demo_pair() -> None:
+    objects = built("overlays/one-gpu")
+    assert container(objects)["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert container(objects)["image"] == "collm:gpu"
+    assert {"PersistentVolumeClaim", "HorizontalPodAutoscaler"} & set(objects) == set()
+    assert objects["Deployment"]["spec"]["replicas"] == 1
+
+
+def test_examples_fit_the_base() -> None:
+    """They are applied by hand: nobody would notice a name that is not there."""
+    names = {
+        item["kind"]: item
+        for item in (
+            yaml.safe_load((KUBERNETES / "base" / f"{name}.yaml").read_text())
+            for name in ("service", "deployment", "models", "networkpolicy", "hpa")
+        )
+    }
+    [rule] = example("ingress.yaml")["spec"]["rules"]
+    [path] = rule["http"]["paths"]
+    backend = path["backend"]["service"]
+    assert backend["name"] == names["Service"]["metadata"]["name"]
+    assert backend["port"]["name"] in [port["name"] for port in names["Service"]["spec"]["ports"]]
+    keda, hpa = example("keda.yaml")["spec"], names["HorizontalPodAutoscaler"]["spec"]
+    assert keda["scaleTargetRef"]["name"] == names["Deployment"]["metadata"]["name"]
+    assert (keda["minReplicaCount"], keda["maxReplicaCount"]) == (hpa["minReplicas"], hpa["maxReplicas"])
+    [trigger] = keda["triggers"]
+    assert set(re.findall(r"collm_\w+", trigger["metadata"]["query"])) <= set(server_series())
+    job = example("download-models.yaml")["spec"]["template"]["spec"]
+    claims = [
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in job["volumes"]
+        if len(volume) == 2 and "persistentVolumeClaim" in volume
+    ]
+    assert claims == [names["PersistentVolumeClaim"]["metadata"]["name"]]
+    folders = re.findall(r"--local-dir (\S+)", job["containers"][0]["args"][0])
+    served = tomllib.loads((KUBERNETES / "base/config/collm.toml").read_text())
+    assert folders == [served["base"]["model"], *(expert["model"] for expert in served["experts"])]
+    [ingress] = names["NetworkPolicy"]["spec"]["ingress"]
+    [port] = names["Deployment"]["spec"]["template"]["spec"]["containers"][0]["ports"]
+    assert [allowed["port"] for allowed in ingress["ports"]] == [port["name"]]
 
 
 def test_autoscaler_looks_at_the_queue() -> None:
