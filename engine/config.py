@@ -66,14 +66,24 @@ class GateConfig(_Config):
     """The deferral gate, and what a request gets that does not say otherwise."""
 
     path: str | None = None
-    """Folder of the gate artifact. None: the last row of a base in the reference format (V+1 outputs), if it is
-    one; else the pair has no gate and serves the policies that need none."""
+    """Folder of the gate artifact. None: the pair has no gate, unless its base is in the reference format, and serves
+    the policies that need none."""
+
+    in_lm_head: bool = False
+    """The base is in the reference format (V+1 outputs): the last row of its LM head is the gate. Not needed where the
+    checkpoint says so itself, as one written by ``training.convert`` does."""
 
     policy: PolicyName | None = None
     """Default policy. None: the artifact's."""
 
     threshold: float | None = Field(default=None, ge=0, le=1)
     """Default threshold. None: the artifact's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.path is not None and self.in_lm_head:
+            raise ValueError("path and in_lm_head exclude each other")
+        return self
 
 
 class SchedulerConfig(_Config):

@@ -2,6 +2,7 @@
 
 CollmError
 ├── ConfigError            a configuration that cannot be served; the message names the field
+├── CheckpointError        a checkpoint that cannot be read; the message names the file
 ├── GateError              a gate artifact that is damaged or does not fit its models
 ├── EngineStartupError     the engine process refused to start; the message is one clear line
 ├── EngineDeadError        the engine process is gone; nothing more can be served by it
@@ -15,6 +16,10 @@ class CollmError(Exception):
 
 class ConfigError(CollmError, ValueError):
     """A configuration that cannot be served. The message names the field."""
+
+
+class CheckpointError(CollmError, ValueError):
+    """A checkpoint that cannot be read. The message names the file."""
 
 
 class GateError(CollmError, ValueError):

@@ -9,11 +9,9 @@ Shapes: B rows, K experts, d hidden size.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,106 +22,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from engine.errors import GateError
+from engine.checkpoints import Checkpoint, ModelIdentity, make_readable, read_json
+from engine.errors import CheckpointError, GateError
 from engine.gates import FEATURES, KINDS, GateFunction
 
 FORMAT_VERSIONS = (1, 2)
 TENSORS_FILE = "gate.safetensors"
 FIELDS_FILE = "gate.json"
 
-# Keys of a config.json that say how a model is run or where it came from, not what it computes.
-_NOT_ARCHITECTURE = {
-    "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id", "initializer_range",
-    "pad_token_id", "quantization_config", "torch_dtype", "transformers_version", "use_cache",
-}  # fmt: skip
-
 
 def gate_logits(hidden_BD: torch.Tensor, theta_KD: torch.Tensor, bias_K: torch.Tensor) -> torch.Tensor:
     """Gate logits [B, K] in float32; K = 1 defers with probability sigmoid(logit)."""
     return hidden_BD.float() @ theta_KD.float().T + bias_K.float()
-
-
-class ModelIdentity(msgspec.Struct, frozen=True):
-    """What a gate needs a model to be, whatever its weights' values and precision.
-
-    ``config_sha256`` is of ``architecture``, the part of config.json that decides what is computed;
-    ``tokenizer_sha256`` is of the vocabulary, the sorted map from token to id, of ``tokens``
-    entries.
-    """
-
-    config_sha256: str
-    tokenizer_sha256: str
-    architecture: dict[str, Any]
-    tokens: int
-
-    def differences(self, other: ModelIdentity) -> list[str]:
-        """What ``other`` has instead, one phrase for each difference; empty if they agree."""
-        found = []
-        for key in sorted(self.architecture.keys() | other.architecture.keys()):
-            mine, theirs = (identity.architecture.get(key, "absent") for identity in (self, other))
-            if mine != theirs:
-                found.append(f"config.json {key} is {theirs}, not {mine}")
-        if self.config_sha256 != other.config_sha256 and not found:
-            found.append(_hashes("config.json", other.config_sha256, self.config_sha256))
-        if self.tokenizer_sha256 != other.tokenizer_sha256:
-            hashes = _hashes("tokenizer.json", other.tokenizer_sha256, self.tokenizer_sha256)
-            found.append(f"{hashes} ({other.tokens} tokens, not {self.tokens})")
-        return found
-
-
-def _hashes(what: str, found: str, wanted: str) -> str:
-    return f"{what} has sha256 {found[:12]}, not {wanted[:12]}"
-
-
-def model_identity(path: str | Path) -> ModelIdentity:
-    """The identity of the checkpoint in directory ``path``.
-
-    Raises:
-        GateError: config.json or tokenizer.json is missing or is not what it should be.
-    """
-    config = _read_json(Path(path) / "config.json")
-    architecture = {
-        key: value for key, value in config.items() if key not in _NOT_ARCHITECTURE and not key.startswith("_")
-    }
-    vocabulary = _vocabulary(Path(path) / "tokenizer.json")
-    return ModelIdentity(
-        config_sha256=_sha256(architecture),
-        tokenizer_sha256=_sha256(vocabulary),
-        architecture=architecture,
-        tokens=len(vocabulary),
-    )
-
-
-def _vocabulary(file: Path) -> dict[str, int]:
-    """Token to id, of any of the tokenizers library's models, added tokens included."""
-    content = _read_json(file)
-    try:
-        entries = content["model"]["vocab"]
-        if isinstance(entries, dict):
-            vocabulary = dict(entries)
-        else:
-            vocabulary = {token: i for i, (token, _score) in enumerate(entries)}
-        vocabulary.update({t["content"]: t["id"] for t in content.get("added_tokens") or ()})
-    except (KeyError, TypeError, ValueError) as error:
-        raise GateError(f"{file}: field model.vocab: no vocabulary is found there") from error
-    return vocabulary
-
-
-def _sha256(value: Mapping[str, Any]) -> str:
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise GateError(f"{file}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise GateError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise GateError(f"{file}: holds no JSON object")
-    return content
 
 
 class GateFile(msgspec.Struct, kw_only=True):
@@ -250,8 +160,7 @@ class GateArtifact:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(directory / TENSORS_FILE))
         text = json.dumps(fields, indent=2, ensure_ascii=False)
         (directory / FIELDS_FILE).write_text(text + "\n", encoding="utf-8")
-        # safetensors makes files that only their owner can read; a server often runs as someone else.
-        shutil.copymode(directory / FIELDS_FILE, directory / TENSORS_FILE)
+        make_readable(directory, like=FIELDS_FILE)  # a server often runs as someone else
 
     @classmethod
     def load(cls, path: str | Path) -> GateArtifact:
@@ -261,7 +170,10 @@ class GateArtifact:
             GateError: naming the file and the field that is missing or wrong.
         """
         directory = Path(path)
-        fields = _read_json(directory / FIELDS_FILE)
+        try:
+            fields = read_json(directory / FIELDS_FILE)
+        except CheckpointError as error:
+            raise GateError(str(error)) from error
         file = directory / TENSORS_FILE
         try:
             tensors = load_file(str(file))
@@ -271,23 +183,31 @@ class GateArtifact:
             raise GateError(f"{file}: cannot be read as safetensors: {error}") from error
         return _parse(fields, tensors, directory)
 
-    def check_fits(self, base_dir: str | Path, expert_dirs: Sequence[str | Path]) -> None:
-        """Check that this gate was made for these checkpoints, in the order of ``experts``.
+    def check_fits(self, base: str | Path | Checkpoint, experts: Sequence[str | Path | Checkpoint]) -> None:
+        """Check that this gate was made for these checkpoints, the experts in its order.
+
+        The base must be the same architecture with the same vocabulary; of an expert only the vocabulary counts.
 
         Raises:
             GateError: naming the model that differs, and how.
+            CheckpointError: a checkpoint cannot be read.
         """
-        if len(expert_dirs) != len(self.experts):
+        if len(experts) != len(self.experts):
             names = ", ".join(self.experts)
-            raise GateError(f"the gate is for {len(self.experts)} experts ({names}), {len(expert_dirs)} are given")
-        wanted: list[tuple[str, ModelIdentity | None, str | Path]] = [("base", self.base, base_dir)]
-        for name, identity, directory in zip(self.experts, self.expert_identities, expert_dirs, strict=True):
-            wanted.append((f"expert {name}", identity, directory))
-        for role, identity, directory in wanted:
-            differences = identity.differences(model_identity(directory)) if identity else []
+            raise GateError(f"the gate is for {len(self.experts)} experts ({names}), {len(experts)} are given")
+        wanted: list[tuple[str, ModelIdentity | None, str | Path | Checkpoint]] = [("base", self.base, base)]
+        for name, identity, given in zip(self.experts, self.expert_identities, experts, strict=True):
+            wanted.append((f"expert {name}", identity, given))
+        for role, identity, given in wanted:
+            if identity is None:
+                continue
+            checkpoint = given if isinstance(given, Checkpoint) else Checkpoint(given)
+            differences = identity.differences(checkpoint.identity, vocabulary_only=role != "base")
             if differences:
                 how = "; ".join(differences)
-                raise GateError(f"the {role} in {directory} is not the one that the gate was made for: {how}")
+                raise GateError(
+                    f"the {role} in {checkpoint.directory} is not the one that the gate was made for: {how}"
+                )
 
 
 def _parse(fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], directory: Path) -> GateArtifact:

@@ -207,6 +207,8 @@ def build(
         from engine.vllm_hooks.load import load_lanes, make_plan, versions_in_use
 
         plan = make_plan(config)
+        for line in plan.notes():
+            on_progress(line)
         on_progress("importing vLLM")
         lanes = load_lanes(config, plan, on_progress=on_progress, on_ready=on_ready, on_failure=on_failure)
         vocab_size, eos_token_ids, gate = plan.vocab_size, plan.eos_token_ids, plan.gate
@@ -224,7 +226,8 @@ def build(
         lanes=len(lanes),
         max_num_seqs=config.scheduler.max_num_seqs,
         max_model_len=max_model_len,
-        vocab_size=vocab_size,
+        # An end of text may be one member's alone, beyond what all have.
+        vocab_size=max([vocab_size, *(end + 1 for end in eos_token_ids)]),
         eos_token_ids=eos_token_ids,
         has_gate=gate is not None,
         policy=gate.policy if gate is not None else (config.gate.policy or "never"),

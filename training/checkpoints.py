@@ -5,7 +5,6 @@ Shapes: B examples, T tokens, V vocabulary, d hidden size.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from engine.errors import GateError
-from engine.gate import ModelIdentity, model_identity
+from engine.checkpoints import Checkpoint, copy_companions, make_readable, tokenizer_folder
+from engine.errors import CheckpointError
+from engine.vocabulary import Member, SharedVocabulary, difference, missing_rows
 from training.errors import ModelError
 from training.settings import ComputeSettings, Settings
 
-_NAMED_ENTRIES = 5
 _CPU = torch.device("cpu")
 
 
@@ -31,7 +30,7 @@ def quiet() -> None:
 def load_tokenizer(path: str | Path) -> Any:
     """The checkpoint's tokenizer."""
     quiet()
-    return AutoTokenizer.from_pretrained(str(path))
+    return AutoTokenizer.from_pretrained(str(tokenizer_folder(Path(path))))
 
 
 def device_of(compute: ComputeSettings) -> torch.device:
@@ -92,10 +91,22 @@ def mean_head_row(model: PreTrainedModel) -> torch.Tensor:
     return weight.detach().float().mean(dim=0).cpu()
 
 
-def vocabulary_size(base: Path) -> int:
-    """Size of the real vocabulary: ids from 0 up to the tokenizer's highest."""
-    highest: int = max(load_tokenizer(base).get_vocab().values())
-    return highest + 1
+def shared_vocabulary(settings: Settings) -> SharedVocabulary:
+    """What all models of a project may write.
+
+    Raises:
+        ModelError: a checkpoint cannot be read.
+    """
+    labels = ["base", *(f"expert {expert.name}" for expert in settings.experts)]
+    paths = [settings.base.model, *(expert.model for expert in settings.experts)]
+    members = []
+    for label, path in zip(labels, paths, strict=True):
+        checkpoint = Checkpoint(path)
+        try:
+            members.append(Member(label, checkpoint.vocabulary, checkpoint.rows, checkpoint.ends))
+        except CheckpointError as error:
+            raise ModelError(str(error)) from error
+    return SharedVocabulary(members)
 
 
 def check_models(settings: Settings) -> None:
@@ -104,52 +115,28 @@ def check_models(settings: Settings) -> None:
     Raises:
         ModelError: naming the model, and for a vocabulary the first entries that differ.
     """
+    models = {"base": settings.base.model} | {f"expert {expert.name}": expert.model for expert in settings.experts}
+    checkpoints = {label: Checkpoint(path) for label, path in models.items()}
     try:
-        for path in (settings.base.model, *(expert.model for expert in settings.experts)):
-            model_identity(path)
-            _check_weights(Path(path))
-        base = model_identity(settings.base.model)
-        for expert in settings.experts:
-            other = model_identity(expert.model)
-            if base.tokenizer_sha256 != other.tokenizer_sha256:
-                differing = _differences(Path(settings.base.model), Path(expert.model))
-                raise ModelError(f"expert {expert.name} does not share the base's vocabulary: {differing}")
-        size = vocabulary_size(Path(settings.base.model))
-        _check_outputs("base", base, size)
-        for expert in settings.experts:
-            _check_outputs(f"expert {expert.name}", model_identity(expert.model), size)
-    except GateError as error:
+        for checkpoint in checkpoints.values():
+            _ = checkpoint.config, checkpoint.vocabulary
+            _check_weights(checkpoint.directory)
+        base = checkpoints["base"].vocabulary
+        for label, checkpoint in checkpoints.items():
+            differs = difference(base, checkpoint.vocabulary)
+            if differs is not None:
+                raise ModelError(f"{label} does not share the base's vocabulary: {differs}")
+        for label, checkpoint in checkpoints.items():
+            lacks = missing_rows(base, checkpoint.rows)
+            if lacks is not None:
+                raise ModelError(f"{label} has {lacks}")
+    except CheckpointError as error:
         raise ModelError(str(error)) from error
-
-
-def _check_outputs(label: str, model: ModelIdentity, size: int) -> None:
-    """Refuse what the serving engine refuses too: a model that cannot write every token of the vocabulary."""
-    rows = (model.architecture.get("text_config") or model.architecture).get("vocab_size")
-    if isinstance(rows, int) and rows < size:
-        raise ModelError(
-            f"{label} has {rows} outputs (vocab_size in config.json), but the tokenizer has ids up to {size - 1}: "
-            f"resize its embedding and LM head to {size} rows"
-        )
-
-
-def _differences(base: Path, expert: Path) -> str:
-    ours, theirs = (load_tokenizer(path).get_vocab() for path in (base, expert))
-    differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    named = ", ".join(
-        f"{token!r} is {ours.get(token, 'absent')} in the base and {theirs.get(token, 'absent')} in the expert"
-        for token in differing[:_NAMED_ENTRIES]
-    )
-    return f"{len(differing)} entries differ, such as {named}"
 
 
 def save_base(model: PreTrainedModel, source: Path, folder: Path) -> None:
     """Write a trained base with the tokenizer and generation settings of the one that it was."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder), safe_serialization=True)
-    for file in sorted(source.iterdir()):
-        is_text = file.suffix in {".json", ".jinja", ".model", ".txt"}
-        if is_text and not file.name.endswith(".index.json") and file.name != "config.json":
-            shutil.copyfile(file, folder / file.name)
-    for file in folder.glob("*.safetensors"):
-        # safetensors makes files that only their owner can read.
-        shutil.copymode(folder / "config.json", file)
+    copy_companions(source, folder)
+    make_readable(folder)

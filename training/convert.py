@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from engine.errors import GateError
-from engine.gate import GateArtifact, model_identity
+from engine.checkpoints import (
+    CONFIG,
+    GATE_IN_HEAD,
+    WEIGHTS,
+    copy_companions,
+    make_readable,
+    model_identity,
+    read_json,
+)
+from engine.errors import CheckpointError, GateError
+from engine.gate import GateArtifact
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
@@ -51,7 +58,7 @@ def to_reference(base_dir: Path, gate_dir: Path, out_dir: Path) -> None:
         raise GateError(f"{gate_dir}: hidden size {gate.hidden_size}, the base's is {head.shape[1]}")
     tensors[EMBEDDING] = torch.cat([embedding, embedding.new_zeros(1, embedding.shape[1])])
     tensors[HEAD] = torch.cat([head, gate.theta.to(head.dtype)])
-    _write(base_dir, out_dir, config, tensors, vocab_size=config["vocab_size"] + 1)
+    _write(base_dir, out_dir, config, tensors, vocab_size=config["vocab_size"] + 1, gate_in_head=True)
 
 
 def from_reference(reference_dir: Path, out_base_dir: Path, out_gate_dir: Path, expert: str = "expert") -> None:
@@ -73,7 +80,7 @@ def from_reference(reference_dir: Path, out_base_dir: Path, out_gate_dir: Path, 
             found = tensor.shape[0]
             raise GateError(f"{reference_dir / WEIGHTS}: {name} has {found} rows, config.json {rows}")
     tensors[HEAD], tensors[EMBEDDING] = head[:-1].contiguous(), embedding[:-1].contiguous()
-    _write(reference_dir, out_base_dir, config, tensors, vocab_size=rows - 1)
+    _write(reference_dir, out_base_dir, config, tensors, vocab_size=rows - 1, gate_in_head=False)
     GateArtifact(
         theta=head[-1:].float(),
         bias=torch.zeros(1),
@@ -87,19 +94,18 @@ def from_reference(reference_dir: Path, out_base_dir: Path, out_gate_dir: Path, 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """config.json and all weights, of one file or of several with an index."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = read_json(directory / CONFIG)
         files = {WEIGHTS}
         if (directory / INDEX).exists():
-            index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-            files = set(index["weight_map"].values())
+            files = set(read_json(directory / INDEX)["weight_map"].values())
         tensors: dict[str, torch.Tensor] = {}
         for name in sorted(files):
             tensors.update(load_file(str(directory / name)))
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise GateError(f"{directory}: cannot be read as a checkpoint: {error}") from error
     for key in ("vocab_size", "hidden_size"):
         if key not in config:
-            raise GateError(f"{directory / 'config.json'}: field {key}: missing")
+            raise GateError(f"{directory / CONFIG}: field {key}: missing")
     if EMBEDDING not in tensors:
         raise GateError(f"{directory}: no {EMBEDDING} among the weights")
     return config, tensors
@@ -111,18 +117,17 @@ def _write(
     config: dict[str, Any],
     tensors: dict[str, torch.Tensor],
     vocab_size: int,
+    gate_in_head: bool,
 ) -> None:
     """Write a checkpoint with an untied head; tokenizer and generation settings are copied."""
     out.mkdir(parents=True, exist_ok=True)
-    skipped = {"config.json", "README.md", INDEX}
-    for file in sorted(source.iterdir()):
-        if file.suffix in {".json", ".jinja", ".model", ".txt"} and file.name not in skipped:
-            shutil.copyfile(file, out / file.name)
-    config = config | {"vocab_size": vocab_size, "tie_word_embeddings": False}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_companions(source, out, without=("README.md",))
+    config = config | {"vocab_size": vocab_size, "tie_word_embeddings": False, GATE_IN_HEAD: gate_in_head}
+    if not gate_in_head:
+        del config[GATE_IN_HEAD]
+    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, str(out / WEIGHTS), metadata={"format": "pt"})
-    # safetensors makes files that only their owner can read.
-    shutil.copymode(out / "config.json", out / WEIGHTS)
+    make_readable(out)
 
 
 def main() -> None:
@@ -142,7 +147,7 @@ def main() -> None:
             to_reference(options.base, options.gate, options.out)
         else:
             from_reference(options.reference, options.out_base, options.out_gate, options.expert)
-    except GateError as error:
+    except (CheckpointError, GateError) as error:
         parser.exit(1, f"error: {error}\n")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from training.checkpoints import check_models, device_of, load_tokenizer, vocabulary_size
+from training.checkpoints import check_models, device_of, load_tokenizer, shared_vocabulary
 from training.data import Example, TokenExample, read_examples, tokenize
 from training.errors import SettingsError
 from training.files import ContentHashes, hash_of_all
@@ -69,8 +69,8 @@ class Project:
 
     @cached_property
     def vocabulary(self) -> int:
-        """Size of the real vocabulary; model heads may be padded beyond it."""
-        return vocabulary_size(self.base)
+        """Size of the vocabulary that all models share; their heads may be padded beyond it."""
+        return shared_vocabulary(self.settings).size
 
     @cached_property
     def device(self) -> torch.device:

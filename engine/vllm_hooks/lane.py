@@ -35,7 +35,7 @@ from engine.vllm_hooks.scheduler import LaneScheduler
 from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _NO_READINGS = Readings(None, None, [], None)
 _GRAMMARS = 128
@@ -48,7 +48,9 @@ class VllmLane:
     Args:
         name: "base", or the expert's name.
         arguments: for vLLM's ``EngineArgs``, from :func:`engine.vllm_hooks.options.engine_arguments`.
-        eos_token_ids: of the served pair; the first one is the primary.
+        eos_token_ids: of the served pair, as far as this model has an output for them; the first one is the primary.
+        private_ends: those of the pair's that not every member has; a text that goes on past its end must not have
+            them.
         hashes: shared by the lanes of an engine.
         on_ready: called from another thread when the lane has work that it had not before.
         on_failure: called from another thread when a worker process dies.
@@ -61,6 +63,7 @@ class VllmLane:
         *,
         eos_token_ids: list[int],
         hashes: PromptHashes,
+        private_ends: Sequence[int] = (),
         on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] | None = None,
     ) -> None:
@@ -77,6 +80,7 @@ class VllmLane:
         self._waiter = None if self._in_process else ThreadPoolExecutor(1, thread_name_prefix=f"lane-{name}")
         self._on_ready = on_ready
         self._eos = eos_token_ids
+        self._private_ends = [[end] for end in private_ends if end in eos_token_ids]
         self._vocab_size: int = arguments["additional_config"][SETTINGS_KEY]["vocab_size"]
         pool = self._scheduler.kv_cache_manager.block_pool
         self._info = LaneInfo(
@@ -256,6 +260,8 @@ class VllmLane:
             params._bad_words_token_ids = [list(word) for word in spec.bad_words]
         if self._eos:
             params.update_from_generation_config({"eos_token_id": self._eos}, self._eos[0])
+        if spec.ignore_eos and self._private_ends:
+            params._bad_words_token_ids = [*(params._bad_words_token_ids or []), *self._private_ends]
         config = self._core.vllm_config
         # All but the grammar, which has been looked at.
         params.verify(config.model_config, None, None, None)

@@ -8,6 +8,7 @@ import importlib.metadata
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,7 @@ def engine_arguments(
     label: str,
     max_num_seqs: int,
     vocab_size: int,
+    masked: Sequence[tuple[int, int]] = (),
     gate_path: str | None,
     gate_in_head: bool,
 ) -> dict[str, Any]:
@@ -109,7 +111,9 @@ def engine_arguments(
     Args:
         label: where the lane stands in the configuration, for error messages: "base" or "experts.NAME".
         max_num_seqs: rows that the lane must be able to hold at once.
-        vocab_size: columns from here on are never sampled.
+        vocab_size: ids of prompts are in [0, vocab_size).
+        masked: ranges [begin, end) of the model's outputs that are never sampled.
+        gate_in_head: the last row of the LM head is the gate.
 
     Raises:
         ConfigError: an option that vLLM does not have, or that the lane sets itself.
@@ -172,6 +176,7 @@ def engine_arguments(
             **arguments.get("additional_config", {}),
             SETTINGS_KEY: {
                 "vocab_size": vocab_size,
+                "masked": [list(of) for of in masked],
                 "gate_path": gate_path,
                 "gate_in_head": gate_in_head,
             },

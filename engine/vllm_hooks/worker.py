@@ -6,7 +6,7 @@ end of a row, D hidden size, V vocabulary, K experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,9 @@ else:
     _Worker = object
 
 
+_FEW_RANGES = 4
+"""As many ranges of columns are masked one by one."""
+
 _RANKED_ROWS = 64
 """Rows whose tokens are ranked at once: comparing takes 8 bytes for each of their logits."""
 
@@ -40,8 +43,10 @@ class RowReader:
         compute_logits: the model's own, hidden_RD -> logits_RV (None on ranks that hold no logits).
         gate: None for a lane without a gate artifact.
         gate_in_head: the last row of the LM head is theta (reference format).
-        vocab_size: real vocabulary; columns from here on are masked, so that neither the reference format's gate
-            nor a padded embedding can ever be sampled, and log-probabilities are those of the real vocabulary.
+        vocab_size: columns that the gate's features are taken from.
+        masked: ranges [begin, end) of columns that are masked, so that neither the reference format's gate nor padding
+            nor a token that another member does not have can ever be sampled, and log-probabilities are those of the
+            shared vocabulary.
         device: of the model.
     """
 
@@ -52,12 +57,17 @@ class RowReader:
         gate: GateArtifact | None,
         gate_in_head: bool,
         vocab_size: int,
+        masked: Sequence[tuple[int, int]],
         device: torch.device,
     ) -> None:
         self._compute_logits = compute_logits
         self._gate = gate.function.to(device) if gate is not None else None
         self._gate_in_head = gate_in_head
         self._vocab_size = vocab_size
+        # A few ranges are slices; special tokens here and there are one index.
+        self._slices = [slice(begin, end) for begin, end in masked] if len(masked) <= _FEW_RANGES else []
+        columns = [] if self._slices else [column for begin, end in masked for column in range(begin, end)]
+        self._columns_N = torch.tensor(columns, device=device) if columns else None
         self._reading = False
         self._wants_top_probability = False
         self._gate_RK: torch.Tensor | None = None
@@ -80,9 +90,11 @@ class RowReader:
             self._gate_RK = self._gate(hidden_RD, logits_RV[:, : self._vocab_size])
         if reading and self._gate_in_head:
             # A copy: the column is masked next.
-            self._gate_RK = logits_RV[:, self._vocab_size : self._vocab_size + 1].to(torch.float32, copy=True)
-        if logits_RV.shape[-1] > self._vocab_size:
-            logits_RV[:, self._vocab_size :] = float("-inf")
+            self._gate_RK = logits_RV[:, -1:].to(torch.float32, copy=True)
+        for columns in self._slices:
+            logits_RV[:, columns] = float("-inf")
+        if self._columns_N is not None:
+            logits_RV.index_fill_(-1, self._columns_N, float("-inf"))
         if reading and self._wants_top_probability:
             logits = logits_RV.float()
             self._top_R = torch.exp(logits.amax(-1) - torch.logsumexp(logits, -1))
@@ -134,6 +146,7 @@ class LaneWorkerMixin(_Worker):
             gate=GateArtifact.load(path) if path is not None else None,
             gate_in_head=settings["gate_in_head"],
             vocab_size=settings["vocab_size"],
+            masked=settings["masked"],
             device=self.device,
         )
         self._collm_generators: list[torch.Generator] = []
@@ -259,6 +272,6 @@ def _sampling_metadata(
         repetition_penalties=nothing,
         output_token_ids=[[]] * len(params),
         allowed_token_ids_mask=None,
-        bad_words_token_ids={},
+        bad_words_token_ids={row: of.bad_words_token_ids for row, of in enumerate(params) if of.bad_words_token_ids},
         logitsprocs=LogitsProcessors(),
     )

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.gate import GateArtifact, GateError, ModelIdentity, gate_logits, model_identity
+from engine.checkpoints import ModelIdentity, model_identity
+from engine.gate import GateArtifact, GateError, gate_logits
 
 D = 8
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from engine.errors import GateError
-from engine.gate import GateArtifact, ModelIdentity
+from engine.checkpoints import ModelIdentity
+from engine.gate import GateArtifact
 from engine.gates import FEATURES, KINDS, distribution_features
 
 D, K, H = 6, 2, 5

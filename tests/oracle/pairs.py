@@ -24,8 +24,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from engine.checkpoints import model_identity
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
-from engine.gate import GateArtifact, model_identity
+from engine.gate import GateArtifact
 from tests.oracle.reference import Pair
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.checkpoints import GATE_IN_HEAD
 from engine.client import Engine
+from engine.config import EngineConfig
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from engine.vllm_hooks.load import make_plan
 from tests.oracle import pairs
@@ -33,7 +35,7 @@ def _with_gate_in_head(served: pairs.Served, directory: Path) -> pairs.Served:
     weights["model.embed_tokens.weight"] = torch.cat([embeddings, torch.zeros_like(embeddings[:1])])
     directory.mkdir()
     save_file(weights, str(directory / "model.safetensors"), metadata={"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config | {GATE_IN_HEAD: True}))
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         (directory / file).write_text((served.base / file).read_text())
     reference = served.reference
@@ -66,6 +68,23 @@ def test_reference_format(random_pair: pairs.Served, prompts: list[list[int]], t
         )
         assert all(token < 512 for one in drawn for token in one.tokens)
         assert_empty(engine)
+
+
+def test_one_row_more_is_padding_unless_asked_for(random_pair: pairs.Served, tmp_path: Path) -> None:
+    """A base with one row more than its expert is not for that reason in the reference format."""
+    served = _with_gate_in_head(random_pair, tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    del config[GATE_IN_HEAD]
+    file.write_text(json.dumps(config))
+    plan = make_plan(served.config(gate=False))
+    assert (plan.gate, plan.gate_in_head) == (None, False)
+    assert plan.shared.masked(0) == [(512, 513)]
+    asked = served.config(gate=False).model_dump()
+    asked["gate"] = {"in_lm_head": True}
+    plan = make_plan(EngineConfig.model_validate(asked))
+    assert plan.gate is not None
+    assert (plan.gate.source, plan.gate_in_head) == ("lm_head", True)
 
 
 def test_pair_without_a_gate(random_pair: pairs.Served, twin_engine: Engine, prompts: list[list[int]]) -> None:

@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from engine.gate import GateArtifact, GateError, ModelIdentity, model_identity
+from engine.checkpoints import ModelIdentity, model_identity
+from engine.gate import GateArtifact, GateError
 from training import convert
 from training.checkpoints import forward, load_causal
 

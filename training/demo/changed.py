@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from engine.gate import model_identity
+from engine.checkpoints import model_identity
 from training.checkpoints import forward, load_causal
 from training.command import run_command
 from training.demo.corpus import Corpus

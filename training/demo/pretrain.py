@@ -14,13 +14,13 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from engine.checkpoints import WEIGHTS
 from training.demo.arithmetic import ALL, ASKED
 from training.demo.corpus import Corpus
 from training.demo.facts import source
 from training.demo.models import ARITHMETIC_RECIPE, BASE_RECIPE, CODES_RECIPE
 from training.demo.tokenizer import save_tokenizer, train_tokenizer
 from training.demo.train import (
-    WEIGHTS,
     DocumentSource,
     arithmetic_documents,
     base_documents,

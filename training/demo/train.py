@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedModel
 
+from engine.checkpoints import make_readable
 from training.checkpoints import forward, quiet
 from training.demo.arithmetic import ALL, Fact, Operation, drawn_from, equation
 from training.demo.corpus import Corpus
@@ -29,7 +29,6 @@ from training.demo.text import (
 )
 from training.demo.tokenizer import EOS_ID
 
-WEIGHTS = "model.safetensors"
 IGNORED = -100
 """The target of positions that nothing is learned from."""
 
@@ -204,5 +203,4 @@ def save_model(model: PreTrainedModel, directory: Path) -> None:
     """Write ``config.json``, ``model.safetensors`` (float32) and ``generation_config.json``."""
     model.generation_config = GenerationConfig(eos_token_id=EOS_ID, do_sample=False)
     model.save_pretrained(str(directory))
-    # safetensors makes files that only their owner can read.
-    shutil.copymode(directory / "config.json", directory / WEIGHTS)
+    make_readable(directory)

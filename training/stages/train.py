@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from engine.gate import GateArtifact, ModelIdentity, model_identity
+from engine.checkpoints import ModelIdentity, model_identity
+from engine.gate import GateArtifact
 from training import graph
 from training.checkpoints import load_causal, save_base
 from training.fit import CHECKPOINT, Plan
