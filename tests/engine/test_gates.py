@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.errors import GateError
 from engine.checkpoints import ModelIdentity
+from engine.errors import GateError
 from engine.gate import GateArtifact
 from engine.gates import FEATURES, KINDS, distribution_features
 
