@@ -108,12 +108,14 @@ docs-serve: $(DOCS) ## Show the documentation's site while it is written (ARGS="
 	$(MKDOCS) serve $(ARGS)
 
 .PHONY: lint
-lint: $(DEV) ## Check style, imports and formatting
+lint: $(DEV) ## Check style, imports, formatting, spelling and the documents' links
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
+	git ls-files -z ':!models' ':!requirements' | xargs -0 $(BIN)/codespell
+	git ls-files -z '*.md' | xargs -0 $(BIN)/python scripts/check_links.py
 
 .PHONY: format
-format: $(DEV) ## Mend style and formatting
+format: $(DEV) ## Fix style and formatting
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
@@ -141,7 +143,7 @@ secrets: $(DEV) ## Look for keys and passwords in the committed files
 check: lint types docker-lint secrets test ## Run every check
 
 .PHONY: lock
-lock: ## Make requirements/*.txt anew from pyproject.toml (ARGS=--upgrade for the newest versions)
+lock: ## Regenerate requirements/*.txt from pyproject.toml (ARGS=--upgrade for the newest versions)
 	PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" scripts/lock.sh $(ARGS)
 
 .PHONY: clean
