@@ -116,7 +116,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> tu
     kept: list[Example] = []
     ids: list[TokenExample] = []
     for example in examples:
-        prompt = list(tokenizer(example.prompt)["input_ids"])
+        prompt = _prompt_ids(tokenizer, example.prompt)
         completion = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
         if not prompt or not completion:
             text = example.completion if prompt else example.prompt
@@ -128,6 +128,17 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> tu
     if not kept:
         raise DataError(f"{examples[0].where}: like every other example, is longer than data.max_tokens, {max_tokens}")
     return kept, ids
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt's ids with the special tokens that the tokenizer adds, but no second BOS.
+
+    A prompt that a chat template made often begins with the BOS already; the server adds none to it either.
+    """
+    plain = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if plain and plain[0] == tokenizer.bos_token_id:
+        return plain
+    return list(tokenizer(prompt)["input_ids"])
 
 
 def spread(items: Sequence[_T], limit: int | None) -> list[_T]:

@@ -1,42 +1,72 @@
-"""Training theta on cached hidden states, the base frozen: minutes, whatever the base's size.
+"""Training a gate on cached inputs, the base frozen: minutes, whatever the base's size.
 
-Shapes: N completion tokens, d hidden size, K experts.
+Shapes: N completion tokens, I inputs of the gate, d hidden size, K experts, H width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from engine.gate import gate_logits
+from engine.gate import GateArtifact
+from engine.gates import KINDS
+from training.auroc import auroc
 from training.fit import Group, Plan, fit
 from training.losses import Loss, Tokens
 from training.scoring import PairScores
+from training.settings import GateSettings
 
 
 @dataclass(frozen=True)
 class Gate:
-    """theta [K, d] and bias [K], float32."""
+    """A gate's tensors, float32: theta [K, *], bias [K] and those of its kind. See ``engine.gates``."""
 
     theta_KD: torch.Tensor
     bias_K: torch.Tensor
+    kind: str = "linear"
+    features: tuple[str, ...] = ()
+    layers: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def deferral(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """1 - P(Z = 0) [N]: what the engine compares with the threshold."""
-        logits_NK = gate_logits(hidden_ND, self.theta_KD, self.bias_K)
-        zeros_N1 = torch.zeros(len(logits_NK), 1)
-        return 1 - torch.softmax(torch.cat([zeros_N1, logits_NK], dim=1), dim=1)[:, 0]
+    @classmethod
+    def of(cls, artifact: GateArtifact) -> Gate:
+        """The gate of an artifact."""
+        return cls(artifact.theta, artifact.bias, artifact.kind, artifact.features, artifact.layers)
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], like: Gate | GateSettings) -> Gate:
+        """The gate of that kind with these tensors."""
+        layers = {name: tensors[name] for name in KINDS[like.kind].hidden}
+        return cls(tensors["theta"], tensors["bias"], like.kind, tuple(like.features), layers)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name."""
+        return {**self.layers, "theta": self.theta_KD, "bias": self.bias_K}
+
+    def logits(self, inputs_NI: torch.Tensor) -> torch.Tensor:
+        """The experts' values [N, K]; the base's is 0."""
+        return KINDS[self.kind].logits(self.tensors, inputs_NI.float())
+
+    def log_odds(self, inputs_NI: torch.Tensor) -> torch.Tensor:
+        """log P(defer) - log P(base) [N], float64: unlike a probability, it never saturates."""
+        return torch.logsumexp(self.logits(inputs_NI).double(), dim=1)
+
+    def deferral(self, inputs_NI: torch.Tensor) -> torch.Tensor:
+        """1 - P(Z = 0) [N], float64: what the engine compares with the threshold."""
+        return torch.sigmoid(self.log_odds(inputs_NI))
 
 
 @dataclass(frozen=True)
 class GateFit:
-    """How theta is fitted.
+    """How a gate is fitted.
 
     Attributes:
-        bias: whether the bias learns too.
+        bias: whether the bias of the experts' values learns too.
+        standardise: see ``GateSettings``.
     """
 
     learning_rate: float
@@ -46,11 +76,62 @@ class GateFit:
     positive_weight: float
     bias: bool
     seed: int
+    standardise: bool = False
 
 
 def steps_of(tokens: int, batch_tokens: int, epochs: int) -> int:
     """Steps in so many passes."""
     return -(-tokens // batch_tokens) * epochs
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Inputs as (x - mean) / scale: mean 0, and a sum of squares that is 1 on average whatever their number is."""
+
+    mean_I: torch.Tensor
+    scale_I: torch.Tensor
+
+    @classmethod
+    def of(cls, inputs_NI: torch.Tensor, *, centred: bool) -> Scaling:
+        """Of these inputs. Not ``centred`` for a gate that has no bias to fold a mean into."""
+        mean_I = inputs_NI.double().mean(dim=0) if centred else torch.zeros(inputs_NI.shape[1], dtype=torch.float64)
+        spread_I = (inputs_NI.double() - mean_I).square().mean(dim=0).sqrt()
+        # An input that never changes tells nothing; it stays as it is.
+        spread_I[spread_I < 1e-12] = 1.0
+        return cls(mean_I.float(), (spread_I * math.sqrt(inputs_NI.shape[1])).float())
+
+    def into(self, gate: Gate) -> dict[str, torch.Tensor]:
+        """The tensors of a gate for raw inputs as those for scaled ones."""
+        weight, bias = KINDS[gate.kind].first
+        tensors = dict(gate.tensors)
+        tensors[bias] = tensors[bias] + tensors[weight] @ self.mean_I
+        tensors[weight] = tensors[weight] * self.scale_I
+        return tensors
+
+    def out_of(self, tensors: dict[str, torch.Tensor], like: Gate | GateSettings) -> Gate:
+        """The gate for raw inputs, from tensors for scaled ones."""
+        weight, bias = KINDS[like.kind].first
+        folded = dict(tensors)
+        folded[weight] = tensors[weight] / self.scale_I
+        folded[bias] = tensors[bias] - folded[weight] @ self.mean_I
+        return Gate.from_tensors(folded, like)
+
+
+def scaling_of(gate: Gate | GateSettings, inputs_NI: torch.Tensor, *, bias: bool) -> Scaling:
+    """How a gate's inputs are standardised. ``bias``: whether the experts' values have one."""
+    return Scaling.of(inputs_NI, centred=bias or KINDS[gate.kind].first[1] != "bias")
+
+
+def new_gate(settings: GateSettings, inputs_NI: torch.Tensor, experts: int, seed: int, *, bias: bool) -> Gate:
+    """A gate that defers half of everything, for inputs such as these; a hidden layer is random."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = KINDS[settings.kind].shapes(inputs_NI.shape[1], experts, settings.width)
+    tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    weight, _ = KINDS[settings.kind].first
+    if weight in KINDS[settings.kind].hidden:
+        # The sum of squares of standardised inputs is 1, so these give values of variance 1.
+        tensors[weight] = torch.randn(shapes[weight], generator=generator)
+    return scaling_of(settings, inputs_NI, bias=bias).out_of(tensors, settings)
 
 
 def fit_gate(
@@ -61,11 +142,19 @@ def fit_gate(
     Raises:
         DivergedError: the loss or a gradient is not finite.
     """
-    hidden_ND, base_logp_N = scores.hidden_ND.to(device), scores.base.logp_N.to(device)
+    kind = KINDS[start.kind]
+    inputs_NI = scores.base.inputs(start.features)
+    scaling = None
+    if settings.standardise:
+        scaling = scaling_of(start, inputs_NI, bias=settings.bias)
+        inputs_NI = (inputs_NI - scaling.mean_I) / scaling.scale_I
+    inputs_NI, base_logp_N = inputs_NI.to(device), scores.base.logp_N.to(device)
     expert_logp_NK, label_N = scores.expert_logp_NK.to(device), scores.weak_labels().to(device)
-    theta_KD = torch.nn.Parameter(start.theta_KD.clone().to(device))
-    bias_K = torch.nn.Parameter(start.bias_K.clone().to(device), requires_grad=settings.bias)
-    count = len(hidden_ND)
+    tensors = {
+        name: torch.nn.Parameter(tensor.clone().to(device), requires_grad=name != "bias" or settings.bias)
+        for name, tensor in (scaling.into(start) if scaling else start.tensors).items()
+    }
+    count = len(inputs_NI)
     per_epoch = steps_of(count, settings.batch_tokens, 1)
 
     def parts(step: int) -> Iterator[torch.Tensor]:
@@ -77,7 +166,7 @@ def fit_gate(
             rows = order[within * settings.batch_tokens : (within + 1) * settings.batch_tokens].to(device)
         yield loss(
             Tokens(
-                gate_NK=gate_logits(hidden_ND[rows], theta_KD, bias_K),
+                gate_NK=kind.logits(tensors, inputs_NI[rows]),
                 base_logp_N=base_logp_N[rows],
                 expert_logp_NK=expert_logp_NK[rows],
                 label_N=label_N[rows],
@@ -85,6 +174,35 @@ def fit_gate(
             settings.positive_weight,
         )
 
-    learned = {"theta": theta_KD} | ({"bias": bias_K} if settings.bias else {})
+    learned = {name: parameter for name, parameter in tensors.items() if parameter.requires_grad}
     fit([Group(learned, settings.learning_rate, settings.weight_decay)], parts, settings.plan, folder, label)
-    return Gate(theta_KD.detach().cpu(), bias_K.detach().cpu())
+    fitted = {name: parameter.detach().cpu() for name, parameter in tensors.items()}
+    return scaling.out_of(fitted, start) if scaling else Gate.from_tensors(fitted, start)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How well a gate orders gold tokens, teacher-forced.
+
+    Attributes:
+        accuracy: share of the gold tokens that the models' argmaxes write, averaged over all deferral rates: at each,
+            the tokens with the greatest log-odds are written by the expert with the greatest value.
+        auroc: of the log-odds, for tokens that only an expert gets right; None where there are none, or only those.
+    """
+
+    accuracy: float
+    auroc: float | None
+
+
+def ranking(gate: Gate, scores: PairScores) -> Ranking:
+    """How well a gate orders the tokens of these scores."""
+    inputs_NI = scores.base.inputs(gate.features)
+    log_odds_N = gate.log_odds(inputs_NI)
+    favourite_N = gate.logits(inputs_NI).argmax(dim=1)
+    base_N = (scores.base.top_N == scores.gold_N).double()
+    right_NK = torch.stack([expert.top_N == scores.gold_N for expert in scores.experts], dim=1).double()
+    expert_N = right_NK.gather(1, favourite_N[:, None])[:, 0]
+    gain_N = (expert_N - base_N)[log_odds_N.argsort(descending=True)]
+    # Right at rate m / N: those of the base, and what the first m tokens gain.
+    right_M = base_N.sum() + torch.cat([torch.zeros(1, dtype=torch.float64), gain_N.cumsum(0)])
+    return Ranking(float(right_M.mean() / len(base_N)), auroc(log_odds_N, scores.weak_labels() > 0))

@@ -61,7 +61,7 @@ STAGES = {
         ),
         Stage(
             "init", "fit the gate by weak supervision", inputs=("score",),
-            settings=("init", "train.warm_up", "train.bias"),
+            settings=("gate", "init", "train.warm_up", "train.bias"),
         ),
         Stage(
             "train", "train the runs that the settings name", inputs=("score", "init"),
@@ -113,7 +113,8 @@ def scores(project: Project, split: Split, name: str, base: BaseRef | None = Non
     if name == BASE and base.run is not None:
         folder = project.folder("score", f"{split}-by-trained-base", base.run)
     inputs = {"model": project.hash_of(path), "data": project.data(split).fingerprint}
-    return StageFolder(folder, STAGES["score"].resolve(project.settings), inputs)
+    resolved = STAGES["score"].resolve(project.settings) | {"columns": "with features"}
+    return StageFolder(folder, resolved, inputs)
 
 
 def _all_scores(project: Project, split: Split) -> dict[str, str]:
@@ -139,6 +140,9 @@ def training_run(project: Project, method: Method, seed: int) -> StageFolder:
     }
     # Scores are inputs of the initial gate already.
     inputs = {"initial gate": initial_gate(project, seed).fingerprint}
+    if mode == "gate":
+        # Training is kept only where it betters the initial gate on them.
+        inputs |= {f"validation scores of {name}": found for name, found in _all_scores(project, "validation").items()}
     return StageFolder(project.run(method, seed), resolved, inputs)
 
 

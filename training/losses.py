@@ -46,6 +46,18 @@ def marginal(tokens: Tokens, positive_weight: float = 1.0) -> torch.Tensor:
     return -torch.logsumexp(tokens.log_gate() + written_NZ, dim=1).mean()
 
 
+def priced(loss: Loss, cost: float) -> Loss:
+    """``loss`` + ``cost`` * (mean over N of the deferral probability): what a deferral must at least gain, in nats."""
+    if cost == 0:
+        return loss
+
+    def with_cost(tokens: Tokens, positive_weight: float) -> torch.Tensor:
+        deferral_N = -torch.expm1(tokens.log_gate()[:, 0])
+        return loss(tokens, positive_weight) + cost * deferral_N.mean()
+
+    return with_cost
+
+
 def weak(tokens: Tokens, positive_weight: float) -> torch.Tensor:
     """Mean over N of the cross-entropy of the weak labels; those of an expert weigh ``positive_weight``.
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from engine.gates import FEATURES, distribution_features
 from training.checkpoints import forward
 from training.data import TokenExample
 from training.errors import DataError
@@ -30,16 +31,28 @@ class ModelScores:
         logp_N: log P(gold), float32.
         top_N: the model's argmax.
         hidden_ND: the LM head's input, float32; None for an expert.
+        features_NF: ``engine.gates.FEATURES`` of its distribution, float32; None for an expert.
     """
 
     logp_N: torch.Tensor
     top_N: torch.Tensor
     hidden_ND: torch.Tensor | None
+    features_NF: torch.Tensor | None = None
 
     def rows(self, rows: torch.Tensor) -> ModelScores:
         """What it says of some of the tokens."""
         hidden_ND = None if self.hidden_ND is None else self.hidden_ND[rows]
-        return ModelScores(self.logp_N[rows], self.top_N[rows], hidden_ND)
+        features_NF = None if self.features_NF is None else self.features_NF[rows]
+        return ModelScores(self.logp_N[rows], self.top_N[rows], hidden_ND, features_NF)
+
+    def inputs(self, features: Sequence[str]) -> torch.Tensor:
+        """What a gate reads [N, d + F]: the hidden state and these features."""
+        assert self.hidden_ND is not None
+        if not features:
+            return self.hidden_ND
+        assert self.features_NF is not None
+        columns = [FEATURES.index(name) for name in features]
+        return torch.cat([self.hidden_ND, self.features_NF[:, columns]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ def gold_logp(
 def score_shard(
     model: PreTrainedModel, examples: Sequence[TokenExample], batch_size: int, vocabulary: int, hidden: bool
 ) -> dict[str, torch.Tensor]:
-    """Score one shard: tensors "logp", "top" and, with ``hidden``, "hidden", in the order of the examples."""
+    """Score one shard: "logp", "top" and, with ``hidden``, "hidden" and "features", in the order of the examples."""
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt) + len(examples[i].completion))
     parts: dict[int, dict[str, torch.Tensor]] = {}
     for start in range(0, len(by_length), batch_size):
@@ -134,6 +147,7 @@ def score_shard(
         }
         if hidden:
             found["hidden"] = hidden_BTD[where_BT].float()
+            found["features"] = distribution_features(FEATURES, logits_BTV[where_BT][:, :vocabulary])
         sizes = [len(example.completion) for example in batch]
         split = {name: torch.split(tensor.cpu(), sizes) for name, tensor in found.items()}
         for row, number in enumerate(numbers):
@@ -185,4 +199,4 @@ def load_scores(folder: Path, examples: int, settings: ScoreSettings) -> ModelSc
     """What ``score_model`` wrote."""
     shards = [load_file(str(file)) for file in shard_files(folder, examples, settings)]
     columns = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
-    return ModelScores(columns["logp"], columns["top"], columns.get("hidden"))
+    return ModelScores(columns["logp"], columns["top"], columns.get("hidden"), columns.get("features"))

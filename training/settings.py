@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from training.errors import SettingsError
 
+FEATURES = ("entropy", "margin", *(f"logprob_{rank}" for rank in range(1, 6)))
+"""``engine.gates.FEATURES``, which is not imported: wrong settings are found before torch is loaded."""
 Method = Literal["collm", "weak", "finetuned"]
 Split = Literal["train", "validation", "test"]
 
@@ -77,12 +79,36 @@ class ScoreSettings(_Section):
     """Examples a file; what an interruption can cost at most."""
 
 
+class GateSettings(_Section):
+    """What the gate is, and how its inputs are scaled while it learns."""
+
+    kind: Literal["linear", "mlp"] = "linear"
+    """"linear": the method's vector per expert. "mlp": a hidden layer before it; needs train.mode = "gate"."""
+    width: int = Field(default=64, ge=1)
+    """Units of the hidden layer of an "mlp"."""
+    features: tuple[str, ...] = ()
+    """What the gate reads of the base's own distribution beside the hidden state: of "entropy", "margin" and
+    "logprob_1" to "logprob_5". Needs train.mode = "gate"."""
+    standardise: bool = True
+    """Learn on inputs of mean 0 and variance 1, so that learning rates and weight decay mean the same for any base; the
+    scale is folded into the gate that is saved. False: on the inputs as they are, from the mean of the LM head's rows,
+    as the reference does."""
+
+    @field_validator("features")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in FEATURES or names.count(name) > 1:
+                raise ValueError(f"{name!r} is there twice, or is none of {', '.join(FEATURES)}")
+        return names
+
+
 class InitSettings(_Section):
-    """Weak supervision of theta, the base frozen: where all training starts."""
+    """Weak supervision of the gate, the base frozen: where all training starts."""
 
     positive_weight: float = Field(default=8.0, gt=0)
     learning_rate: float = Field(default=1e-2, gt=0)
-    """The reference has 2e-5 for full models; theta alone, on cached states, wants more."""
+    """The reference has 2e-5 for full models; the gate alone, on cached states, wants more."""
     weight_decay: float = Field(default=1e-2, ge=0)
     steps: int = Field(default=1000, ge=1)
     """Steps on all tokens at once, or on ``batch_tokens`` of them."""
@@ -90,12 +116,15 @@ class InitSettings(_Section):
 
 
 class GateOnlySettings(_Section):
-    """train.mode = "gate": theta on cached hidden states, the base frozen."""
+    """train.mode = "gate": the gate on cached hidden states, the base frozen."""
 
     learning_rate: float = Field(default=1e-2, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     epochs: int = Field(default=20, ge=1)
     batch_tokens: int = Field(default=8192, ge=1)
+    cost: float = Field(default=0.0, ge=0)
+    """Cost of a deferral, added to the marginal likelihood's loss, in nats per unit of deferral probability. 0 is the
+    reference's loss. With a frozen base a cost keeps the gate from deferring wherever the expert is a little surer."""
 
 
 class LoraSettings(_Section):
@@ -122,6 +151,8 @@ class JointSettings(_Section):
     """Examples a forward pass; gradients are summed up to a step."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the base's gradient."""
+    cost: float = Field(default=0.0, ge=0)
+    """As in train.gate."""
     lora: LoraSettings | None = None
 
 
@@ -151,7 +182,10 @@ class CalibrateSettings(_Section):
     refine: int = Field(default=3, ge=0)
     """Rounds of two more thresholds each, halfway from the best one to its neighbours."""
     target_rate: float | None = Field(default=None, ge=0, le=1)
-    """Choose the threshold whose measured deferral rate is nearest to this; None: the best score."""
+    """Choose the threshold whose measured deferral rate is nearest to this; None: by the score."""
+    noise: float = Field(default=1.0, ge=0)
+    """Among thresholds whose scores are below the best by at most so many standard errors of the difference, question
+    by question, the one with the lowest deferral rate is chosen. 0: the best score, whatever it costs."""
     limit: int | None = Field(default=None, ge=1)
     """Only so many questions, spread evenly."""
 
@@ -190,6 +224,7 @@ class Settings(_Section):
     data: DataSettings
     compute: ComputeSettings = ComputeSettings()
     score: ScoreSettings = ScoreSettings()
+    gate: GateSettings = GateSettings()
     init: InitSettings = InitSettings()
     train: TrainSettings = TrainSettings()
     calibrate: CalibrateSettings = CalibrateSettings()
@@ -204,6 +239,10 @@ class Settings(_Section):
                 raise ValueError(f"experts.name: {name!r} is taken")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: one is there twice")
+        if self.train.mode == "joint" and (self.gate.kind != "linear" or self.gate.features):
+            raise ValueError("gate: kinds other than 'linear', and features, need train.mode = 'gate'")
+        if not self.gate.standardise and (self.gate.kind != "linear" or self.gate.features):
+            raise ValueError("gate: kinds other than 'linear', and features, need gate.standardise = true")
         for where, rates in (("calibrate", self.calibrate.rates), ("evaluate", self.evaluate.rates)):
             if not rates or any(not 0 <= rate <= 1 for rate in rates):
                 raise ValueError(f"{where}.rates: rates are from 0 to 1")

@@ -215,3 +215,17 @@ def test_an_interrupted_command_goes_on(
     assert len(list(folder.glob("shard-*"))) == 3
     assert (folder / "done.json").exists()
     assert first.stat().st_mtime_ns == stamp
+
+
+class WithBos:
+    """A tokenizer of code points that adds a BOS, "<"; ">" is its EOS."""
+
+    bos_token_id, eos_token_id = ord("<"), ord(">")
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [self.bos_token_id] * add_special_tokens + [ord(letter) for letter in text]}
+
+
+def test_a_prompt_has_one_bos_whether_a_template_put_it_there_or_not() -> None:
+    _, found = tokenize([Example("ab", "c"), Example("<ab", "c")], WithBos(), 10)
+    assert [tokens.prompt for tokens in found] == [[ord(letter) for letter in "<ab"]] * 2

@@ -193,7 +193,14 @@ def test_hidden_states_are_read_once_and_not_by_a_finished_project(
         return load(folder, *rest)
 
     monkeypatch.setattr(score, "load_scores", counted)
-    for stage, times in (("score", 0), ("init", 1), ("init", 0), ("train", 1), ("train", 0)):
+    training, held_out = ["train/base", "train/e1"], ["validation/base", "validation/e1"]
+    for stage, expected in (
+        ("score", []),
+        ("init", training),
+        ("init", []),
+        ("train", training + held_out),
+        ("train", []),
+    ):
         read.clear()
         assert main([stage, *config]) == 0
-        assert sorted(read) == ["train/base", "train/e1"] * times, stage
+        assert sorted(read) == expected, stage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,15 +17,29 @@ from training.project import Project
 from training.serving import Questions, questions_of
 from training.settings import Method
 from training.stages.score import score_base
-from training.thresholds import Point, choose, quantile, reach, refine
+from training.thresholds import LOG_ODDS, Point, choose, probability, quantile, reach, refine, remarks
+
+_MISSED = 0.05
+"""A measured rate that is further from the wished one is worth a warning."""
 
 
 @dataclass(frozen=True)
 class MeasuredPoint(Point):
-    """A point with its cost on the engine: ``seconds`` for all questions together."""
+    """A point with its cost on the engine: ``seconds`` for all questions together. Thresholds are log-odds."""
 
     seconds: float
     tokens_per_second: float
+
+    def to_json(self) -> dict[str, float]:
+        """As it stands in files: the threshold as a probability, 1 for the base alone and -1 for the experts alone."""
+        return {
+            "nominal_rate": self.nominal_rate,
+            "threshold": probability(self.threshold),
+            "score": self.score,
+            "deferral_rate": self.deferral_rate,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+        }
 
 
 def run(project: Project) -> None:
@@ -43,33 +57,48 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
     stage = graph.calibration(project, method, seed).claim()
     folder = stage.path
     artifact = GateArtifact.load(gate)
-    hidden_ND = score_base(project, "validation", base).hidden_ND
-    assert hidden_ND is not None
-    observed_N = Gate(artifact.theta, artifact.bias).deferral(hidden_ND)
-    target = settings.calibrate.target_rate
+    function = Gate.of(artifact)
+    observed_N = function.log_odds(score_base(project, "validation", base).inputs(function.features))
+    calibrate = settings.calibrate
     with AnswerCache(project, folder / "answers", f"calibrate {method}-{seed}", base.path, gate) as cache:
-        decoder = _Decoder(cache, questions_of(project, "validation", settings.calibrate.limit), observed_N)
-        points = [decoder.at_rate(rate) for rate in settings.calibrate.rates]
-        if target is None:
-            points = refine(points, settings.calibrate.refine, decoder.at_rate)
-            chosen = choose(points, observed_N, decoder.at_threshold)
+        decoder = _Decoder(cache, questions_of(project, "validation", calibrate.limit), observed_N)
+        swept = points = [decoder.at_rate(rate) for rate in calibrate.rates]
+        warnings: list[str] = []
+        if calibrate.target_rate is not None:
+            chosen = reach(points, calibrate.target_rate, decoder.at_threshold, LOG_ODDS)
+            if abs(chosen.deferral_rate - calibrate.target_rate) > _MISSED:
+                warnings.append(
+                    f"calibrate.target_rate {calibrate.target_rate} is missed: the nearest rate that a threshold gave "
+                    f"is {chosen.deferral_rate:.2f}"
+                )
+        elif any(point.score > 0 for point in points):
+            points = refine(points, calibrate.refine, decoder.at_rate)
+            chosen = choose(points, observed_N, decoder.at_threshold, noise=calibrate.noise, bounds=LOG_ODDS)
         else:
-            chosen = reach(points, target, decoder.at_threshold)
-    threshold = min(1.0, max(0.0, chosen.threshold))
+            chosen = decoder.at_threshold(0.0)
+            warnings.append(
+                "no answer is right at any threshold, so that scores choose none: it stays at 0.5; set "
+                "calibrate.target_rate, or compare the answers in this folder with the gold completions"
+            )
+    threshold = min(1.0, max(0.0, probability(chosen.threshold)))
     points = sorted({point.threshold: point for point in [*points, chosen]}.values(), key=lambda p: -p.threshold)
-    calibrated = replace(artifact, default_threshold=threshold, calibration=[asdict(point) for point in points])
+    warnings = [*remarks(swept, points), *warnings]
+    curve = [point.to_json() for point in points]
+    calibrated = replace(artifact, default_threshold=threshold, calibration=curve)
     calibrated.save(folder / "gate")
     write_json(
         folder / "curve.json",
-        {"threshold": threshold, "target_rate": target, "points": [asdict(point) for point in points]},
+        {"threshold": threshold, "target_rate": calibrate.target_rate, "points": curve, "warnings": warnings},
     )
     plot_scores(
         folder / "curve.png",
         {f"{method}, validation": [(point.deferral_rate, point.score) for point in points]},
-        {f"threshold {threshold:.4f}": (chosen.deferral_rate, chosen.score)},
+        {f"threshold {threshold:.4g}": (chosen.deferral_rate, chosen.score)},
     )
     stage.finish(threshold=threshold, score=chosen.score, deferral_rate=chosen.deferral_rate)
-    print(f"{folder}: threshold {threshold:.4f}: score {chosen.score:.3f} at a rate of {chosen.deferral_rate:.3f}")
+    for warning in warnings:
+        print(f"warning: {folder}: {warning}")
+    print(f"{folder}: threshold {threshold:.6g}: score {chosen.score:.3f} at a rate of {chosen.deferral_rate:.3f}")
     return calibrated
 
 
@@ -83,19 +112,21 @@ class _Decoder:
 
     def at_rate(self, rate: float) -> MeasuredPoint:
         """The point of a nominal rate."""
-        return self._measured(quantile(self._observed_N, rate), rate)
+        return self._measured(quantile(self._observed_N, rate, LOG_ODDS), rate)
 
     def at_threshold(self, threshold: float) -> MeasuredPoint:
         """The point of a threshold."""
         return self._measured(threshold, float((self._observed_N > threshold).double().mean()))
 
     def _measured(self, threshold: float, rate: float) -> MeasuredPoint:
-        result = self._cache.at_threshold(f"threshold {threshold:.4f}", self._questions, threshold)
+        asked = probability(threshold)
+        result = self._cache.at_threshold(f"threshold {asked:.6g}", self._questions, asked)
         return MeasuredPoint(
             nominal_rate=rate,
             threshold=threshold,
             score=result.score,
             deferral_rate=result.deferral_rate,
+            right=tuple(answer.exact for answer in result.answers),
             seconds=result.seconds,
             tokens_per_second=result.tokens / result.seconds,
         )

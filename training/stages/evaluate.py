@@ -34,7 +34,7 @@ from training.scoring import PairScores
 from training.serving import Questions, Result, asked_numbers, by_task, questions_of
 from training.settings import Method
 from training.stages.score import score_split
-from training.thresholds import Point, quantile, reach
+from training.thresholds import LOG_ODDS, Point, probability, quantile, reach, within_noise
 
 _CONFIDENCE_POINTS = 11
 """Thresholds of which the best for confidence deferral is chosen: as many as the gate's sweep has by default."""
@@ -78,35 +78,37 @@ class _Evaluation:
         gate = graph.calibration(project, method, seed).path / "gate"
         artifact = GateArtifact.load(gate)
         scores = score_split(project, "test", base).of_examples(self.numbers)
-        deferral_N = Gate(artifact.theta, artifact.bias).deferral(scores.hidden_ND)
+        function = Gate.of(artifact)
+        log_odds_N = function.log_odds(scores.base.inputs(function.features))
         with self._cache(name, base.path, gate) as cache:
             result = cache.answers(
                 "threshold", self.questions, policy="threshold", threshold=artifact.default_threshold
             )
-            self._add(COLLM if method == "collm" else WEAK, seed, result, **_tokens(scores, deferral_N))
+            self._add(COLLM if method == "collm" else WEAK, seed, result, **_tokens(scores, log_odds_N))
             if method == "collm":
                 self._baselines(cache, seed, result.deferral_rate)
                 self.rows.setdefault(ORACLE, {})[seed] = _oracle(scores, self.questions.examples)
             if seed == project.settings.seeds[0]:
-                self._curves(cache, method, result, deferral_N)
+                self._curves(cache, method, result, log_odds_N)
 
     def _baselines(self, cache: AnswerCache, seed: int, rate: float) -> None:
         """Rows of Co-LLM's models without its gate's decisions."""
-        questions, confidence = self.questions, _Confidence(cache, self.validation)
+        questions, confidence = self.questions, self._confidence(cache)
         same_rate = confidence.threshold_of_rate(_validation_rate(self.project, seed))
         self._add(RANDOM, seed, cache.answers("random", questions, policy="random", rate=rate, seed=seed))
         self._add(CONFIDENCE, seed, confidence.answers(questions, same_rate))
         self._add(CALIBRATED_CONFIDENCE, seed, confidence.answers(questions, confidence.best_threshold()))
 
-    def _curves(self, cache: AnswerCache, method: Method, result: Result, deferral_N: torch.Tensor) -> None:
+    def _curves(self, cache: AnswerCache, method: Method, result: Result, log_odds_N: torch.Tensor) -> None:
         questions, rates = self.questions, self.project.settings.evaluate.rates
-        swept = [_point(cache.at_threshold("curve", questions, quantile(deferral_N, rate))) for rate in rates]
+        thresholds = [probability(quantile(log_odds_N, rate, LOG_ODDS)) for rate in rates]
+        swept = [_point(cache.at_threshold("curve", questions, threshold)) for threshold in thresholds]
         self.curves[COLLM if method == "collm" else WEAK] = sorted([*swept, _point(result)])
         if method == "collm":
             self.curves["random"] = [
                 _point(cache.answers(f"random {rate}", questions, policy="random", rate=rate)) for rate in rates
             ]
-            confidence = _Confidence(cache, self.validation)
+            confidence = self._confidence(cache)
             self.curves["confidence"] = sorted(
                 _point(confidence.answers(questions, threshold)) for threshold in _confidence_thresholds(len(rates))
             )
@@ -121,11 +123,14 @@ class _Evaluation:
             trained = project.settings.train.mode == "joint" and COLLM in self.rows and len(project.expert_paths) == 1
             if trained:
                 rate = statistics.mean(_validation_rate(project, seed) for seed in self.rows[COLLM])
-                confidence = _Confidence(cache, self.validation)
+                confidence = self._confidence(cache)
                 self._add(UNTRAINED_CONFIDENCE, seed, confidence.answers(questions, confidence.threshold_of_rate(rate)))
 
     def _cache(self, name: str, base: Path, gate: Path | None, *, experts: bool = True) -> AnswerCache:
         return AnswerCache(self.project, self.folder / "answers" / name, name, base, gate, experts=experts)
+
+    def _confidence(self, cache: AnswerCache) -> _Confidence:
+        return _Confidence(cache, self.validation, self.project.settings.calibrate.noise)
 
     def _add(self, name: str, seed: int, result: Result, **more: float | None) -> None:
         self.rows.setdefault(name, {})[seed] = result.summary() | more
@@ -134,9 +139,10 @@ class _Evaluation:
 class _Confidence:
     """Deferral where the base is unsure; its thresholds are chosen on the validation questions."""
 
-    def __init__(self, cache: AnswerCache, validation: Questions) -> None:
+    def __init__(self, cache: AnswerCache, validation: Questions, noise: float) -> None:
         self._cache = cache
         self._validation = validation
+        self._noise = noise
 
     def answers(self, questions: Questions, threshold: float, what: str = "confidence") -> Result:
         """Answers at a threshold for 1 - (top probability)."""
@@ -147,15 +153,19 @@ class _Confidence:
         return reach(self._sweep(), rate, self._validated).threshold
 
     def best_threshold(self) -> float:
-        """The threshold with the best score on the validation questions."""
-        return max(self._sweep(), key=lambda point: (point.score, -point.deferral_rate)).threshold
+        """The threshold that is chosen by the scores on the validation questions, by the rule that the gate's is."""
+        points = self._sweep()
+        best = max(points, key=lambda point: point.score)
+        good = [point for point in points if within_noise(point, best, self._noise)]
+        return min(good, key=lambda point: (point.deferral_rate, -point.score)).threshold
 
     def _sweep(self) -> list[Point]:
         return [self._validated(threshold) for threshold in _confidence_thresholds(_CONFIDENCE_POINTS)]
 
     def _validated(self, threshold: float) -> Point:
         found = self.answers(self._validation, threshold, "confidence, validation")
-        return Point(found.deferral_rate, threshold, found.score, found.deferral_rate)
+        right = tuple(answer.exact for answer in found.answers)
+        return Point(found.deferral_rate, threshold, found.score, found.deferral_rate, right=right)
 
 
 def _validation_rate(project: Project, seed: int) -> float:
@@ -174,12 +184,12 @@ def _point(result: Result) -> tuple[float, float]:
     return result.deferral_rate, result.score
 
 
-def _tokens(scores: PairScores, deferral_N: torch.Tensor) -> dict[str, float | None]:
+def _tokens(scores: PairScores, log_odds_N: torch.Tensor) -> dict[str, float | None]:
     """What the gate says of gold tokens, teacher-forced: see ``auroc``."""
     wrong_N = scores.base.top_N != scores.gold_N
     return {
-        "auroc_base_wrong": auroc(deferral_N, wrong_N),
-        "auroc_expert_needed": auroc(deferral_N, scores.weak_labels() > 0),
+        "auroc_base_wrong": auroc(log_odds_N, wrong_N),
+        "auroc_expert_needed": auroc(log_odds_N, scores.weak_labels() > 0),
     }
 
 

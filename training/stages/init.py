@@ -7,11 +7,12 @@ from safetensors.torch import load_file
 
 from training import graph
 from training.checkpoints import load_causal, mean_head_row
-from training.files import StageFolder, write_tensors
+from training.files import write_tensors
 from training.fit import CHECKPOINT, Plan
-from training.gate_only import Gate, GateFit, fit_gate
+from training.gate_only import Gate, GateFit, fit_gate, new_gate
 from training.losses import weak
 from training.project import Project
+from training.scoring import PairScores
 from training.stages.score import TrainingScores
 
 FILE = "gate.safetensors"
@@ -30,8 +31,7 @@ def initial_gate(project: Project, seed: int, scores: TrainingScores | None = No
     stage = graph.initial_gate(project, seed).claim()
     if not stage.done:
         found = (scores or TrainingScores(project)).loaded
-        row_D = mean_head_row(load_causal(project.base, settings.compute.dtype, project.device))
-        start = Gate(row_D.repeat(len(experts), 1), torch.zeros(len(experts)))
+        start = _start(project, found, seed)
         fitting = GateFit(
             learning_rate=settings.init.learning_rate,
             weight_decay=settings.init.weight_decay,
@@ -40,17 +40,21 @@ def initial_gate(project: Project, seed: int, scores: TrainingScores | None = No
             positive_weight=settings.init.positive_weight,
             bias=settings.train.bias,
             seed=seed,
+            standardise=settings.gate.standardise,
         )
         gate = fit_gate(found, start, weak, fitting, stage.path, f"init, seed {seed}", project.device)
-        write_tensors(stage.path / FILE, {"theta": gate.theta_KD, "bias": gate.bias_K})
+        write_tensors(stage.path / FILE, gate.tensors)
         (stage.path / CHECKPOINT).unlink(missing_ok=True)
         labels_N = found.weak_labels()
         share = [float((labels_N == k + 1).float().mean()) for k in range(len(experts))]
         stage.finish(tokens=len(labels_N), share_of_tokens_that_need=dict(zip(experts, share, strict=True)))
-    return read_gate(stage)
+    return Gate.from_tensors(load_file(str(stage.path / FILE)), settings.gate)
 
 
-def read_gate(stage: StageFolder) -> Gate:
-    """The gate of a stage that has finished."""
-    tensors = load_file(str(stage.path / FILE))
-    return Gate(tensors["theta"], tensors["bias"])
+def _start(project: Project, scores: PairScores, seed: int) -> Gate:
+    settings, experts = project.settings, len(project.settings.experts)
+    if settings.gate.standardise:
+        inputs_NI = scores.base.inputs(settings.gate.features)
+        return new_gate(settings.gate, inputs_NI, experts, seed, bias=settings.train.bias)
+    row_D = mean_head_row(load_causal(project.base, settings.compute.dtype, project.device))
+    return Gate(row_D.repeat(experts, 1), torch.zeros(experts))

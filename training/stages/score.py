@@ -19,15 +19,20 @@ def run(project: Project) -> None:
 
 
 class TrainingScores:
-    """The scores of the training split, read when a run first needs them, and then kept for the next one."""
+    """The scores that training looks at, read when a run first needs them, and then kept for the next one."""
 
     def __init__(self, project: Project) -> None:
         self._project = project
 
     @cached_property
     def loaded(self) -> PairScores:
-        """The scores, all in memory."""
+        """Those of the training split, all in memory."""
         return score_split(self._project, "train")
+
+    @cached_property
+    def held_out(self) -> PairScores:
+        """Those of the validation split, by the user's base."""
+        return score_split(self._project, "validation")
 
 
 def score_split(project: Project, split: Split, base: BaseRef | None = None) -> PairScores:
