@@ -16,7 +16,7 @@ from training import settings as training_settings
 from training.__main__ import main
 from training.errors import SettingsError
 from training.fit import Plan
-from training.gate_only import Gate, GateFit, Scaling, fit_gate, new_gate, ranking
+from training.gate_only import Gate, GateFit, Ranking, Scaling, fit_gate, new_gate, ranking
 from training.losses import Loss, Tokens, marginal, priced, weak
 from training.scoring import ModelScores, PairScores
 from training.settings import GateSettings, load_settings
@@ -178,8 +178,8 @@ def test_the_initial_gate_is_kept_where_training_does_not_better_it(
         assert gate.training["kept"] == kept
 
 
-def ranking_of(accuracy: float) -> train.Ranking:
-    return train.Ranking(accuracy, None)
+def ranking_of(accuracy: float) -> Ranking:
+    return Ranking(accuracy, None)
 
 
 def test_a_pipeline_with_an_mlp_and_features(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.training.builders import EOS, TinyProject, save_model, write_jsonl
 from training import scoring
 from training.__main__ import main
 from training.checkpoints import load_tokenizer
-from training.data import read_examples, spread, tokenize
+from training.data import Example, read_examples, spread, tokenize
 from training.errors import DataError, SettingsError
 from training.files import write_tensors
 from training.settings import DataSettings, Settings, load_settings
@@ -85,7 +85,7 @@ def test_lines_end_where_json_lines_end(tmp_path: Path) -> None:
 class NoTokens:
     """A tokenizer that makes no token of "b"."""
 
-    eos_token_id = 0
+    bos_token_id, eos_token_id = None, 0
 
     def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
         return {"input_ids": [] if text == "b" else [1]}

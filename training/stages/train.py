@@ -13,7 +13,7 @@ from engine.gate import GateArtifact
 from training import graph
 from training.checkpoints import load_causal, save_base
 from training.fit import CHECKPOINT, Plan
-from training.gate_only import Gate, GateFit, Ranking, fit_gate, ranking, steps_of
+from training.gate_only import Gate, GateFit, fit_gate, ranking, steps_of
 from training.joint import JointFit, fit_joint
 from training.losses import Loss, language, marginal, priced, weak, weakly_joint
 from training.project import Project
