@@ -8,7 +8,7 @@ import sys
 
 from tests.packaging.sources import ROOT
 
-TESTS = ["tests/packaging/test_links.py", "tests/packaging/test_secrets.py", "tests/docs/test_configuration.py"]
+TESTS = ["tests/packaging/test_links.py", "tests/docs/test_configuration.py"]
 
 
 def test_each_folder_s_time_and_then_pytest_s_own_line() -> None:
