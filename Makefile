@@ -66,7 +66,7 @@ serve: $(INSTALLED) ## Serve CONFIG on HOST:PORT
 	$(BIN)/python -m server --config $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
 
 .PHONY: demo
-demo: $(INSTALLED) ## Train the demo pair and its gate anew into models/demo (about half an hour on 2 cores)
+demo: $(INSTALLED) ## Retrain the demo pair and its gate into models/demo (22 minutes on 2 quiet cores)
 	$(BIN)/python -m training.demo --out models/demo $(ARGS)
 
 .PHONY: bench

@@ -1,4 +1,4 @@
-"""The messages between the engine's process and its client, one type a hop, encoded with msgspec (no pickle).
+"""The messages between the engine's process and its client, one type per hop, encoded with msgspec (no pickle).
 
 Client -> engine: Start, Submit, Abort, Shutdown. Engine -> client: Progress, Ready, Refused, Batch, Dead.
 Each direction is one ZeroMQ PUSH/PULL pair over ipc, so messages of a direction arrive in order.

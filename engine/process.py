@@ -1,6 +1,6 @@
 """The engine's own process: ``python -m engine.process SOCKET_DIRECTORY``, started by :mod:`engine.client`.
 
-Receives messages in a thread, runs the step loop in the main thread, sends one batch a pass. Ends when told to,
+Receives messages in a thread, runs the step loop in the main thread, sends one batch per pass. Ends when told to,
 when a lane fails, or when the process that started it is gone (its end of our standard input closes).
 """
 

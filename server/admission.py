@@ -22,7 +22,7 @@ class Places:
     """What one request holds. It gives all of them back at once, at its end.
 
     Args:
-        count: one a choice.
+        count: one per choice.
         on_end: called for each choice that ends before.
     """
 
@@ -37,7 +37,7 @@ class Places:
 
 
 class Admission:
-    """Counts generation requests (one a choice) that are somewhere between arrival and answer.
+    """Counts generation requests (one per choice) that are somewhere between arrival and answer.
 
     What is beyond ``running`` waits, in the engine's queue. That queue is bounded here, where a client can still be
     told to come back later, and not in the engine.

@@ -44,7 +44,7 @@ class Metrics:
         self.prompt_tokens = Counter("collm_prompt_tokens", "Prompt tokens of served requests.", model, registry=r)
         self.requests = Counter(
             "collm_requests",
-            "Generation requests (one a choice) by how they ended; rejected ones were not admitted.",
+            "Generation requests (one per choice) by how they ended; rejected ones were not admitted.",
             [*model, "outcome"],
             registry=r,
         )

@@ -38,7 +38,7 @@ class ServerConfig(BaseModel):
     environment or file than on the command line, where others can see it."""
 
     api_keys_file: Path | None = None
-    """File with further keys, one a line; empty lines and lines that begin with # don't count."""
+    """File with further keys, one per line; empty lines and lines that begin with # don't count."""
 
     playground: Literal["key", "open", "off"] = "key"
     """The pages for people (/, /docs and their files under /static) where there are API keys: "key" asks for one, as
@@ -55,7 +55,7 @@ class ServerConfig(BaseModel):
     """The certificate's private key in PEM format."""
 
     max_queued_requests: int = Field(default=1024, ge=0)
-    """Generation requests (one a choice) that may wait for a place in the lanes; more are answered 429."""
+    """Generation requests (one per choice) that may wait for a place in the lanes; more are answered 429."""
 
     queue_reserve: float = Field(default=0.25, ge=0, le=1)
     """Share of max_queued_requests that is kept on top of it for the other clients when one has filled the queue: a
@@ -94,8 +94,8 @@ class ServerConfig(BaseModel):
     """Seconds that requests in flight get to finish after SIGTERM."""
 
     retry_after_s: int = Field(default=1, ge=1)
-    """Told to clients that are turned away with 503; the least that is told with 429, which is as long as the places
-    take to come free at the pace of late, up to a minute."""
+    """Retry-After of 503 responses, and the minimum for 429, where it is estimated from recent throughput and capped at
+    60 s."""
 
     on_engine_death: Literal["exit", "restart"] = "exit"
     """When the engine dies: "exit" ends the server with a non-zero status, for a supervisor to restart it; "restart"

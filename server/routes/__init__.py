@@ -1,4 +1,4 @@
-"""One module a group of routes. A route validates, turns text into token ids, and hands over to server.stream."""
+"""One module per group of routes. A route validates, turns text into token ids, and hands over to server.stream."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_run_ahead_saves_steps_as_often_as_the_models_agree() -> None:
     halves = run(1, 1.0, settings=ahead, agreement=0.5)
     strangers = run(1, 1.0, settings=ahead, agreement=0.0)
     assert without.steps[1] == strangers.steps[1] == 20
-    assert twins.steps[1] == 4  # five tokens a visit
+    assert twins.steps[1] == 4  # five tokens per visit
     assert twins.steps[1] < halves.steps[1] < strangers.steps[1]
 
 

@@ -131,7 +131,7 @@ def test_step_loop_makes_the_steps_that_the_formulas_count(rows: int, rate: floa
 
 
 def test_memory_table() -> None:
-    """KV bytes a token and of the requests named, from the sizes in the table."""
+    """KV bytes per token and of the requests named, from the sizes in the table."""
     rows = {row[0]: row[1:] for row in table(page("scaling.md"), "| | 1B base |")}
     for column, (kib, gib) in enumerate([(32, 8), (128, 32)]):
         layers, heads, size = (int(part) for part in rows["layers, KV heads, head size"][column].split(", "))

@@ -75,7 +75,7 @@ def test_tokens_of_a_row() -> None:
 
 
 def speeds_of_cycles(rows: int, rate: float, base: tuple[float, float], expert: tuple[float, float]) -> list[float]:
-    """By brute force: tokens a second of a cycle of 1, 2, 3, ... base steps and an expert step."""
+    """By brute force: tokens per second of a cycle of 1, 2, 3, ... base steps and an expert step."""
     speeds = []
     gained, seconds, active, parked = 0.0, 0.0, float(rows), 0.0
     for _ in range(60):

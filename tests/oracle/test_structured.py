@@ -1,4 +1,4 @@
-"""Structured output: valid whoever writes the token, and a grammar that cannot be compiled fails alone."""
+"""Structured output: valid regardless of which model writes; a grammar that cannot be compiled fails alone."""
 
 from __future__ import annotations
 

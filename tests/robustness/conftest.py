@@ -31,7 +31,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
 
 @pytest.fixture(scope="session")
 def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
-    """The demo pair with KV memory for little more than one long request a lane, prompts computed in small chunks,
+    """The demo pair with KV memory for little more than one long request per lane, prompts computed in small chunks,
     four requests at once and eight that wait; several keys.
     """
     # vLLM accepts no less than what one request of the whole context needs: 32 blocks, and one that holds nobody.

@@ -218,7 +218,7 @@ def _run_or_raise(house: House, **fields: Any) -> dict[str, Delta] | None:
 
 @pytest.mark.parametrize("lane", [0, 1])
 def test_a_row_too_few(lane: int) -> None:
-    """A sample that is missing: the request must not wait for ever without anybody noticing."""
+    """A sample that is missing: the request must not wait forever without anybody noticing."""
     house = House(faulty=lane)
     house.lanes[lane].change = lambda samples: samples[1:]
     got = _run_or_raise(house)

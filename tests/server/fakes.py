@@ -55,7 +55,7 @@ A = 66
 
 
 def letters(text: str) -> list[int]:
-    """Token ids of lower case letters, one a letter."""
+    """Token ids of lower case letters, one per letter."""
     return [A + ord(letter) - ord("a") for letter in text]
 
 
