@@ -92,7 +92,7 @@ def test_19_half_closed_is_not_gone_for_ever(live: FaultServer) -> None:
 
 
 def _fresh(number: int, stream: bool) -> list[int]:
-    """A long prompt that no prefix cache knows. The tight server computes 64 tokens per step: a dozen steps per lane."""
+    """A long prompt, new to prefix caches. The tight server computes 64 tokens per step: a dozen steps per lane."""
     return [1 + 2 * number + stream, *range(100, 1000)]
 
 
