@@ -9,6 +9,7 @@ The text of an answer is bytes that all members have in common. Each member read
 - :mod:`~engine.spelling.boundaries`: offsets at which a tokenizer can be restarted;
 - :mod:`~engine.spelling.speller`: text to tokens, in the middle of a document and byte for byte;
 - :mod:`~engine.spelling.strand`: one member's tokens for the common text while it grows.
+- :mod:`~engine.spelling.symbols`, :mod:`~engine.spelling.chorus`: several members write a text character by character.
 
 Pure: numpy and the tokenizers library; no torch, no vLLM, no scheduler.
 """

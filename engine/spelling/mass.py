@@ -62,6 +62,14 @@ class Mass:
         branches = self._vocabulary.branches(text)
         return self._sum(branches.begin, branches.exact)
 
+    def likeliest(self, text: bytes) -> int | None:
+        """The most probable of the tokens that are exactly ``text``; None if there is none."""
+        branches = self._vocabulary.branches(text)
+        if branches.exact == branches.begin:
+            return None
+        best = int(self._text[branches.begin : branches.exact].argmax())
+        return int(self._vocabulary.order[branches.begin + best])
+
     def next(self, prefix: bytes) -> NDArray[np.float64]:
         """[SYMBOLS]: probability that the next token begins with ``prefix`` and goes on by a byte, or is ``prefix``
         itself (EXACT); for b"" also that the text ends (END), for others that is 0.

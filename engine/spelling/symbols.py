@@ -1,0 +1,102 @@
+"""One step of character-level ensembling: members' next symbols, their average, and the draw.
+
+CharED (Gu, Chen and Wang, "CharED: Character-wise Ensemble Decoding for Large Language Models", arXiv 2407.11009) over
+bytes instead of characters: a byte is what all vocabularies can spell, and the probability of a character is the
+product of its bytes' by the chain rule. A symbol is one of 256 bytes, EXACT (the piece ends here: all members are asked
+anew) or END (the text ends here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.spelling.mass import END, EXACT, Mass
+
+Average = Literal["mixture", "geometric"]
+
+Symbols = NDArray[np.float64]
+"""[SYMBOLS]: a probability for each symbol."""
+
+
+def symbols(mass: Mass, piece: bytes) -> Symbols | None:
+    """One member's distribution of the symbol after the bytes that were drawn since it was asked.
+
+    Args:
+        mass: the member's, at the position at which it was asked.
+        piece: the bytes drawn since then.
+
+    Returns:
+        None if none of the member's tokens begins like this: it has no opinion until it is asked again.
+    """
+    row = mass.next(piece)
+    return _normalised(row) if row.any() else None
+
+
+def average(rows: Sequence[Symbols], weights: Sequence[float], kind: Average) -> Symbols:
+    """The members' distributions in one.
+
+    Args:
+        rows: of the members that have one.
+        weights: of these members, positive; they are normalised.
+        kind: "mixture" is the weighted mean; "geometric" the normalised weighted geometric mean, on what all of them
+            allow. Where they allow nothing in common, it is the mixture.
+    """
+    shares = np.asarray(weights, np.float64) / sum(weights)
+    stacked = np.stack(rows)
+    if kind == "geometric":
+        common = (stacked > 0).all(axis=0)
+        if common.any():
+            logs = shares @ np.log(stacked[:, common])
+            joint = np.zeros(stacked.shape[1])
+            joint[common] = np.exp(logs - logs.max())
+            return _normalised(joint)
+    return _normalised(shares @ stacked)
+
+
+def without(row: Symbols, symbol: int) -> Symbols:
+    """The distribution given that a symbol is not drawn; unchanged if there is no other."""
+    others = row.copy()
+    others[symbol] = 0.0
+    return _normalised(others) if others.any() else row
+
+
+def _normalised(row: Symbols) -> Symbols:
+    normalised: Symbols = row / row.sum()
+    return normalised
+
+
+def choose(row: Symbols, temperature: float, uniform: float) -> int:
+    """Draw a symbol.
+
+    Args:
+        temperature: flattens or sharpens the distribution of symbols; 0 takes the most probable one, of equal ones
+            the lowest.
+        uniform: in [0, 1).
+    """
+    if temperature == 0:
+        return int(np.argmax(row))
+    if temperature != 1:
+        with np.errstate(divide="ignore"):
+            logs = np.log(row) / temperature
+        row = np.exp(logs - logs.max())
+    cumulative = np.cumsum(row)
+    # The product may round up to the sum itself, beyond the last symbol that can be drawn.
+    symbol = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+    return min(symbol, int(np.flatnonzero(row)[-1]))
+
+
+def inside_character(text: bytes) -> bool:
+    """Whether a text ends within a UTF-8 character."""
+    for back in range(1, min(len(text), 4) + 1):
+        byte = text[-back]
+        if byte & 0xC0 != 0x80:
+            needed = 1 if byte < 0xC2 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4 if byte < 0xF5 else 1
+            return back < needed
+    return False
+
+
+__all__ = ["END", "EXACT", "Average", "Symbols", "average", "choose", "inside_character", "symbols", "without"]
