@@ -19,7 +19,6 @@ from engine.spelling.speller import Speller
 from engine.spelling.symbols import choose, inside_character
 from engine.spelling.vocabulary import Vocabulary
 from tests.server.zoo import zoo
-from tests.spelling.tokenizers_in_use import speller_of
 
 STOP = 2
 NAMES = ("SentencePiece BPE, legacy", "byte-level, added tokens", "demo pair")
@@ -154,7 +153,7 @@ def drawing(seed: int) -> Callable[[int], float]:
     return lambda index: draws.uniform(seed, draws.POLICY_STREAM, index)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=3),
     weights=st.tuples(*[st.floats(0.05, 1.0)] * 3),
@@ -248,12 +247,41 @@ def test_a_member_alone_writes_the_tokens_that_it_would_sample() -> None:
 
 
 def test_the_most_probable_symbol_is_not_the_most_probable_token() -> None:
-    vocabulary = speller_of("Mistral 7B").vocabulary
-    row = np.zeros(32_000, np.float32)
-    for text, chance in ((b"the", 0.3), (b"a", 0.25), (b"an", 0.2), (b"at", 0.15), (b"in", 0.1)):
+    vocabulary = SPELLERS["demo pair"].vocabulary
+    row = np.zeros(1024, np.float32)
+    for text, chance in ((b"is", 0.3), (b"a", 0.25), (b"an", 0.2), (b"at", 0.15), (b"er", 0.1)):
         row[vocabulary.exact(text)[0]] = chance
-    chorus = Chorus([speller_of("Mistral 7B")], [1.0], temperature=0.0, draw=lambda _: 0.0)
+    chorus = Chorus([SPELLERS["demo pair"]], [1.0], temperature=0.0, draw=lambda _: 0.0)
     assert chorus.write([Mass(vocabulary, row)]).text == b"a"
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_several_members_finish_the_character_if_any_of_them_can(members: int) -> None:
+    spellers = [SPELLERS["byte-level, added tokens"], SPELLERS["demo pair"]][:members]
+    rows = [np.zeros(1100, np.float32) for _ in spellers]
+    for row, each in zip(rows, spellers, strict=True):
+        row[each.vocabulary.exact("日".encode()[:1])[0]] = 0.9
+    rows[0][spellers[0].vocabulary.exact("日本".encode())[0]] = 0.1
+    chorus = Chorus(spellers, [1.0] * members, temperature=0.0, draw=lambda _: 0.0)
+    piece = chorus.write([Mass(each.vocabulary, row) for each, row in zip(spellers, rows, strict=True)])
+    assert piece.text == ("日".encode()[:1] if members == 1 else "日本".encode())
+
+
+@pytest.mark.parametrize("chance", [1.0, 0.6])
+def test_who_finds_the_piece_most_probable_goes_on_from_its_token_and_others_spell_it_anew(chance: float) -> None:
+    other = SPELLERS["byte-level, added tokens"]
+    spellers = [SPELLERS["demo pair"], other]
+    rows = [np.zeros(1100, np.float32) for _ in spellers]
+    rows[0][spellers[0].vocabulary.exact(b"e")[0]] = 1.0
+    rows[1][other.vocabulary.exact(b"e")[0]] = chance
+    rows[1][other.vocabulary.exact(b"x")[0]] = 1 - chance
+    chorus = Chorus(spellers, [0.5, 0.5], draw=lambda _: 0.0)
+    for strand in chorus.strands:
+        strand.follow(b"th")
+    chorus.write([Mass(each.vocabulary, row) for each, row in zip(spellers, rows, strict=True)])
+    own = [*other.spell(b"th"), other.vocabulary.exact(b"e")[0]]
+    assert own != other.spell(b"the")
+    assert chorus.strands[1].tokens == (own if chance == 1.0 else other.spell(b"the"))
 
 
 def test_a_piece_ends_within_a_character_only_if_nobody_goes_on() -> None:

@@ -54,7 +54,7 @@ def test_tokenizers_beside_the_packages_are_used_if_they_are_named() -> None:
 
 
 @complete
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(text=texts)
 def test_bytes_in_are_bytes_out(name: str, text: str) -> None:
     assert obstacle(vocabulary_of(name)) is None
@@ -62,7 +62,7 @@ def test_bytes_in_are_bytes_out(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", LACKING)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(text=texts)
 def test_a_vocabulary_that_lacks_something_says_so_or_keeps_the_bytes(name: str, text: str) -> None:
     assert "no token for the byte" in (obstacle(vocabulary_of(name)) or "")
@@ -71,7 +71,7 @@ def test_a_vocabulary_that_lacks_something_says_so_or_keeps_the_bytes(name: str,
 
 
 @complete
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     data=st.binary(max_size=20)
     | st.tuples(texts, st.binary(max_size=3), texts).map(lambda parts: parts[0].encode() + parts[1] + parts[2].encode())
@@ -83,7 +83,7 @@ def test_bytes_that_are_no_text_are_spelled_where_there_are_tokens_for_them(name
 
 
 @pytest.mark.parametrize("name", AS_THEY_ARE)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(text=texts)
 def test_the_spelling_is_the_tokenizers_own(name: str, text: str) -> None:
     tokenizer = tokenizer_of(name)
@@ -101,7 +101,7 @@ def grown(name: str, *parts: bytes) -> Strand:
 
 
 @complete
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(text=texts, data=st.data())
 @example(text="a  b", data=None)
 @example(text="12345", data=None)
@@ -123,7 +123,7 @@ def test_spelled_in_parts_it_is_as_spelled_at_once(name: str, text: str, data: s
 
 
 @complete
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(before=texts, after=texts)
 def test_a_position_is_aligned_where_the_whole_has_a_boundary(name: str, before: str, after: str) -> None:
     strand = grown(name, before.encode())
@@ -135,7 +135,7 @@ def test_a_position_is_aligned_where_the_whole_has_a_boundary(name: str, before:
 
 
 @complete
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(steps=st.lists(st.tuples(st.booleans(), texts, st.integers(0, 1 << 30)), max_size=8))
 def test_a_lane_holds_the_strand_whoever_writes(name: str, steps: list[tuple[bool, str, int]]) -> None:
     """Own tokens are any tokens, canonical or not; what is settled never changes."""
