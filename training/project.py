@@ -12,6 +12,7 @@ import torch
 
 from training.checkpoints import check_models, device_of, load_tokenizer, shared_vocabulary
 from training.data import Example, TokenExample, read_examples, tokenize
+from training.engine_options import check_engine_options
 from training.errors import SettingsError
 from training.files import ContentHashes, hash_of_all
 from training.graph import mode_of
@@ -55,6 +56,7 @@ class Project:
         check_models(self.settings)
         for split in self.splits:
             self.data(split)
+        check_engine_options(self.settings)
 
     @property
     def splits(self) -> list[Split]:

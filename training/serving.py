@@ -140,15 +140,12 @@ def questions_of(project: Project, split: Split, limit: int | None) -> Questions
 
 def engine_config(settings: EngineSettings, base: Path, experts: dict[str, Path], gate: Path | None) -> EngineConfig:
     """The engine's configuration for these models; without experts it serves the base alone."""
-    lane = {
-        "backend": settings.backend,
-        "kv_cache_memory_bytes": settings.kv_cache_memory_bytes,
-        "vllm": settings.vllm,
-    }
+    backend = settings.backend
     return EngineConfig(
-        base=LaneConfig.model_validate({**lane, "model": str(base)}),
+        base=LaneConfig.model_validate({**settings.lane("base"), "backend": backend, "model": str(base)}),
         experts=tuple(
-            ExpertConfig.model_validate({**lane, "name": name, "model": str(path)}) for name, path in experts.items()
+            ExpertConfig.model_validate({**settings.lane(name), "backend": backend, "name": name, "model": str(path)})
+            for name, path in experts.items()
         ),
         gate=GateConfig(path=None if gate is None else str(gate)),
         scheduler=SchedulerConfig(max_num_seqs=settings.max_num_seqs),

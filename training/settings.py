@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from engine.config import LaneConfig
 from training.errors import SettingsError
 
 FEATURES = ("entropy", "margin", *(f"logprob_{rank}" for rank in range(1, 6)))
@@ -201,15 +202,33 @@ class EvaluateSettings(_Section):
     """An answer may have so many tokens more than the gold completion."""
 
 
-class EngineSettings(_Section):
-    """The serving engine that calibration and evaluation decode with. Names are those of engine.config."""
+class LaneSettings(_Section):
+    """A lane of the serving engine. Names and meanings are those of engine.config's ``LaneConfig``."""
+
+    executor: Literal["uni", "mp", "ray"] | None = None
+    tensor_parallel_size: int | None = Field(default=None, ge=1)
+    devices: tuple[int, ...] | None = None
+    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """vLLM's options, under vLLM's own names."""
+
+
+class EngineSettings(LaneSettings):
+    """The serving engine that calibration and evaluation decode with. What stands here is for all lanes."""
 
     backend: Literal["vllm", "standin"] = "vllm"
     """"standin" decodes nothing real: for tests."""
-    kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
     max_num_seqs: int = Field(default=64, ge=1)
-    vllm: dict[str, Any] = Field(default_factory=dict)
-    """vLLM's options of all lanes, under vLLM's own names."""
+    lanes: dict[str, LaneSettings] = Field(default_factory=dict)
+    """What differs in one lane, by "base" or the expert's name; its table ``vllm`` is added to that of all lanes."""
+
+    def lane(self, name: str) -> dict[str, Any]:
+        """The fields of engine.config's ``LaneConfig`` for a lane, those that are set."""
+        own = self.lanes.get(name, LaneSettings())
+        found = {field: getattr(self, field) for field in LaneSettings.model_fields}
+        found |= {field: value for field, value in own if value is not None}
+        found["vllm"] = {**self.vllm, **own.vllm}
+        return {field: value for field, value in found.items() if value not in (None, {})}
 
 
 class Settings(_Section):
@@ -243,6 +262,11 @@ class Settings(_Section):
             raise ValueError("gate: kinds other than 'linear', and features, need train.mode = 'gate'")
         if not self.gate.standardise and (self.gate.kind != "linear" or self.gate.features):
             raise ValueError("gate: kinds other than 'linear', and features, need gate.standardise = true")
+        for name in self.engine.lanes:
+            if name not in ("base", *names):
+                raise ValueError(f"engine.lanes.{name}: is neither 'base' nor an expert")
+        for name in ("base", *names):
+            _check_lane(name, self.engine.lane(name))
         for where, rates in (("calibrate", self.calibrate.rates), ("evaluate", self.evaluate.rates)):
             if not rates or any(not 0 <= rate <= 1 for rate in rates):
                 raise ValueError(f"{where}.rates: rates are from 0 to 1")
@@ -252,6 +276,14 @@ class Settings(_Section):
     def expert_names(self) -> tuple[str, ...]:
         """Names in the order of the gate's rows."""
         return tuple(expert.name for expert in self.experts)
+
+
+def _check_lane(name: str, lane: dict[str, Any]) -> None:
+    """Find now what the engine would refuse when it starts, after hours of scoring and training."""
+    try:
+        LaneConfig.model_validate({"model": name, **lane})
+    except ValidationError as error:
+        raise ValueError(f"engine, lane {name!r}: {_plain(error.errors()[0]['msg'])}") from error
 
 
 def load_settings(file: Path, overrides: Sequence[str] = ()) -> Settings:

@@ -8,7 +8,7 @@ import importlib.metadata
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,25 @@ def _is_large(model: str) -> bool:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors")) >= LARGE_BYTES
 
 
+def check_names(options: Iterable[str], known: Sequence[str], label: str) -> None:
+    """Refuse options that vLLM does not have, or that a lane sets itself.
+
+    Args:
+        known: names of the fields of vLLM's ``EngineArgs``.
+        label: where the table ``vllm`` stands, for error messages.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for option in options:
+        if option in _FIXED:
+            raise ConfigError(f"{label}.vllm.{option}: cannot be set ({_FIXED[option]})")
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{label}.vllm.{option}: vLLM has no such engine option{hint}")
+
+
 def engine_arguments(
     config: LaneConfig,
     *,
@@ -125,14 +144,7 @@ def engine_arguments(
 
     from engine.vllm_hooks.scheduler import LaneScheduler
 
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    for option in config.vllm:
-        if option in _FIXED:
-            raise ConfigError(f"{label}.vllm.{option}: cannot be set ({_FIXED[option]})")
-        if option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ConfigError(f"{label}.vllm.{option}: vLLM has no such engine option{hint}")
+    check_names(config.vllm, [field.name for field in dataclasses.fields(EngineArgs)], label)
     is_cpu = current_platform.is_cpu()
     worker = "worker_cpu.CpuLaneWorker" if is_cpu else "worker_gpu.GpuLaneWorker"
     arguments: dict[str, Any] = {

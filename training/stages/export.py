@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
-from typing import Any
 
 import tomli_w
 
@@ -26,16 +24,9 @@ def run(project: Project) -> None:
     if trained.run is not None:
         base = folder / "base"
         shutil.copytree(trained.path, base, dirs_exist_ok=True)
-    experts = [{"name": name, **_lane(project, path)} for name, path in project.expert_paths.items()]
-    config = {"base": _lane(project, base), "experts": experts, "gate": {"path": str(folder / "gate")}}
+    # The engine's options are those that the pair was calibrated with.
+    lane = project.settings.engine.lane
+    experts = [{"name": name, "model": str(path), **lane(name)} for name, path in project.expert_paths.items()]
+    config = {"base": {"model": str(base), **lane("base")}, "experts": experts, "gate": {"path": str(folder / "gate")}}
     write_text(folder / "collm.toml", tomli_w.dumps(config))
     print(f"to serve the pair: python -m server --config {folder / 'collm.toml'}")
-
-
-def _lane(project: Project, model: Path) -> dict[str, Any]:
-    """A lane's table, with the engine's options that it was calibrated with."""
-    engine = project.settings.engine
-    lane: dict[str, Any] = {"model": str(model)}
-    if engine.kv_cache_memory_bytes is not None:
-        lane["kv_cache_memory_bytes"] = engine.kv_cache_memory_bytes
-    return lane | ({"vllm": engine.vllm} if engine.vllm else {})
