@@ -26,8 +26,9 @@ from engine.config import SchedulerConfig
 from engine.lanes.interface import Lane, LaneReport
 from engine.lanes.standin import StandinLane, next_token
 from engine.loop import StepLoop
-from engine.pacing import Pacer
 from engine.scheduler import Scheduler
+from engine.strategies import Strategies
+from engine.strategies.deferral.pacing import Pacer
 from engine.types import BASE, RunAhead
 
 _CONTEXT = 1 << 20
@@ -182,10 +183,9 @@ def predict(
         max_num_seqs=concurrency,
         max_model_len=_CONTEXT,
         eos_token_ids=(),
-        has_gate=False,
-        policy="random",
-        run_ahead=settings.run_ahead,
-        worth_drafting=pacer.worth_drafting,
+        strategy=Strategies(
+            len(lanes), has_gate=False, policy="random", run_ahead=settings.run_ahead, draft_pays=pacer.draft_pays
+        ),
         clock=clock,
     )
     plain: list[Lane] = list(lanes)

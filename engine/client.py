@@ -366,7 +366,7 @@ class _Stream:
         if self._delta is None:
             self._delta = delta
         else:
-            self._delta = _merged(self._delta, delta)
+            self._delta.merge(delta)
         self._news.set()
 
     def end(self) -> None:
@@ -381,25 +381,6 @@ class _Stream:
         self._news.clear()
         delta, self._delta = self._delta, None
         return delta
-
-
-def _merged(first: Delta, second: Delta) -> Delta:
-    """The first delta, with the second one appended to its lists."""
-    first.tokens += second.tokens
-    first.sources += second.sources
-    first.deferrals += second.deferrals
-    if first.logprobs is None:
-        first.logprobs = second.logprobs
-    elif second.logprobs is not None:
-        first.logprobs += second.logprobs
-    if first.prompt_logprobs is None:
-        first.prompt_logprobs = second.prompt_logprobs
-    first.finish_reason = second.finish_reason
-    first.stop_token = second.stop_token
-    first.error = second.error
-    first.refused = second.refused
-    first.timeline = second.timeline
-    return first
 
 
 class Engine:
@@ -469,7 +450,10 @@ class Engine:
             whole: Delta | None = None
             try:
                 async for delta in self.client.generate(request):
-                    whole = delta if whole is None else _merged(whole, delta)
+                    if whole is None:
+                        whole = delta
+                    else:
+                        whole.merge(delta)
             except RequestError as error:
                 whole = Delta(request.request_id, finish_reason="error", error=str(error))
             assert whole is not None

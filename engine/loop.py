@@ -2,8 +2,8 @@
 
 *Lockstep* steps one lane after the other. Rows stay together in one batch, which on shared hardware is worth more
 than doing two things at once; while the base has something to do, an expert's step may wait until it pays (see
-:mod:`engine.pacing`). *Overlapped* lets every lane step as soon as it has work, for lanes on devices of their
-own; its lanes, all but one, compute in worker processes.
+:mod:`engine.strategies.deferral.pacing`). *Overlapped* lets every lane step as soon as it has work, for lanes on
+devices of their own; its lanes, all but one, compute in worker processes.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from concurrent.futures import Future
 from typing import Literal
 
 from engine.lanes.interface import Lane, LaneReport
-from engine.pacing import Pacer
 from engine.scheduler import Scheduler
+from engine.strategies.base import StepPacer
 from engine.types import BASE, EngineStats
 
 logger = logging.getLogger(__name__)
@@ -42,14 +42,14 @@ class StepLoop:
         scheduler: Scheduler,
         lanes: list[Lane],
         coordination: Literal["lockstep", "overlapped"],
-        pacer: Pacer | None = None,
+        pacer: StepPacer | None = None,
         step_timeout: float = 60.0,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
         self._lanes = lanes
         self._overlapped = coordination == "overlapped"
-        self._pacer = pacer or Pacer(len(lanes), gather="off")
+        self._pacer = pacer
         self._step_timeout = step_timeout
         self._wake = wake
         # Steps that nobody waits for in place: overlapped ones, and overdue ones in either mode.
@@ -108,6 +108,7 @@ class StepLoop:
     def stats(self) -> EngineStats:
         """The engine's account; list-valued fields are handed out once."""
         scheduler = self._scheduler
+        counters = scheduler.counters
         lanes = [lane.stats() for lane in self._lanes]
         for number in self._lost:
             lanes[number].up = False
@@ -118,12 +119,12 @@ class StepLoop:
             self._loop_seconds,
             self._step_seconds,
             scheduler.take_expert_waits(),
-            scheduler.gate_errors,
+            counters.gate_errors,
             self._integrity_errors,
-            scheduler.expert_failures,
-            scheduler.runahead_accepted,
-            scheduler.runahead_discarded,
-            scheduler.agreements,
+            counters.expert_failures,
+            counters.runahead_accepted,
+            counters.runahead_discarded,
+            counters.agreements,
         )
 
     def shutdown(self) -> None:
@@ -140,7 +141,7 @@ class StepLoop:
             active = True
             if number == BASE:
                 base_went_on = True
-            elif base_went_on and self._pacer.holds(number, self._scheduler.outlook(number)):
+            elif base_went_on and self._should_wait(number):
                 continue
             future = lane.start()
             try:
@@ -151,6 +152,9 @@ class StepLoop:
             else:
                 self._land(number, future)
         return active
+
+    def _should_wait(self, number: int) -> bool:
+        return self._pacer is not None and self._pacer.should_wait(number, self._scheduler.outlook(number))
 
     def _pass_overlapped(self) -> bool:
         active = self._land_completed()
@@ -219,10 +223,9 @@ class StepLoop:
         scheduler = self._scheduler
         for request_id, message, refused in report.failures:
             scheduler.fail(request_id, message, refused=refused)
-        before = scheduler.progress
-        scheduler.land(number, report.samples)
-        if usual:
-            self._pacer.observe(number, report.tokens, report.rows, report.seconds, scheduler.progress - before)
+        gained = scheduler.land(number, report.samples)
+        if usual and self._pacer is not None:
+            self._pacer.observe(number, report.tokens, report.rows, report.seconds, gained)
 
     def _rest(self) -> None:
         """Called once when the engine has gone idle: nothing may be left in any lane."""

@@ -37,8 +37,9 @@ from engine.messages import (
     Submit,
     ToEngine,
 )
-from engine.pacing import Pacer
 from engine.scheduler import Scheduler
+from engine.strategies import Strategies
+from engine.strategies.deferral.pacing import Pacer
 from engine.types import EngineInfo, GateInfo
 
 logger = logging.getLogger(__name__)
@@ -222,6 +223,15 @@ def build(
         gather=config.scheduler.gather,
         max_wait=config.scheduler.gather_max_wait_seconds,
     )
+    strategies = Strategies(
+        len(lanes),
+        has_gate=gate is not None,
+        policy=gate.policy if gate is not None else (config.gate.policy or "never"),
+        threshold=gate.threshold if gate is not None else 0.5,
+        expert_failure=config.scheduler.expert_failure,
+        run_ahead=config.scheduler.run_ahead,
+        draft_pays=pacer.draft_pays,
+    )
     scheduler = Scheduler(
         lanes=len(lanes),
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -229,13 +239,8 @@ def build(
         # An end of text may be one member's alone, beyond what all have.
         vocab_size=max([vocab_size, *(end + 1 for end in eos_token_ids)]),
         eos_token_ids=eos_token_ids,
-        has_gate=gate is not None,
-        policy=gate.policy if gate is not None else (config.gate.policy or "never"),
-        threshold=gate.threshold if gate is not None else 0.5,
-        expert_failure=config.scheduler.expert_failure,
-        run_ahead=config.scheduler.run_ahead,
-        worth_drafting=pacer.worth_drafting,
-        refusal=lambda request: next(filter(None, (lane.refusal(request) for lane in lanes)), None),
+        strategy=strategies,
+        reject_reason=lambda request: next(filter(None, (lane.refusal(request) for lane in lanes)), None),
     )
     info = EngineInfo(
         [lane.info for lane in lanes], vocab_size, max_model_len, eos_token_ids, coordination, gate, versions

@@ -7,6 +7,7 @@ Lanes are numbered: 0 is the base, 1..K are the experts in the order of the conf
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import Literal
 
 import msgspec
@@ -20,6 +21,21 @@ MOST_DRAFTS = 64
 
 PolicyName = Literal["threshold", "sample", "always", "never", "random", "confidence"]
 FinishReason = Literal["stop", "length", "error", "aborted"]
+
+
+class ErrorCode(Enum):
+    """Why a request ended with an error."""
+
+    INVALID_REQUEST = "invalid_request"
+    """It cannot be served as it is; nothing was written."""
+    INVALID_GRAMMAR = "invalid_grammar"
+    """Its grammar cannot be served; nothing was written."""
+    STEP_TIMEOUT = "step_timeout"
+    """A lane that it waited for did not come back from its step in time."""
+    BAD_READING = "bad_reading"
+    """A model's output is no usable number: a gate value, a probability, or a token id."""
+    LANE_FAILURE = "lane_failure"
+    """A lane could not go on with it."""
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -85,7 +101,8 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Attributes:
         member: None for the joint model; a lane's number for that member alone, which never touches another lane.
-        policy: turns the gate's value into a decision, see :mod:`engine.policies`; None is the gate's default.
+        policy: turns the gate's value into a decision, see :mod:`engine.strategies.deferral.policies`; None is the
+            gate's default.
         threshold: a token is deferred when its deferral probability is greater; None is the gate's default.
         rate: share of tokens that the ``random`` policy defers.
         max_expert_tokens: after this many expert tokens the base writes alone; None is no limit.
@@ -140,6 +157,22 @@ GRAMMAR_AT_FAULT = "structured_outputs: "
 """How the error of a refused request begins where it is its grammar that cannot be served."""
 
 
+class Token(msgspec.Struct, gc=False):
+    """One token that is written.
+
+    Attributes:
+        id: in the vocabulary of the lane that starts the request.
+        credit: the lane that wrote it.
+        deferral: the deferral probability at its position; None where no gate was asked.
+        logprobs: if the request asked for them.
+    """
+
+    id: int
+    credit: int
+    deferral: float | None = None
+    logprobs: TokenLogprobs | None = None
+
+
 class Delta(msgspec.Struct, array_like=True, gc=False):
     """What one request gained since its last delta. The per-token lists have the same length, always.
 
@@ -153,6 +186,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         finish_reason: set on the last delta.
         stop_token: the token id that ended the request, if one did.
         error: what went wrong, when finish_reason is "error".
+        code: the same for programs.
         refused: the error is the request's own fault; nothing was written. It begins with ``GRAMMAR_AT_FAULT`` where
             the fault is the grammar's.
         timeline: with the last delta, if asked for: seconds of the machine's monotonic clock at which the request was
@@ -170,6 +204,35 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     error: str | None = None
     refused: bool = False
     timeline: list[float] | None = None
+    code: ErrorCode | None = None
+
+    def append(self, token: Token) -> None:
+        """Add a token at the end."""
+        self.tokens.append(token.id)
+        self.sources.append(token.credit)
+        self.deferrals.append(token.deferral)
+        if token.logprobs is not None:
+            if self.logprobs is None:
+                self.logprobs = []
+            self.logprobs.append(token.logprobs)
+
+    def merge(self, later: Delta) -> None:
+        """Take in the next delta of the same request."""
+        self.tokens += later.tokens
+        self.sources += later.sources
+        self.deferrals += later.deferrals
+        if self.logprobs is None:
+            self.logprobs = later.logprobs
+        elif later.logprobs is not None:
+            self.logprobs += later.logprobs
+        if self.prompt_logprobs is None:
+            self.prompt_logprobs = later.prompt_logprobs
+        self.finish_reason = later.finish_reason
+        self.stop_token = later.stop_token
+        self.error = later.error
+        self.refused = later.refused
+        self.code = later.code
+        self.timeline = later.timeline
 
 
 class Completion(msgspec.Struct):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.policies import POLICIES
+from engine.strategies.deferral.policies import POLICIES
 from engine.types import BASE, Collaboration, EngineInfo, PolicyName
 from server.errors import ApiError, invalid, shown, unknown_model
 from server.protocol.common import CollaborationOptions

@@ -16,8 +16,9 @@ from bench.services import stream_completion
 from bench.shapes import Pair
 from bench.workload import Cell, Job, make_jobs
 from engine.lanes.interface import Sample
-from engine.policies import POLICIES, Position
 from engine.scheduler import Scheduler
+from engine.strategies import Strategies
+from engine.strategies.deferral.policies import POLICIES, Position
 from engine.types import BASE, Collaboration, GenerationRequest, SamplingSpec
 
 JOBS = [Job(str(number), [1, 2], 4, 0.5, number) for number in range(10)]
@@ -116,7 +117,9 @@ async def test_a_broken_stream_fails(answer: bytes, message: str) -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 1.0])
 def test_forced_deferrals_are_the_engines_own(rate: float) -> None:
     job = Job("0", [3, 4, 5], 40, rate, 12345678901234567890 % (1 << 62))
-    scheduler = Scheduler(lanes=2, max_num_seqs=1, max_model_len=100, eos_token_ids=[0], has_gate=False)
+    scheduler = Scheduler(
+        lanes=2, max_num_seqs=1, max_model_len=100, eos_token_ids=[0], strategy=Strategies(2, has_gate=False)
+    )
     sampling = SamplingSpec(temperature=0.0, seed=job.seed, ignore_eos=True, max_tokens=job.max_tokens)
     scheduler.add(GenerationRequest("0", job.prompt, sampling, Collaboration(policy="random", rate=rate)))
     sources: list[int] = []

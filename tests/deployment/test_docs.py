@@ -10,6 +10,7 @@ import pytest
 from engine.lanes.standin import StandinLane
 from engine.loop import StepLoop
 from engine.scheduler import Scheduler
+from engine.strategies import Strategies
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from server.metrics import Metrics
 from tests.deployment.promql import selectors, unguarded_divisions
@@ -110,7 +111,9 @@ def test_scaling_table_is_what_its_formulas_give() -> None:
 def test_step_loop_makes_the_steps_that_the_formulas_count(rows: int, rate: float) -> None:
     tokens = 200
     lanes = [StandinLane(0, "base", experts=1), StandinLane(1, "law")]
-    scheduler = Scheduler(lanes=2, max_num_seqs=rows, max_model_len=1024, eos_token_ids=[0], has_gate=True)
+    scheduler = Scheduler(
+        lanes=2, max_num_seqs=rows, max_model_len=1024, eos_token_ids=[0], strategy=Strategies(2, has_gate=True)
+    )
     for number in range(rows):
         sampling = SamplingSpec(max_tokens=tokens, ignore_eos=True, seed=number)
         policy = Collaboration(policy="random", rate=rate)

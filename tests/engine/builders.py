@@ -9,6 +9,7 @@ from typing import Any
 from engine.config import EngineConfig, ExpertConfig, LaneConfig
 from engine.lanes import Lane, LaneRequest, Sample, StandinLane
 from engine.scheduler import Scheduler
+from engine.strategies import Strategies
 from engine.types import Collaboration, Delta, GenerationRequest, SamplingSpec
 from tests.engine.oracle import Ledger, Pair, Written
 
@@ -64,15 +65,20 @@ def mixed_requests(count: int, pair: Pair, seed: int = 0) -> list[GenerationRequ
     return [one(number) for number in range(count)]
 
 
+OF_DEFERRAL = ("expert_failure", "run_ahead", "draft_pays")
+
+
 def make_scheduler(pair: Pair, kind: type[Scheduler] = Scheduler, **options: Any) -> Scheduler:
+    """``options`` are the scheduler's own and those of deferral."""
+    of_deferral = {name: options.pop(name) for name in OF_DEFERRAL if name in options}
     return kind(
         lanes=pair.lanes,
         max_num_seqs=pair.max_num_seqs,
         max_model_len=pair.max_model_len,
         eos_token_ids=pair.eos,
-        has_gate=pair.has_gate,
-        policy=pair.policy,
-        threshold=pair.threshold,
+        strategy=Strategies(
+            pair.lanes, has_gate=pair.has_gate, policy=pair.policy, threshold=pair.threshold, **of_deferral
+        ),
         **options,
     )
 

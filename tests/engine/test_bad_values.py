@@ -23,7 +23,7 @@ def test_a_gate_that_is_not_finite_ends_its_request_only(bad: float, policy: str
     assert (first.request_id, first.tokens, first.finish_reason) == ("a", [], "error")
     assert first.error == "the gate's value is not finite"
     assert (second.request_id, second.tokens, second.finish_reason) == ("b", [5], None)
-    assert it.gate_errors == 1
+    assert it.counters.gate_errors == 1
     assert it.plan(0).remove == ["a"]
 
 
@@ -44,7 +44,7 @@ def test_a_policy_that_needs_no_gate_goes_on_without(
         it.land(1, [sample()])
     delta = only(it.take_deltas())
     assert (delta.sources, delta.deferrals, delta.finish_reason) == ([source], [deferral], None)
-    assert it.gate_errors == 0
+    assert it.counters.gate_errors == 0
 
 
 @pytest.mark.parametrize("policy", ["always", "random", "confidence"])
@@ -57,7 +57,7 @@ def test_where_the_gate_has_to_choose_the_expert_it_is_needed(policy: str) -> No
     first, second = it.take_deltas()
     assert (first.finish_reason, first.error) == ("error", "the gate's value is not finite")
     assert (second.tokens, second.deferrals, second.finish_reason) == ([5], [None], None)
-    assert it.gate_errors == 1
+    assert it.counters.gate_errors == 1
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -0.5, 1.5])
@@ -67,7 +67,7 @@ def test_a_top_probability_that_is_none_ends_its_request(bad: float) -> None:
     it.plan(0)
     it.land(0, [sample(top_probability=bad)])
     assert only(it.take_deltas()).finish_reason == "error"
-    assert it.gate_errors == 1
+    assert it.counters.gate_errors == 1
 
 
 def test_nobody_looks_at_the_gate_of_a_member_alone() -> None:
@@ -76,4 +76,4 @@ def test_nobody_looks_at_the_gate_of_a_member_alone() -> None:
     it.plan(0)
     it.land(0, [sample(gate=math.nan)])
     assert only(it.take_deltas()).tokens == [5]
-    assert it.gate_errors == 0
+    assert it.counters.gate_errors == 0

@@ -15,8 +15,9 @@ import pytest
 from engine.lanes import LaneReport, LaneWork, StandinLane
 from engine.lanes.standin import next_token
 from engine.loop import StepLoop
-from engine.pacing import Pacer
 from engine.scheduler import Scheduler
+from engine.strategies import Strategies
+from engine.strategies.deferral.pacing import Pacer
 from engine.types import Collaboration, Delta, GenerationRequest, SamplingSpec
 from tests.engine.builders import make_lanes, make_scheduler, mixed_requests, request
 from tests.engine.oracle import Ledger, Pair, check
@@ -274,8 +275,7 @@ def test_an_expert_that_hangs(expert_failure: Any, coordination: Any) -> None:
         max_num_seqs=8,
         max_model_len=1024,
         eos_token_ids=[],
-        has_gate=True,
-        expert_failure=expert_failure,
+        strategy=Strategies(2, has_gate=True, expert_failure=expert_failure),
     )
     loop = StepLoop(scheduler, [base, expert], coordination, step_timeout=0.02)
     prompts = {"deferring": [1, 2, 3], "base": [4, 5, 6]}
@@ -316,7 +316,9 @@ def test_an_expert_that_hangs(expert_failure: Any, coordination: Any) -> None:
 @pytest.mark.parametrize("coordination", ["lockstep", "overlapped"])
 def test_an_expert_that_hangs_and_then_fails(coordination: Any, caplog: pytest.LogCaptureFixture) -> None:
     base, expert = StandinLane(0, "base", experts=1), _Hanging(1, "expert")
-    scheduler = Scheduler(lanes=2, max_num_seqs=8, max_model_len=1024, eos_token_ids=[], has_gate=True)
+    scheduler = Scheduler(
+        lanes=2, max_num_seqs=8, max_model_len=1024, eos_token_ids=[], strategy=Strategies(2, has_gate=True)
+    )
     loop = StepLoop(scheduler, [base, expert], coordination, step_timeout=0.02)
     expert.hangs = True
     scheduler.add(GenerationRequest("a", [1], SamplingSpec(max_tokens=6), Collaboration(policy="always")))
@@ -330,7 +332,9 @@ def test_an_expert_that_hangs_and_then_fails(coordination: Any, caplog: pytest.L
 
 def test_an_overdue_step_says_nothing_of_what_steps_cost() -> None:
     base, expert = StandinLane(0, "base", experts=1), _Hanging(1, "expert")
-    scheduler = Scheduler(lanes=2, max_num_seqs=8, max_model_len=1024, eos_token_ids=[], has_gate=True)
+    scheduler = Scheduler(
+        lanes=2, max_num_seqs=8, max_model_len=1024, eos_token_ids=[], strategy=Strategies(2, has_gate=True)
+    )
     pacer = Pacer(2)
     loop = StepLoop(scheduler, [base, expert], "lockstep", pacer, step_timeout=0.02)
     expert.hangs = True
@@ -347,7 +351,13 @@ def test_an_overdue_step_says_nothing_of_what_steps_cost() -> None:
 def test_a_base_that_hangs_ends_the_engine(coordination: Any) -> None:
     base = _Hanging(0, "base")
     base.hangs = True
-    scheduler = Scheduler(lanes=1, max_num_seqs=8, max_model_len=1024, eos_token_ids=[], has_gate=False, policy="never")
+    scheduler = Scheduler(
+        lanes=1,
+        max_num_seqs=8,
+        max_model_len=1024,
+        eos_token_ids=[],
+        strategy=Strategies(1, has_gate=False, policy="never"),
+    )
     loop = StepLoop(scheduler, [base], coordination, step_timeout=0.02)
     scheduler.add(GenerationRequest("a", [1]))
     with pytest.raises(TimeoutError, match="base timed out"):

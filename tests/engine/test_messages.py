@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+from enum import Enum
 from typing import Any, Literal
 
 import msgspec
@@ -37,6 +38,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         return st.lists(values(args[0]), max_size=3).map(tuple)
     if origin is dict:
         return st.dictionaries(values(args[0]), values(args[1]), max_size=3)
+    if issubclass(kind, Enum):
+        return st.sampled_from(kind)
     if issubclass(kind, msgspec.Struct):
         hints = typing.get_type_hints(kind)
         return st.builds(kind, **{name: values(hints[name]) for name in kind.__struct_fields__})

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 
 from engine.loop import StepLoop
-from engine.pacing import Outlook, Pacer, StepCost
+from engine.strategies.base import Outlook
+from engine.strategies.deferral.pacing import Pacer, StepCost
 from tests.engine.builders import make_lanes, make_scheduler, mixed_requests, request
 from tests.engine.oracle import Ledger, Pair, check
 
 
-def outlook(parked: int = 4, drafting: int = 0, progress: float = 28.0, told_to: int = 0, alone: int = 0) -> Outlook:
-    return Outlook(parked, drafting, told_to, 0.0, progress, alone)
+def outlook(
+    parked: int = 4, drafting: int = 0, progress: float = 28.0, fixed_window: int = 0, alone: int = 0
+) -> Outlook:
+    return Outlook(parked, drafting, fixed_window, 0.0, progress, alone)
 
 
 def pacer(now: float = 0.0, **options: Any) -> Pacer:
@@ -108,7 +111,7 @@ def test_it_steps_where_a_longer_cycle_would_hardly_be_faster(
         steps += 1
         it.observe(0, round(active), round(active), base[0] + base[1] * active, gained=active)
         parked, active = parked + active * rate, active * (1 - rate)
-        if not it.holds(1, outlook(parked=max(1, round(parked)), progress=active)):
+        if not it.should_wait(1, outlook(parked=max(1, round(parked)), progress=active)):
             break
     speeds = speeds_of_cycles(32, rate, base, expert)
     assert speeds[steps - 1] > 0.93 * max(speeds)
@@ -125,42 +128,42 @@ def ready_to_hold(**options: Any) -> Pacer:
 
 
 def test_it_holds_only_while_the_base_gains() -> None:
-    assert ready_to_hold().holds(1, outlook())
-    assert not ready_to_hold().holds(1, outlook(progress=0.0))
-    assert not ready_to_hold().holds(1, outlook(parked=0))
+    assert ready_to_hold().should_wait(1, outlook())
+    assert not ready_to_hold().should_wait(1, outlook(progress=0.0))
+    assert not ready_to_hold().should_wait(1, outlook(parked=0))
 
 
 def test_nobody_waits_longer_than_the_limit() -> None:
-    assert ready_to_hold(now=0.19, max_wait=0.2).holds(1, outlook())
-    assert not ready_to_hold(now=0.2, max_wait=0.2).holds(1, outlook())
-    assert not ready_to_hold(max_wait=0.0).holds(1, outlook())
+    assert ready_to_hold(now=0.19, max_wait=0.2).should_wait(1, outlook())
+    assert not ready_to_hold(now=0.2, max_wait=0.2).should_wait(1, outlook())
+    assert not ready_to_hold(max_wait=0.0).should_wait(1, outlook())
 
 
 def test_requests_that_an_expert_serves_alone_are_not_held_back() -> None:
-    assert not ready_to_hold().holds(1, outlook(alone=1))
+    assert not ready_to_hold().should_wait(1, outlook(alone=1))
 
 
 def test_without_gather_only_rows_that_draft_wait() -> None:
-    assert not ready_to_hold(gather="off").holds(1, outlook(parked=4, drafting=3))
-    assert ready_to_hold(gather="off").holds(1, outlook(parked=4, drafting=4))
+    assert not ready_to_hold(gather="off").should_wait(1, outlook(parked=4, drafting=3))
+    assert ready_to_hold(gather="off").should_wait(1, outlook(parked=4, drafting=4))
 
 
 def test_a_number_of_drafts_is_not_second_guessed() -> None:
     """Also where nothing is known of costs, and whatever they are."""
     for gather in ("off", "auto", 2):
-        assert pacer(gather=gather).holds(1, outlook(parked=4, drafting=4, told_to=4))
-        assert not pacer(gather=gather).holds(1, outlook(parked=4, drafting=4, told_to=3))
-        assert not pacer(now=9.0, gather=gather).holds(1, outlook(parked=4, drafting=4, told_to=4))
+        assert pacer(gather=gather).should_wait(1, outlook(parked=4, drafting=4, fixed_window=4))
+        assert not pacer(gather=gather).should_wait(1, outlook(parked=4, drafting=4, fixed_window=3))
+        assert not pacer(now=9.0, gather=gather).should_wait(1, outlook(parked=4, drafting=4, fixed_window=4))
 
 
 def test_a_number_waits_for_that_many() -> None:
-    assert pacer(gather=5).holds(1, outlook(parked=4))
-    assert not pacer(gather=5).holds(1, outlook(parked=5))
-    assert not pacer(now=9.0, gather=5).holds(1, outlook(parked=4))
+    assert pacer(gather=5).should_wait(1, outlook(parked=4))
+    assert not pacer(gather=5).should_wait(1, outlook(parked=5))
+    assert not pacer(now=9.0, gather=5).should_wait(1, outlook(parked=4))
 
 
 def test_nothing_waits_while_nothing_is_known() -> None:
-    assert not pacer().holds(1, outlook())
+    assert not pacer().should_wait(1, outlook())
 
 
 # -- which drafts pay -----------------------------------------------------------------------------------------
@@ -168,23 +171,23 @@ def test_nothing_waits_while_nothing_is_known() -> None:
 
 def test_drafts_pay_by_what_a_row_costs() -> None:
     it = pacer()
-    assert it.worth_drafting(0.5)
-    assert not it.worth_drafting(0.49)
+    assert it.draft_pays(0.5)
+    assert not it.draft_pays(0.49)
     learn(it, 0, 0.001, 0.0001)
     learn(it, 1, 0.004, 0.0003)
     for _ in range(60):
         it.observe(0, 32, 32, 0.0042, gained=32.0)
         it.observe(1, 8, 8, 0.0064)
     # A row in both costs 0.4 ms; a token takes (4.2 + 6.4) / 32 = 0.33 ms: drafts do not pay, however sure.
-    assert not it.worth_drafting(0.99)
+    assert not it.draft_pays(0.99)
     cheap = pacer()
     learn(cheap, 0, 0.004, 0.00001)
     learn(cheap, 1, 0.010, 0.00002)
     for _ in range(60):
         cheap.observe(0, 8, 8, 0.0041, gained=8.0)
         cheap.observe(1, 2, 2, 0.0100)
-    assert cheap.worth_drafting(0.1)
-    assert not cheap.worth_drafting(0.01)
+    assert cheap.draft_pays(0.1)
+    assert not cheap.draft_pays(0.01)
 
 
 # -- in the loop ----------------------------------------------------------------------------------------------
@@ -195,7 +198,7 @@ def test_drafts_pay_by_what_a_row_costs() -> None:
 def test_whatever_waits_the_answers_are_the_same(gather: Any, run_ahead: Any) -> None:
     pair = Pair(experts=2, vocab_size=3, max_num_seqs=16)
     it = Pacer(pair.lanes, gather=gather, max_wait=0.01)
-    scheduler = make_scheduler(pair, run_ahead=run_ahead, worth_drafting=it.worth_drafting)
+    scheduler = make_scheduler(pair, run_ahead=run_ahead, draft_pays=it.draft_pays)
     lanes = make_lanes(pair, token_budget=20, kv_tokens=300)
     loop = StepLoop(scheduler, list(lanes), "lockstep", it)
     requests = mixed_requests(80, pair, seed=5)

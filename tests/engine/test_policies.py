@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binomtest, chisquare
 
 from engine import draws
-from engine.policies import POLICIES, Position, read_gate
+from engine.strategies.deferral.policies import POLICIES, Position, read_gate
 from engine.types import BASE, PolicyName
 
 LEVEL = 1e-6

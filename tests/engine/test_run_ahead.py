@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from engine.lanes import Extension, Sample
-from engine.pacing import Agreement
 from engine.scheduler import Scheduler
+from engine.strategies import Strategies
+from engine.strategies.deferral.pacing import Agreement
 from engine.types import Delta, StructuredOutputs, TokenLogprobs
 from tests.engine.builders import BASE_WRITES, EXPERT_WRITES, make_scheduler, request, sample
 from tests.engine.oracle import Pair
@@ -25,7 +26,7 @@ def draft(it: Scheduler, *tokens: tuple[int, float], position: int = 3, expect_m
     for number, (token, gate) in enumerate(tokens):
         it.plan(0)
         it.land(0, [sample(position=position + number, token=token, gate=gate)])
-    assert bool(it._due[0]) is expect_more
+    assert bool(it._books[0].due) is expect_more
 
 
 def written(it: Scheduler) -> Delta:
@@ -45,7 +46,7 @@ def test_a_window_that_stands_takes_one_visit_of_the_expert() -> None:
     assert delta.tokens == [7, 8, 9, 4]
     assert delta.sources == [1, 0, 1, 0]
     assert [probability > 0.5 for probability in delta.deferrals if probability is not None] == [True, False] * 2
-    assert (it.runahead_accepted, it.runahead_discarded) == (3, 0)
+    assert (it.counters.runahead_accepted, it.counters.runahead_discarded) == (3, 0)
     # The base was told of three drafts; the fourth is news to it.
     assert it.plan(0).extend == [Extension("a", 3, [4], 4)]
     assert not it.plan(1)
@@ -59,7 +60,7 @@ def test_the_first_difference_ends_a_window_in_both_lanes() -> None:
     it.land(1, [sample(position=3, token=7), sample(position=5, token=5), sample(position=6, token=4)])
     delta = written(it)
     assert (delta.tokens, delta.sources) == ([7, 8, 5], [1, 0, 1])
-    assert (it.runahead_accepted, it.runahead_discarded) == (2, 1)
+    assert (it.counters.runahead_accepted, it.counters.runahead_discarded) == (2, 1)
     assert it.plan(0).extend == [Extension("a", 2, [5], 3)]
     assert not it.plan(1)
     it.land(0, [sample(position=6, token=2, gate=EXPERT_WRITES)])
@@ -138,7 +139,7 @@ def test_automatic_windows_end_where_drafts_do_not_pay() -> None:
         asked.append(probability)
         return probability > 0.2
 
-    it = scheduler(run_ahead="auto", worth_drafting=worth)
+    it = scheduler(run_ahead="auto", draft_pays=worth)
     it.add(request(policy="always", max_tokens=30))
     draft(it, (7, EXPERT_WRITES), (7, EXPERT_WRITES), (7, EXPERT_WRITES), expect_more=False)
     assert asked == [0.5, 0.25, 0.125], "nothing is known of this expert's agreement yet"
@@ -156,7 +157,8 @@ def test_agreement_is_learned_without_run_ahead_too() -> None:
         it.land(0, [sample(position=position, token=7)])
         it.plan(1)
         it.land(1, [sample(position=position, token=8)])
-    assert it._agreement[1].rate < 0.1
+    assert isinstance(it._strategy, Strategies)
+    assert it._strategy.deferral.agreement[1].rate < 0.1
 
 
 def test_agreement_forgets() -> None:
@@ -204,13 +206,13 @@ def test_a_lost_expert_and_a_window(expert_failure: str) -> None:
     delta = written(it)
     if expert_failure == "base":
         assert (delta.tokens, delta.sources) == ([7, 8, 9, 4], [0] * 4)
-        assert it.expert_failures == 2
+        assert it.counters.expert_failures == 2
         it.regain(1)
         it.land(1, [sample(position=3, token=5), sample(position=5, token=5)])
         assert it.take_deltas() == []
     else:
         assert (delta.finish_reason, delta.tokens) == ("error", [])
-        assert it.runahead_discarded == 3
+        assert it.counters.runahead_discarded == 3
         assert it.plan(0).remove == ["a"]
         assert it.plan(1).remove == ["a"]
 
@@ -223,7 +225,7 @@ def test_an_aborted_window_leaves_nothing_behind() -> None:
     it.abort("a")
     delta = written(it)
     assert (delta.tokens, delta.finish_reason) == ([], "aborted")
-    assert (it.runahead_accepted, it.runahead_discarded) == (0, 1)
+    assert (it.counters.runahead_accepted, it.counters.runahead_discarded) == (0, 1)
     assert it.outlook(1).parked == 0
     assert it.plan(0).remove == ["a"]
     assert it.plan(1).remove == ["a"]

@@ -112,7 +112,7 @@ def test_what_a_lane_refuses_is_refused() -> None:
         asked.append(new.request_id)
         return "no room" if max(new.prompt) > 9 else None
 
-    it = scheduler(refusal=refusal)
+    it = scheduler(reject_reason=refusal)
     it.add(request("good"))
     it.add(request("bad", [10]))
     it.add(request("empty", []))

@@ -5,7 +5,7 @@ The second half shows that the machine can fail: each sabotage of the scheduler 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import msgspec
@@ -24,7 +24,9 @@ from hypothesis.stateful import (
 from engine.lanes import LaneWork, Sample, StandinLane
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
-from engine.types import BASE, Delta, GenerationRequest, TokenLogprobs
+from engine.strategies.base import Decision, SharedText
+from engine.strategies.deferral.strategy import DeferralDecoding
+from engine.types import BASE, Delta, GenerationRequest, Token, TokenLogprobs
 from tests.engine.builders import POLICY_NAMES, make_lanes, make_scheduler, request
 from tests.engine.oracle import Ledger, Pair, check, look
 
@@ -260,8 +262,8 @@ class AcceptsOldPositions(Scheduler):
     def land(self, lane: int, samples: Iterable[Sample]) -> None:
         samples = list(samples)
         for sample in samples:
-            if sequence := self._running.get(sample.request_id):
-                sample.position = sequence.position
+            if decoding := self._running.get(sample.request_id):
+                sample.position = decoding.answer.position
         super().land(lane, samples)
 
 
@@ -269,10 +271,12 @@ class AcceptsAnyLane(Scheduler):
     def land(self, lane: int, samples: Iterable[Sample]) -> None:
         samples = list(samples)
         for sample in samples:
-            if sequence := self._running.get(sample.request_id):
-                sequence.home = lane
-                sequence.window.clear()
-                sequence.known[lane] = len(sequence.tokens)
+            decoding = self._running.get(sample.request_id)
+            if isinstance(decoding, SharedText):
+                decoding.primary_lane = lane
+                if isinstance(decoding, DeferralDecoding):
+                    decoding.window.clear()
+                decoding.known[lane] = len(decoding.answer.tokens)
         super().land(lane, samples)
 
 
@@ -309,12 +313,12 @@ class ForgetsToCallOffWork(Scheduler):
     """An ended request stays due."""
 
     def abort(self, request_id: str) -> None:
-        due = [request_id in lane for lane in self._due]
-        sequence = self._running.get(request_id)
+        due = [request_id in book.due for book in self._books]
+        decoding = self._running.get(request_id)
         super().abort(request_id)
-        for lane, was_due in enumerate(due):
-            if was_due and sequence is not None:
-                self._due[lane][request_id] = sequence
+        for book, was_due in zip(self._books, due, strict=True):
+            if was_due and decoding is not None:
+                book.due[request_id] = decoding
 
 
 class SendsLastDeltaTwice(Scheduler):
@@ -328,33 +332,6 @@ class AdmitsOneTooMany(Scheduler):
         self._max_num_seqs += 1
         super()._admit()
         self._max_num_seqs -= 1
-
-
-class AdvancesDraws(Scheduler):
-    """Draws from a generator: what is drawn depends on how often was drawn before."""
-
-    def _decide(self, sequence: Sequence, sample: Sample) -> tuple[int, float | None]:
-        decision = super()._decide(sequence, sample)
-        sequence.draws += 1
-        return decision
-
-
-class KeepsWhatWasRejected(Scheduler):
-    """Lanes are not told that their drafts were cut."""
-
-    def _hear(self, sequence: Sequence, sample: Sample) -> None:
-        known = list(sequence.known)
-        super()._hear(sequence, sample)
-        sequence.known = known
-
-
-class TrustsEveryDraft(Scheduler):
-    """The expert is asked for the first deferral of a window only, and the rest is believed."""
-
-    def _settle(self, sequence: Sequence) -> None:
-        for draft in sequence.window:
-            draft.writer = BASE
-        super()._settle(sequence)
 
 
 class AsksForTheLastDeferralOnly(Scheduler):
@@ -383,24 +360,45 @@ class NeverComesBack(StandinLane):
         self._rows[request_id].preempted = True
 
 
-def loses_deferrals(
-    self: Sequence, token: int, source: int, logprobs: TokenLogprobs | None, deferral: float | None
-) -> None:
-    WRITE(self, token, source, logprobs, None)
+def loses_deferrals(self: Sequence, token: Token) -> None:
+    WRITE(self, msgspec.structs.replace(token, deferral=None))
 
 
-WRITE = Sequence.write
+def advances_draws(self: DeferralDecoding, sample: Sample) -> tuple[int, float | None]:
+    """Draws from a generator: what is drawn depends on how often was drawn before."""
+    decision = DECIDE(self, sample)
+    self.draws += 1
+    return decision
+
+
+def keeps_what_was_rejected(self: DeferralDecoding) -> None:
+    """Lanes are not told that their drafts were cut."""
+    known = list(self.known)
+    CUT(self)
+    self.known = known
+
+
+def trusts_every_draft(self: DeferralDecoding) -> Iterator[Decision]:
+    """The expert is asked for the first deferral of a window only, and the rest is believed."""
+    for draft in self.window:
+        draft.writer = BASE
+    return COMMIT(self)
+
+
+WRITE, DECIDE, CUT = Sequence.write, DeferralDecoding._decide, DeferralDecoding._cut
+COMMIT = DeferralDecoding._commit_drafts
 SABOTAGED_SCHEDULERS = (
     AcceptsOldPositions, AcceptsAnyLane, ForgetsTokenOfExtension, RepeatsTokenOfExtension, ForgetsWhatWasWritten,
     ForgetsRemovalInExpert, ForgetsToCallOffWork, SendsLastDeltaTwice, AdmitsOneTooMany,
-    AdvancesDraws, KeepsWhatWasRejected, TrustsEveryDraft, AsksForTheLastDeferralOnly,
+    AsksForTheLastDeferralOnly,
 )  # fmt: skip
 SABOTAGED_LANES = (LosesTokenWhenPreempted, NeverComesBack)
 PATCHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "deferrals are lost": lambda patch: patch.setattr(Sequence, "write", loses_deferrals),
-    "max_expert_tokens is not looked at": lambda patch: patch.setattr(
-        Sequence, "may_defer", property(lambda self: bool(self.experts))
-    ),
+    "max_expert_tokens is not looked at": lambda patch: patch.setattr(DeferralDecoding, "may_defer", True),
+    "draws are advanced": lambda patch: patch.setattr(DeferralDecoding, "_decide", advances_draws),
+    "what was rejected is kept": lambda patch: patch.setattr(DeferralDecoding, "_cut", keeps_what_was_rejected),
+    "every draft is trusted": lambda patch: patch.setattr(DeferralDecoding, "_commit_drafts", trusts_every_draft),
     "a position does not count the prompt": lambda patch: patch.setattr(
         Sequence, "position", property(lambda self: len(self.tokens))
     ),

@@ -20,6 +20,7 @@ from engine.lanes.interface import LaneReport, Sample
 from engine.lanes.standin import StandinLane
 from engine.loop import StepLoop
 from engine.scheduler import Scheduler
+from engine.strategies import Strategies
 from engine.types import Collaboration, Delta, GenerationRequest, SamplingSpec
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -75,8 +76,7 @@ class House:
             max_model_len=1024,
             vocab_size=256,
             eos_token_ids=[0],
-            has_gate=True,
-            expert_failure=expert_failure,
+            strategy=Strategies(2, has_gate=True, expert_failure=expert_failure),
         )
         self.wakened = threading.Event()
         self.loop = StepLoop(self.scheduler, self.lanes, coordination, step_timeout=step_timeout, wake=self.wakened.set)
@@ -134,7 +134,7 @@ def test_gate_that_is_not_finite(policy: Any, value: float) -> None:
     expected = truth(policy=policy)
     got = answers(house, policy=policy)
     failed = [name for name, whole in got.items() if whole.finish_reason == "error"]
-    assert len(failed) == house.scheduler.gate_errors == 1
+    assert len(failed) == house.scheduler.counters.gate_errors == 1
     assert got[failed[0]].error == "the gate's value is not finite"
     # What it had written before was right.
     assert expected[failed[0]].tokens[: len(got[failed[0]].tokens)] == got[failed[0]].tokens
@@ -151,7 +151,7 @@ def test_gate_that_is_not_finite_and_not_needed(policy: Any, value: float) -> No
     house.lanes[0].change = lambda samples: [replace(sample, gate=[value]) for sample in samples]
     expected = truth(policy=policy)
     got = answers(house, policy=policy)
-    assert house.scheduler.gate_errors == 0
+    assert house.scheduler.counters.gate_errors == 0
     for name, whole in got.items():
         assert (whole.tokens, whole.sources) == (expected[name].tokens, expected[name].sources)
         assert whole.finish_reason == "length"
@@ -165,7 +165,7 @@ def test_top_probability_that_is_none(value: float) -> None:
     house.lanes[0].change = _only_first(top_probability=value)
     got = answers(house, policy="confidence")
     assert sorted(whole.finish_reason for whole in got.values()) == ["error", *["length"] * 5]
-    assert house.scheduler.gate_errors == 1
+    assert house.scheduler.counters.gate_errors == 1
 
 
 # -- lanes that raise -----------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_a_lane_that_stalls_for_good(expert_failure: str) -> None:
     assert house.scheduler.running == house.scheduler.waiting == 0
     expected = "error" if expert_failure == "error" else "length"
     assert {whole.finish_reason for whole in house.got.values()} == {expected}
-    assert house.scheduler.expert_failures >= 6
+    assert house.scheduler.counters.expert_failures >= 6
     for whole in house.got.values():
         if expert_failure == "error":
             assert whole.error is not None

@@ -1,4 +1,7 @@
-"""What a policy sees of one token position, and how the gate's values are read."""
+"""Policies: each turns the gate's value at one position into who writes the next token.
+
+A policy is pure: everything that it may look at is in :class:`Position`, the random draw included.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgspec
+
+from engine.types import BASE, PolicyName
 
 NOT_FINITE = "the gate's value is not finite"
 
@@ -54,7 +59,7 @@ class Policy(msgspec.Struct, frozen=True):
         decide: returns the lane that writes the next token; 0 is the base.
     """
 
-    name: str
+    name: PolicyName
     needs: Literal["gate", "top_probability"] | None
     decide: Callable[[Position], int]
     draws: bool = False
@@ -83,3 +88,56 @@ def read_gate(logits: Sequence[float], experts: Sequence[int]) -> tuple[float, l
     raised = [math.exp(z - top) for z in values]
     total = base + sum(raised)
     return sum(raised) / total, [(lane, e / total) for lane, e in zip(experts, raised, strict=True)]
+
+
+def _always(position: Position) -> int:
+    """Defer every token; the base still looks at each position, so that the gate's values can be studied."""
+    return position.favourite
+
+
+def _never(_position: Position) -> int:
+    """Defer nothing; the gate's values are still reported."""
+    return BASE
+
+
+def _threshold(position: Position) -> int:
+    """Defer where the gate's deferral probability is greater than the threshold. The method's default."""
+    assert position.deferral is not None
+    return position.favourite if position.deferral > position.threshold else BASE
+
+
+def _confidence(position: Position) -> int:
+    """Defer where the base is unsure: its top probability is below 1 - threshold. Needs no gate and no training.
+
+    The deferral probability that is reported is then 1 - (the base's top probability), before penalties and
+    temperature.
+    """
+    return _threshold(position)
+
+
+def _sample(position: Position) -> int:
+    """Draw Z from the gate: expert k with probability P(Z = k). The generative model of the method's paper."""
+    remaining = position.draw
+    for lane, weight in position.weights:
+        if remaining < weight:
+            return lane
+        remaining -= weight
+    return BASE
+
+
+def _random(position: Position) -> int:
+    """Defer each token with probability ``rate``: the baseline that a learned gate has to beat at the same rate."""
+    return position.favourite if position.draw < position.rate else BASE
+
+
+POLICIES: dict[PolicyName, Policy] = {
+    policy.name: policy
+    for policy in (
+        Policy("threshold", needs="gate", decide=_threshold),
+        Policy("sample", needs="gate", decide=_sample, draws=True),
+        Policy("always", needs=None, decide=_always),
+        Policy("never", needs=None, decide=_never),
+        Policy("random", needs=None, decide=_random, draws=True),
+        Policy("confidence", needs="top_probability", decide=_confidence),
+    )
+}

@@ -1,9 +1,10 @@
-"""Drafts: what the base writes past a deferral before the expert has spoken, and who may have them."""
+"""The window: what the base writes past a deferral before the expert has spoken, and who may have one."""
 
 from __future__ import annotations
 
 import msgspec
 
+from engine.strategies.base import End
 from engine.types import GenerationRequest, RunAhead, TokenLogprobs
 
 LONGEST_WINDOW = 16
@@ -17,14 +18,14 @@ class Draft(msgspec.Struct, gc=False):
         writer: the base where the token stands as soon as all before it are written; else the expert that has the
             word.
         deferral: the deferral probability at this position, as the policy saw it.
-        error: why the request ends here, if the text comes this far.
+        fault: why the request ends here, if the text comes this far.
     """
 
     token: int
     writer: int
     deferral: float | None = None
     logprobs: TokenLogprobs | None = None
-    error: str | None = None
+    fault: End | None = None
 
 
 def window_limit(request: GenerationRequest, default: RunAhead) -> int | None:

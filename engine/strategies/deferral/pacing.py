@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal
+
+from engine.strategies.base import Outlook
 
 LEAST_PROBABILITY = 0.05
 """Of standing, that a draft must have however little its place in a step seems to cost."""
@@ -22,27 +24,6 @@ MARGIN = 1.15
 greatest, but near its top it is flat: the last of it would be bought with long waits."""
 
 Gather = Literal["auto", "off"] | int
-
-
-class Outlook(NamedTuple):
-    """What the scheduler knows of an expert lane between two steps.
-
-    Attributes:
-        parked: requests that wait for the lane's word.
-        drafting: those of them for which the base still drafts on.
-        told_to: those of them that asked for a number of drafts, which is not to be second-guessed.
-        since: when the longest waiting one began to wait, in seconds of the scheduler's clock; None if none waits.
-        progress: tokens that the base's next step is expected to gain; drafts count with the probability that they
-            stand.
-        alone: requests that the lane serves alone.
-    """
-
-    parked: int
-    drafting: int
-    told_to: int
-    since: float | None
-    progress: float
-    alone: int
 
 
 class Agreement:
@@ -157,13 +138,13 @@ class Pacer:
             self._gained[expert] += gained
             self._spent[expert] += seconds
 
-    def holds(self, lane: int, outlook: Outlook) -> bool:
+    def should_wait(self, lane: int, outlook: Outlook) -> bool:
         """Whether an expert's lane should wait, given that the base has just stepped and can step again."""
         if not outlook.parked or outlook.alone or outlook.progress <= 0 or outlook.since is None:
             return False
         if self._clock() - outlook.since >= self._max_wait:
             return False
-        if outlook.told_to == outlook.parked:
+        if outlook.fixed_window == outlook.parked:
             return True
         if isinstance(self._gather, int):
             return outlook.parked < self._gather
@@ -183,7 +164,7 @@ class Pacer:
         cycle = self._spent[lane] + expert.seconds(outlook.parked * expert.tokens_per_row)
         return outlook.progress / marginal > MARGIN * gained / cycle
 
-    def worth_drafting(self, probability: float) -> bool:
+    def draft_pays(self, probability: float) -> bool:
         """Whether a draft that stands with this probability gains more than its place in both lanes' steps costs."""
         if not self._tokens_per_second:
             return probability >= 0.5

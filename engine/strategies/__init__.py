@@ -1,0 +1,44 @@
+"""Strategies: ways to write text with several lanes. How to add one is in ``README.md`` beside this file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.sequence import Sequence
+from engine.strategies.alone import Alone
+from engine.strategies.base import Counters, Decoding, Rejected
+from engine.strategies.deferral import Deferral
+
+
+class Strategies:
+    """Gives every request to the strategy that it asks for.
+
+    Args:
+        lanes: number of lanes; 0 is the base, the others are experts.
+        deferral: further arguments of :class:`~engine.strategies.deferral.Deferral`.
+
+    Attributes:
+        counters: what they count, all together.
+    """
+
+    def __init__(self, lanes: int, **deferral: Any) -> None:
+        self.counters = Counters()
+        self.alone = Alone(lanes)
+        self.deferral = Deferral(lanes=lanes, counters=self.counters, **deferral)
+        self._lanes = lanes
+
+    def begin(self, answer: Sequence) -> Decoding:
+        """Take a request on.
+
+        Raises:
+            Rejected: it cannot be served as it asks to be.
+        """
+        member = answer.request.collaboration.member
+        if member is not None and not 0 <= member < self._lanes:
+            raise Rejected(f"member {member} does not exist")
+        if member is not None or not self.deferral.experts(answer):
+            return self.alone.begin(answer)
+        return self.deferral.begin(answer)
+
+
+__all__ = ["Counters", "Decoding", "Rejected", "Strategies"]

@@ -1,0 +1,371 @@
+"""Deferral: the base looks at every position, a policy decides who writes there (Co-LLM, arXiv 2403.03870).
+
+*Run-ahead*: while a position waits for its expert, the base may draft on as if its own token stood there. The expert
+then decides every deferred position of such a window in one visit; the first token that differs from its draft ends
+the window. Every lane samples a position with the same noise (see :mod:`engine.draws`), so what is written is, token
+for token, what would have been written without: greedy or sampled. That is speculative decoding (Leviathan et al.,
+2023) with common random numbers in place of rejection sampling, and only deferred positions can reject.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+import msgspec
+
+from engine import draws
+from engine.lanes.interface import Extension, LaneRequest, Sample
+from engine.sequence import Sequence
+from engine.strategies.base import LOST, Ask, Counters, Decision, End, Rejected, SharedText, Wait
+from engine.strategies.deferral.pacing import Agreement
+from engine.strategies.deferral.policies import NOT_FINITE, POLICIES, Policy, Position, read_gate
+from engine.strategies.deferral.window import LONGEST_WINDOW, Draft, window_limit
+from engine.types import BASE, ErrorCode, PolicyName, RunAhead, SamplingSpec, Token
+
+CONFIDENCE_THRESHOLD = 0.5
+"""Default threshold of the ``confidence`` policy; a gate artifact's threshold is on another scale."""
+
+
+class Deferral:
+    """What all requests of the strategy share. See :class:`~engine.strategies.base.Strategy`.
+
+    Args:
+        lanes: number of lanes; 0 is the base, the others are experts.
+        has_gate: whether the base lane's samples carry gate values.
+        policy: for requests that name none.
+        threshold: for requests that name none.
+        expert_failure: what becomes of a deferral whose expert is lost: "error" ends the request, "base" lets the
+            base's own token stand.
+        run_ahead: for requests that do not say: "auto", "off", or how many tokens the base may draft past a deferral.
+        draft_pays: whether a draft that stands with this probability pays; asked where run-ahead is "auto".
+
+    Attributes:
+        agreement: per lane, how often it writes what the base drafted.
+    """
+
+    def __init__(
+        self,
+        *,
+        lanes: int,
+        counters: Counters,
+        has_gate: bool,
+        policy: PolicyName = "threshold",
+        threshold: float = 0.5,
+        expert_failure: Literal["error", "base"] = "error",
+        run_ahead: RunAhead = "off",
+        draft_pays: Callable[[float], bool] = lambda probability: probability >= 0.5,
+    ) -> None:
+        self.lanes = lanes
+        self.counters = counters
+        self.expert_failure = expert_failure
+        self.draft_pays = draft_pays
+        self.agreement = [Agreement() for _ in range(lanes)]
+        self.asks = [Ask(lane) for lane in range(lanes)]
+        self._has_gate = has_gate
+        self._policy: PolicyName = policy
+        self._threshold = threshold
+        self._run_ahead: RunAhead = run_ahead
+
+    def begin(self, answer: Sequence) -> DeferralDecoding:
+        """Take a request on; see :class:`~engine.types.Collaboration` for what it may ask for.
+
+        Raises:
+            Rejected: it names an expert that does not exist, or a policy that needs a gate where there is none.
+        """
+        collaboration = answer.request.collaboration
+        policy = POLICIES[collaboration.policy or self._policy]
+        experts = self.experts(answer)
+        if any(not 0 < lane < self.lanes for lane in experts):
+            raise Rejected("experts names a lane that does not exist")
+        if policy.needs == "gate" and not self._has_gate:
+            raise Rejected(f"policy {policy.name!r} needs a gate, and none is served")
+        threshold = collaboration.threshold
+        if threshold is None:
+            threshold = CONFIDENCE_THRESHOLD if policy.name == "confidence" else self._threshold
+        window = window_limit(answer.request, self._run_ahead)
+        return DeferralDecoding(answer, self, policy, threshold, experts, window)
+
+    def experts(self, answer: Sequence) -> tuple[int, ...]:
+        """Lanes that may be deferred to, each once."""
+        experts = answer.request.collaboration.experts
+        return tuple(range(1, self.lanes)) if experts is None else tuple(dict.fromkeys(experts))
+
+
+class DeferralDecoding(SharedText):
+    """One request.
+
+    Beyond the written tokens there may be a *window* of drafts. It begins with a deferred position; until its expert
+    has decided that one, all after it is a guess.
+
+    Attributes:
+        window: drafts, in order; the first one is deferred.
+        experts: lanes that may be deferred to.
+        expert_tokens: how many of the written tokens are experts'.
+        draws: the request's series of policy draws, see :func:`engine.draws.series`.
+        uniform_weights: (lane, probability) of each expert where there is no gate to tell.
+    """
+
+    __slots__ = (
+        "draws",
+        "expert_tokens",
+        "experts",
+        "policy",
+        "shared",
+        "threshold",
+        "uniform_weights",
+        "window",
+        "window_limit",
+    )
+
+    def __init__(
+        self,
+        answer: Sequence,
+        shared: Deferral,
+        policy: Policy,
+        threshold: float,
+        experts: tuple[int, ...],
+        window_limit: int | None,
+    ) -> None:
+        super().__init__(answer, BASE, shared.lanes)
+        self.shared = shared
+        self.policy = policy
+        self.threshold = threshold
+        self.experts = experts
+        self.window_limit = window_limit
+        self.fixed_window = window_limit is not None
+        self.draws = draws.series(answer.seed, draws.POLICY_STREAM)
+        self.uniform_weights = [(lane, 1.0 / len(experts)) for lane in experts]
+        self.window: list[Draft] = []
+        self.expert_tokens = 0
+
+    # -- lanes ------------------------------------------------------------------------------------------------
+
+    @property
+    def writer(self) -> int:
+        """The lane that writes the next token."""
+        return self.window[0].writer if self.window else BASE
+
+    @property
+    def deferred(self) -> int:
+        """How many drafts wait for an expert's word."""
+        return sum(draft.writer != BASE for draft in self.window)
+
+    def awaits(self, lane: int, position: int) -> bool:
+        """The base is awaited behind the drafts, an expert at the first of them."""
+        answer = self.answer
+        index = position - answer.prompt_length
+        written = len(answer.tokens)
+        if lane == self.primary_lane:
+            # Told of more or of less: the sample is an aborted namesake's, or follows drafts that have been cut.
+            return index == written + len(self.window) == self.known[lane]
+        return index == written <= self.known[lane] and lane == self.writer
+
+    def sampling(self, lane: int) -> SamplingSpec:
+        """With one seed for all lanes where drafts are wanted: else a draft agrees with its expert only by chance."""
+        sampling = super().sampling(lane)
+        if sampling.seed is None and sampling.temperature > 0 and self.window_limit != 0:
+            sampling = msgspec.structs.replace(sampling, seed=self.answer.seed)
+        return sampling
+
+    def open(self, lane: int) -> LaneRequest:
+        """With the drafts, as far as the lane has to know them."""
+        end, probes = self._extent(lane)
+        self.known[lane] = end
+        request = self.answer.request
+        return LaneRequest(
+            request.request_id,
+            request.prompt,
+            self._between(0, end),
+            self.sampling(lane),
+            final=len(self.answer.tokens),
+            asked=probes,
+            wants_top_probability=lane == BASE and self.policy.needs == "top_probability",
+        )
+
+    def extend(self, lane: int) -> Extension | None:
+        """With the drafts, as far as the lane has to know them."""
+        tokens = self.answer.tokens
+        known, written = self.known[lane], len(tokens)
+        if not self.window:
+            if known >= written:
+                return None
+            self.known[lane] = written
+            return Extension(self.answer.request.request_id, known, tokens[known:], written)
+        end, probes = self._extent(lane)
+        if known >= end:
+            return None
+        self.known[lane] = end
+        return Extension(self.answer.request.request_id, known, self._between(known, end), written, probes)
+
+    def _extent(self, lane: int) -> tuple[int, tuple[int, ...]]:
+        """How many tokens, drafts included, a lane should be told, and at which positions before the end it samples.
+
+        An expert is told as much as it needs to decide its deferred positions, as far as no other expert comes
+        first; the base everything.
+        """
+        if lane == self.primary_lane:
+            return len(self.answer.tokens) + len(self.window), ()
+        probes = []
+        for index, draft in enumerate(self.window):
+            if draft.writer == lane:
+                probes.append(self.answer.position + index)
+            elif draft.writer != BASE:
+                break
+        *before, last = probes
+        return last - self.answer.prompt_length, tuple(before)
+
+    def _between(self, begin: int, end: int) -> list[int]:
+        """Tokens, written ones then drafts, from index ``begin`` up to but without ``end``."""
+        tokens = self.answer.tokens
+        written = len(tokens)
+        if end <= written:
+            return tokens[begin:end]
+        drafts = [draft.token for draft in self.window[max(begin - written, 0) : end - written]]
+        return tokens[begin:] + drafts
+
+    # -- samples ----------------------------------------------------------------------------------------------
+
+    def on_sample(self, lane: int, sample: Sample, fault: End | None) -> Iterable[Decision]:
+        """See :meth:`_on_base_sample` and :meth:`_on_expert_sample`."""
+        if lane == self.primary_lane:
+            return self._on_base_sample(sample, fault)
+        return self._on_expert_sample(sample)
+
+    def _on_base_sample(self, sample: Sample, fault: End | None) -> Iterable[Decision]:
+        """The base has sampled the position after all drafts: decide who writes there."""
+        writer, deferral = BASE, None
+        if fault is None:
+            try:
+                writer, deferral = self._decide(sample)
+            except ValueError as error:
+                self.shared.counters.gate_errors += 1
+                fault = End(str(error), ErrorCode.BAD_READING)
+        if not self.window and writer == BASE and fault is None:
+            # Nobody questions it: by far the most tokens never are drafts.
+            return (Token(sample.token, BASE, deferral, sample.logprobs), self.shared.asks[BASE])
+        self.window.append(Draft(sample.token, writer, deferral, sample.logprobs, fault))
+        return self._on_draft()
+
+    def _on_draft(self) -> Iterator[Decision]:
+        """The window has grown by one."""
+        writer = self.window[-1].writer
+        if len(self.window) == 1:
+            yield from self._commit_drafts()
+        elif writer == self.writer:
+            yield self.shared.asks[writer]
+        if self.window and self._drafts_on():
+            yield self.shared.asks[BASE]
+
+    def _decide(self, sample: Sample) -> tuple[int, float | None]:
+        """The lane that writes the sampled position, and the deferral probability there."""
+        policy = self.policy
+        deferral: float | None
+        if sample.gate is not None:
+            deferral, weights = read_gate(sample.gate, self.experts)
+            if math.isnan(deferral):
+                if policy.needs == "gate":
+                    raise ValueError(NOT_FINITE)
+                deferral = None
+        else:
+            deferral, weights = None, self.uniform_weights
+        if policy.needs == "top_probability":
+            assert sample.top_probability is not None
+            if not 0.0 <= sample.top_probability <= 1.0:
+                raise ValueError("the base's top probability is not finite")
+            deferral = 1.0 - sample.top_probability
+        if not self.may_defer:
+            return BASE, deferral
+        draw = draws.uniform_in(self.draws, sample.position) if policy.draws else 0.0
+        rate = self.answer.request.collaboration.rate
+        return policy.decide(Position(deferral, weights, self.threshold, rate, draw)), deferral
+
+    @property
+    def may_defer(self) -> bool:
+        """Whether an expert may write the token after the drafts at all."""
+        limit = self.answer.request.collaboration.max_expert_tokens
+        return limit is None or self.expert_tokens + self.deferred < limit
+
+    def _on_expert_sample(self, sample: Sample) -> Iterator[Decision]:
+        """The expert has decided the next position."""
+        lane, counters = self.writer, self.shared.counters
+        draft = self.window[0]
+        agreed = draft.token == sample.token
+        self.shared.agreement[lane].observe(agreed)
+        counters.agreements += agreed
+        if agreed:
+            self._pop()
+        else:
+            counters.runahead_discarded += len(self.window) - 1
+            self._cut()
+        self.expert_tokens += 1
+        yield Token(sample.token, lane, draft.deferral, sample.logprobs)
+        yield from self._commit_drafts()
+
+    def on_lane_lost(self, lane: int) -> Iterator[Decision]:
+        """The next position was deferred to this lane: as ``expert_failure`` says."""
+        self.shared.counters.expert_failures += 1
+        if self.shared.expert_failure == "error":
+            yield LOST
+            return
+        draft = self._pop()
+        yield Token(draft.token, BASE, draft.deferral, draft.logprobs)
+        yield from self._commit_drafts()
+
+    # -- the window -------------------------------------------------------------------------------------------
+
+    def expected_gain(self) -> float:
+        """Probability that the token after the drafts will stand: that every expert asked before it agrees."""
+        if not self.window:
+            return 1.0
+        return self.shared.agreement[self.writer].rate ** self.deferred
+
+    def _drafts_on(self) -> bool:
+        """Whether the base should look at the token after the drafts before the expert has spoken."""
+        limit, last, answer = self.window_limit, self.window[-1], self.answer
+        if limit == 0 or last.writer not in (BASE, self.writer) or last.fault is not None:
+            return False
+        ahead = len(self.window)
+        if (
+            # All of a window's positions are sampled as ones at which the text may end.
+            len(answer.tokens) < answer.request.sampling.min_tokens
+            or len(answer.tokens) + ahead >= answer.max_output
+            or last.token in answer.stop_token_ids
+        ):
+            return False
+        if limit is not None:
+            return ahead <= limit
+        return ahead < LONGEST_WINDOW and self.shared.draft_pays(self.expected_gain())
+
+    def _commit_drafts(self) -> Iterator[Decision]:
+        """Write the drafts that nobody questions any more, up to the next one that waits for an expert."""
+        while self.window and self.window[0].writer == BASE:
+            draft = self._pop()
+            if draft.fault is not None:
+                yield draft.fault
+                return
+            yield Token(draft.token, BASE, draft.deferral, draft.logprobs)
+        if self.window:
+            yield Wait(self.window[0].writer)
+        elif self.known[BASE] < len(self.answer.tokens):
+            yield self.shared.asks[BASE]
+        # Else the base is already looking at the next position.
+
+    def _pop(self) -> Draft:
+        """Take the first draft, which stands; those after it have stood the test so far."""
+        draft = self.window.pop(0)
+        if self.window:
+            self.shared.counters.runahead_accepted += 1
+        return draft
+
+    def _cut(self) -> None:
+        """Forget all drafts: the next token is another than the first of them. Lanes that were told are cut too."""
+        self.window.clear()
+        written = len(self.answer.tokens)
+        self.known = [min(known, written) for known in self.known]
+
+    def on_end(self) -> None:
+        """What is left of the window was in vain."""
+        self.shared.counters.runahead_discarded += max(0, len(self.window) - 1)
+        self.window.clear()
