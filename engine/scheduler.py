@@ -250,7 +250,15 @@ class Scheduler:
         """Do what was decided, in order; False if it ended the request."""
         for decision in decisions:
             if type(decision) is Token:
-                if not self._write(decoding, decision):
+                sequence = decoding.answer
+                sequence.write(decision)
+                self._changed[sequence] = None
+                length = len(sequence.tokens)
+                if decision.id in sequence.stop_token_ids and length >= sequence.request.sampling.min_tokens:
+                    self._end(decoding, "stop", stop_token=decision.id)
+                    return False
+                if length >= sequence.max_output:
+                    self._end(decoding, "length")
                     return False
             elif type(decision) is Ask:
                 self._books[decision.lane].due[decoding.answer.request.request_id] = decoding
@@ -275,20 +283,6 @@ class Scheduler:
             sequence.timeline.append(sequence.parked_at)
         book.parked[decoding] = None
         book.due[sequence.request.request_id] = decoding
-        return True
-
-    def _write(self, decoding: Decoding, token: Token) -> bool:
-        """Append one token; False if it ended the request."""
-        sequence = decoding.answer
-        sequence.write(token)
-        self._changed[sequence] = None
-        length = len(sequence.tokens)
-        if token.id in sequence.stop_token_ids and length >= sequence.request.sampling.min_tokens:
-            self._end(decoding, "stop", stop_token=token.id)
-            return False
-        if length >= sequence.max_output:
-            self._end(decoding, "length")
-            return False
         return True
 
     def _note_wait(self, decoding: Decoding) -> None:

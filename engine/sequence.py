@@ -55,7 +55,14 @@ class Sequence:
     def write(self, token: Token) -> None:
         """Append one token."""
         self.tokens.append(token.id)
-        self._delta.append(token)
+        delta = self._delta
+        delta.tokens.append(token.id)
+        delta.sources.append(token.credit)
+        delta.deferrals.append(token.deferral)
+        if token.logprobs is not None:
+            if delta.logprobs is None:
+                delta.logprobs = []
+            delta.logprobs.append(token.logprobs)
 
     def note_prompt_logprobs(self, prompt_logprobs: list[TokenLogprobs]) -> None:
         """Keep the prompt's log-probabilities for the next delta."""

@@ -206,16 +206,6 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     timeline: list[float] | None = None
     code: ErrorCode | None = None
 
-    def append(self, token: Token) -> None:
-        """Add a token at the end."""
-        self.tokens.append(token.id)
-        self.sources.append(token.credit)
-        self.deferrals.append(token.deferral)
-        if token.logprobs is not None:
-            if self.logprobs is None:
-                self.logprobs = []
-            self.logprobs.append(token.logprobs)
-
     def merge(self, later: Delta) -> None:
         """Take in the next delta of the same request."""
         self.tokens += later.tokens

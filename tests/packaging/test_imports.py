@@ -52,7 +52,7 @@ def test_rooms_keep_to_their_imports() -> None:
     ("file", "source"),
     [
         ("engine/scheduler.py", "import server.app\n"),
-        ("engine/policies/new.py", "from fastapi import FastAPI\n"),
+        ("engine/strategies/new.py", "from fastapi import FastAPI\n"),
         ("engine/spelling/new.py", "import torch\n"),
         ("engine/spelling/new.py", "from engine.types import BASE\n"),
         ("engine/lanes/new.py", "def late():\n    from vllm.v1 import engine\n"),

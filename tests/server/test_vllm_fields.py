@@ -44,7 +44,7 @@ async def test_sampling_fields_reach_the_engine(house: House) -> None:
 
 
 async def test_bad_words_and_allowed_tokens_keep_run_ahead_off() -> None:
-    from engine.drafts import window_limit
+    from engine.strategies.deferral.window import window_limit
     from engine.types import GenerationRequest, SamplingSpec
 
     assert window_limit(GenerationRequest("a", [1], SamplingSpec()), "auto") is None

@@ -228,13 +228,9 @@ class DeferralDecoding(SharedText):
     # -- samples ----------------------------------------------------------------------------------------------
 
     def on_sample(self, lane: int, sample: Sample, fault: End | None) -> Iterable[Decision]:
-        """See :meth:`_on_base_sample` and :meth:`_on_expert_sample`."""
-        if lane == self.primary_lane:
-            return self._on_base_sample(sample, fault)
-        return self._on_expert_sample(sample)
-
-    def _on_base_sample(self, sample: Sample, fault: End | None) -> Iterable[Decision]:
-        """The base has sampled the position after all drafts: decide who writes there."""
+        """The base has sampled the position after all drafts: decide who writes there. Or an expert has decided."""
+        if lane != self.primary_lane:
+            return self._on_expert_sample(sample)
         writer, deferral = BASE, None
         if fault is None:
             try:
