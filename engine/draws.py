@@ -15,6 +15,9 @@ The mixing function is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseud
 from __future__ import annotations
 
 _MASK = (1 << 64) - 1
+GOLDEN_RATIO = 0x9E3779B97F4A7C15
+"""What SplitMix64's state grows by; 2**64 over the golden ratio."""
+
 TOKEN_STREAM = 0
 """The stream of every lane's token draws."""
 
@@ -22,8 +25,9 @@ POLICY_STREAM = 1 << 32
 """The stream of the policies' own draws."""
 
 
-def _mix(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
+def mix(value: int) -> int:
+    """SplitMix64's next output after a state: 64 bits, each of which depends on every bit of the state's low 64."""
+    value = (value + GOLDEN_RATIO) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
@@ -31,7 +35,7 @@ def _mix(value: int) -> int:
 
 def series(seed: int, stream: int) -> int:
     """What all draws of a seed in one stream have in common, for :func:`uniform_in`; arguments as for :func:`key`."""
-    return _mix(_mix(seed & _MASK) ^ stream)
+    return mix(mix(seed & _MASK) ^ stream)
 
 
 def key(seed: int, stream: int, position: int) -> int:
@@ -42,12 +46,12 @@ def key(seed: int, stream: int, position: int) -> int:
         stream: what is drawn: TOKEN_STREAM or POLICY_STREAM.
         position: number of tokens, prompt included, before the one being drawn.
     """
-    return _mix(series(seed, stream) ^ position)
+    return mix(series(seed, stream) ^ position)
 
 
 def uniform_in(series: int, position: int) -> float:
     """A double in [0, 1) for one draw of a series."""
-    return (_mix(series ^ position) >> 11) * 2.0**-53
+    return (mix(series ^ position) >> 11) * 2.0**-53
 
 
 def uniform(seed: int, stream: int, position: int) -> float:

@@ -9,7 +9,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from engine.types import Delta
 from server.errors import invalid, overloaded
+from server.text.pieces import Piece
 
 _RECENT = 64
 """Answered requests that the pace is taken from."""
@@ -19,10 +21,9 @@ _LONGEST_WAIT_S = 60
 
 
 class Places:
-    """What one request holds. It gives all of them back at once, at its end.
+    """What one request holds, one per choice, of which it is an observer. All are given back at once, at its end.
 
     Args:
-        count: one per choice.
         on_end: called for each choice that ends before.
     """
 
@@ -30,7 +31,13 @@ class Places:
         self.unfinished = count
         self._on_end = on_end
 
-    def end_one(self) -> None:
+    def begun(self) -> None:
+        """See :class:`~server.choice.ChoiceObserver`."""
+
+    def wrote(self, piece: Piece) -> None:
+        """See :class:`~server.choice.ChoiceObserver`."""
+
+    def ended(self, last: Delta | None, failure: Exception | None) -> None:
         """Nothing more is written of one of the choices; its place is kept until the response is complete."""
         self.unfinished -= 1
         self._on_end()
@@ -45,13 +52,13 @@ class Admission:
     One client alone may fill the queue. So that this keeps nobody else out, there is a reserve beyond it: a client
     may take places there for as long as it holds no more than are left free. That is the dynamic threshold of shared
     switch buffers (Choudhury and Hahne, 1998): each newcomer takes at most half of what the one before it left, so
-    that there is room for one more, whoever comes.
+    that there is always room for one more client.
 
     Args:
         running: generation requests that the engine runs at once.
         queued: generation requests that may wait.
         reserve: places beyond those, for clients that hold few.
-        retry_after: seconds, the least that clients are told which are turned away.
+        retry_after: seconds; the minimum that rejected clients are told to wait.
         clock: seconds; a parameter for tests.
 
     Attributes:
@@ -78,7 +85,7 @@ class Admission:
         """Hold places for a request's choices while it is served.
 
         Args:
-            client: whose request it is.
+            client: the client that sent the request.
             choices: generation requests.
             param: the field to blame when they could never be admitted.
 
@@ -122,7 +129,7 @@ class Admission:
         return min(in_queue, in_reserve)
 
     def _wait(self, places: int) -> int:
-        """Seconds until so many places are free at the pace of late."""
+        """Seconds until so many places are free, estimated from recent throughput."""
         if len(self._released) < 2:
             return self._retry_after
         (begin, _), *later = self._released

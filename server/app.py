@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from server import __version__
+from server.asgi import error_response
 from server.auth import ApiKeys
-from server.context import RequestContext, error_response
+from server.context import RequestContext
 from server.cors import Cors
 from server.errors import ApiError, from_status
 from server.limits import RequestLimits
@@ -18,14 +19,18 @@ from server.openapi import document
 from server.playground import mount_playground
 from server.routes import chat, completions, models, ops, tokenize
 from server.service import Service
-from server.tracing import start_tracing
+
+if TYPE_CHECKING:
+    from server.trace.spans import Traces
 
 
-def create_app(service: Service) -> FastAPI:
-    """The application. Who starts an engine attaches it to the service; until then requests are answered 503.
+def create_app(service: Service, traces: Traces | None = None) -> FastAPI:
+    """The application. The caller attaches an engine to the service once it has started; until then requests are
+    answered 503.
 
-    Raises:
-        ConfigFileError: the file with API keys cannot be read, or traces cannot be sent as configured.
+    Args:
+        traces: where generation requests are traced to, see :func:`server.trace.start.start_tracing`; ended by the
+            caller.
     """
     app = FastAPI(title="Co-LLM", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.state.service = service
@@ -39,7 +44,7 @@ def create_app(service: Service) -> FastAPI:
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     # The last one added is the outermost.
-    if keys := config.keys():
+    if keys := config.all_keys:
         app.add_middleware(ApiKeys, keys=keys, open_pages=config.playground == "open")
     app.add_middleware(
         RequestLimits,
@@ -56,11 +61,10 @@ def create_app(service: Service) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    service.traces = start_tracing(config, service.models)
-    if service.traces is not None:
-        from server.otlp import TraceRequests
+    if traces is not None:
+        from server.trace.middleware import TraceRequests
 
-        app.add_middleware(TraceRequests, traces=service.traces)
+        app.add_middleware(TraceRequests, traces=traces)
     app.add_middleware(RequestContext, http_requests=service.metrics.http_requests)
     return app
 

@@ -1,4 +1,4 @@
-"""API keys, and whose request it is."""
+"""API keys, and which client sent a request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.context import route_path, send_error
+from server.asgi import route_path, send_error
 from server.errors import ApiError
 from server.playground import is_page
 
@@ -71,7 +71,8 @@ class ApiKeys:
 
 
 def client_of(scope: Scope) -> str:
-    """Whose request it is, for sharing the server fairly: the key's number, or the peer's address where none is asked.
+    """The client that sent a request, for sharing the server fairly: the key's number, or the peer's address where no key
+    is required.
 
     Nothing that a client could make up at will: the ``user`` field is not looked at, and of an IPv6 address only the
     network counts, since a host has 2**64 of them.

@@ -28,14 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = load_settings(sys.argv[1:] if argv is None else argv)
     except ConfigurationError as error:
         for line in error.lines:
-            _complain(line)
+            print_error(line)
         return 2
     _set_up_logging(settings.server.log_level)
     try:
         # Before anything is loaded: minutes of loading are a long way to "address already in use".
         sock = bind(settings.server.host, settings.server.port)
     except OSError as error:
-        _complain(f"server.host, server.port: {settings.server.host}:{settings.server.port}: {error.strerror or error}")
+        print_error(
+            f"server.host, server.port: {settings.server.host}:{settings.server.port}: {error.strerror or error}"
+        )
         return 1
     with sock:
         return _serve(settings, sock)
@@ -63,7 +65,8 @@ def load_settings(argv: Sequence[str]) -> Settings:
     try:
         source: CliSettingsSource[Any] = CliSettingsSource(Settings, cli_parse_args=list(argv))
         settings = Settings(_cli_settings_source=source)
-        settings.server.keys()
+        # Read now, so that a wrong file is found before anything is started.
+        _ = settings.server.all_keys
         return settings
     except ValidationError as error:
         raise ConfigurationError([_problem(problem) for problem in error.errors(include_url=False)]) from None
@@ -75,7 +78,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening socket.
 
     Raises:
-        OSError: the address is not ours, or taken.
+        OSError: the address is in use or not assigned to this host.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
@@ -91,7 +94,6 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def _serve(settings: Settings, sock: socket.socket) -> int:
-    from server.lifecycle import Lifecycle
     from server.service import Service
     from server.text.tokenizer import TextTokenizer, TokenizerError
 
@@ -99,28 +101,47 @@ def _serve(settings: Settings, sock: socket.socket) -> int:
         tokenizer = TextTokenizer.load(settings.tokenizer_location, settings.server.tokenizer_threads)
         service = Service(settings, tokenizer)
     except TokenizerError as error:
-        _complain(str(error))
+        print_error(str(error))
         return 1
-
-    async def run() -> int:
-        lifecycle = Lifecycle(service, lambda: _start_engine(service), sock, _say)
-        status = await lifecycle.run()
-        if lifecycle.failure is not None:
-            _complain(lifecycle.failure)
-        return status
-
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            return runner.run(run())
+            return runner.run(_run(service, sock))
     except ConfigFileError as error:
-        _complain(str(error))
+        print_error(str(error))
         return 2
+    finally:
+        tokenizer.close()
+
+
+async def _run(service: Service, sock: socket.socket) -> int:
+    """Put the server together and run it; returns the process's exit status.
+
+    Raises:
+        ConfigFileError: a certificate cannot be used, or traces cannot be sent as configured.
+    """
+    from server.app import create_app
+    from server.http_server import http_server
+    from server.lifecycle import Lifecycle
+    from server.trace.start import start_tracing
+
+    config = service.settings.server
+    traces = start_tracing(config, service.models)
+    try:
+        http = http_server(create_app(service, traces), config)
+        lifecycle = Lifecycle(service, http, lambda: _start_engine(service), sock, print_status)
+        status = await lifecycle.run()
+        if lifecycle.failure is not None:
+            print_error(lifecycle.failure)
+        return status
+    finally:
+        if traces is not None:
+            await traces.shutdown()
 
 
 async def _start_engine(service: Service) -> Engine:
     from engine.client import EngineClient
 
-    return await EngineClient.start(service.settings.engine, on_progress=lambda line: _say(f"loading: {line}"))
+    return await EngineClient.start(service.settings.engine, on_progress=lambda line: print_status(f"loading: {line}"))
 
 
 def _loop_factory() -> Any:
@@ -146,9 +167,11 @@ def _set_up_logging(level: str) -> None:
     )
 
 
-def _say(line: str) -> None:
+def print_status(line: str) -> None:
+    """Print a line for the operator."""
     print(line, flush=True)
 
 
-def _complain(line: str) -> None:
+def print_error(line: str) -> None:
+    """Print why the server does not start, or has ended."""
     print(f"error: {line}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The outermost middleware: request ids, counting of responses, and a last net under everything."""
+"""The outermost middleware: request ids, counting of responses, and the catch-all error handler."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import uuid
 
 from prometheus_client import Counter
 from starlette.datastructures import MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.asgi import send_error
 from server.disconnect import ClientGone
 from server.errors import ApiError
 
@@ -70,20 +70,3 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _ID.fullmatch(text := value.decode("latin-1")):
             return str(text)
     return uuid.uuid4().hex
-
-
-def route_path(scope: Scope) -> str:
-    """The request's path without the root path, which uvicorn puts before it; what the router matches."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path[len(root) :] if path.startswith(f"{root}/") else path
-
-
-def error_response(error: ApiError) -> Response:
-    """An error as a response."""
-    return Response(error.body(), error.status, error.headers, "application/json")
-
-
-async def send_error(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer with an error, from a middleware."""
-    await error_response(error)(scope, receive, send)

@@ -6,7 +6,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from server.context import error_response
+from server.asgi import error_response
 from server.errors import ApiError
 
 

@@ -35,7 +35,7 @@ class ErrorResponse(msgspec.Struct):
 
 
 class ApiError(Exception):
-    """An answer that is not the one hoped for.
+    """An error response.
 
     Args:
         status: HTTP status.

@@ -7,42 +7,16 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING
-
-import uvicorn
+from collections.abc import Awaitable, Callable
 
 from engine.errors import EngineStartupError
-from server.app import create_app
 from server.engine_port import Engine
-from server.http_protocol import limited_protocol
+from server.http_server import GRACEFUL_CLOSE_S, HttpServer
 from server.service import Service
-from server.settings import ConfigFileError
-
-if TYPE_CHECKING:
-    from types import FrameType
 
 logger = logging.getLogger(__name__)
 
 StartEngine = Callable[[], Awaitable[Engine]]
-
-FAREWELL_S = 2
-"""Seconds that answers have to be sent once nothing more is generated."""
-
-
-class HttpServer(uvicorn.Server):
-    """Uvicorn without signal handlers of its own: its first move would be to close the listening socket, and late
-    clients are to be told 503 instead.
-    """
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
-        yield
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Not reached: signals are :class:`Lifecycle`'s."""
-        raise NotImplementedError
 
 
 class Lifecycle:
@@ -50,25 +24,28 @@ class Lifecycle:
 
     Args:
         service: to be served.
+        http: serves its application.
         start_engine: starts an engine; called again for every restart.
-        sock: bound socket.
-        say: prints a line for whoever started the server.
-
-    Raises:
-        ConfigFileError: a file of the configuration (keys, certificate) cannot be used.
+        sock: listening socket.
+        print_status: prints a line for the operator.
     """
 
     def __init__(
-        self, service: Service, start_engine: StartEngine, sock: socket.socket, say: Callable[[str], None]
+        self,
+        service: Service,
+        http: HttpServer,
+        start_engine: StartEngine,
+        sock: socket.socket,
+        print_status: Callable[[str], None],
     ) -> None:
         self._service = service
+        self._http = http
         self._start_engine = start_engine
         self._sock = sock
-        self._say = say
+        self._print_status = print_status
         self._signals = 0
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
-        self._http = HttpServer(uvicorn_config(service))
         self.failure: str | None = None
         """Why :meth:`run` returned 1."""
 
@@ -83,17 +60,17 @@ class Lifecycle:
         serving = asyncio.create_task(self._http.serve(sockets=[self._sock]), name="http")
         engine = asyncio.create_task(self._supervise(), name="supervise")
         ending = asyncio.create_task(self._first_signal.wait(), name="first-signal")
-        hurry = asyncio.create_task(self._second_signal.wait(), name="second-signal")
-        tasks = (serving, engine, ending, hurry)
+        force = asyncio.create_task(self._second_signal.wait(), name="second-signal")
+        tasks = (serving, engine, ending, force)
         try:
             await asyncio.wait({serving, engine, ending}, return_when=asyncio.FIRST_COMPLETED)
             if ending.done():
-                await self._drain(hurry)
+                await self._drain(force)
             if engine.done():
                 self.failure = engine.result()
             self._http.should_exit = True
-            await asyncio.wait({serving, hurry}, timeout=FAREWELL_S + 1, return_when=asyncio.FIRST_COMPLETED)
-            if hurry.done():
+            await asyncio.wait({serving, force}, timeout=GRACEFUL_CLOSE_S + 1, return_when=asyncio.FIRST_COMPLETED)
+            if force.done():
                 return 128 + signal.SIGTERM
             return 0 if ending.done() and self.failure is None else 1
         finally:
@@ -101,10 +78,7 @@ class Lifecycle:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await self._end_engine(FAREWELL_S if hurry.done() else None)
-            if self._service.traces is not None:
-                await self._service.traces.shutdown()
-            self._service.tokenizer.close()
+            await self._end_engine(GRACEFUL_CLOSE_S if force.done() else None)
 
     async def _supervise(self) -> str:
         """Start the engine, and another one when it dies if so configured. Returns why there is none any more."""
@@ -116,8 +90,8 @@ class Lifecycle:
                 service.lose()
                 return str(error)
             service.attach(engine)
-            self._say(f"ready at {self._url()}")
-            self._say(f"try: {self._example()}")
+            self._print_status(f"ready at {self._url()}")
+            self._print_status(f"try: {self._example()}")
             reason = await engine.wait_dead()
             service.lose()
             await engine.shutdown()
@@ -126,14 +100,14 @@ class Lifecycle:
             logger.error("the engine died: %s; starting another one", reason)
             service.reload()
 
-    async def _drain(self, hurry: asyncio.Task[bool]) -> None:
+    async def _drain(self, force: asyncio.Task[bool]) -> None:
         service = self._service
         service.drain()
-        self._say(f"draining: {service.admission.in_flight} generations in flight")
+        self._print_status(f"draining: {service.admission.in_flight} generations in flight")
         drained = asyncio.create_task(service.admission.drained())
         try:
             timeout = service.settings.server.drain_timeout_s
-            await asyncio.wait({drained, hurry}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({drained, force}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         finally:
             drained.cancel()
 
@@ -155,34 +129,5 @@ class Lifecycle:
 
     def _example(self) -> str:
         body = f'{{"model": "{self._service.models.name}", "prompt": "Hello", "max_tokens": 32}}'
-        key = " -H 'Authorization: Bearer YOUR_KEY'" if self._service.settings.server.keys() else ""
+        key = " -H 'Authorization: Bearer YOUR_KEY'" if self._service.settings.server.all_keys else ""
         return f"curl {self._url()}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'"
-
-
-def uvicorn_config(service: Service) -> uvicorn.Config:
-    """How uvicorn serves a service.
-
-    Raises:
-        ConfigFileError: the certificate or its key cannot be used.
-    """
-    settings = service.settings.server
-    config = uvicorn.Config(
-        create_app(service),
-        http=limited_protocol(header_timeout=settings.header_timeout_s, write_timeout=settings.write_timeout_s),
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=settings.access_log,
-        server_header=False,
-        root_path=settings.root_path,
-        timeout_keep_alive=settings.keep_alive_s,
-        timeout_graceful_shutdown=FAREWELL_S,
-        h11_max_incomplete_event_size=settings.max_header_bytes,
-        ssl_certfile=settings.tls_certificate,
-        ssl_keyfile=settings.tls_key,
-    )
-    try:
-        config.load()
-    except OSError as error:
-        raise ConfigFileError(f"server.tls_certificate, server.tls_key: {error}") from None
-    return config

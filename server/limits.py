@@ -9,7 +9,7 @@ import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.context import send_error
+from server.asgi import send_error
 from server.errors import ApiError
 
 

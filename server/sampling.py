@@ -7,12 +7,11 @@ from typing import Any
 
 import msgspec
 
+from engine import draws
 from engine.types import EngineInfo, SamplingSpec
 from server.errors import invalid, shown
 from server.protocol.common import GenerationFields
 from server.text.tokenizer import TextTokenizer
-
-_MASK = (1 << 64) - 1
 
 
 def sampling_of(body: GenerationFields, info: EngineInfo, **more: Any) -> SamplingSpec:
@@ -61,11 +60,8 @@ def for_choice(sampling: SamplingSpec, index: int, max_tokens: int) -> SamplingS
 
 
 def derived_seed(seed: int, index: int) -> int:
-    """A non-negative int64 that depends on both arguments in every bit (the mixing function of splitmix64)."""
-    z = (seed + index * 0x9E3779B97F4A7C15) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    return (z ^ (z >> 31)) >> 1
+    """A non-negative int64 that depends on both arguments in every bit."""
+    return draws.mix(seed + (index - 1) * draws.GOLDEN_RATIO) >> 1
 
 
 async def bad_words_of(body: GenerationFields, tokenizer: TextTokenizer) -> tuple[tuple[int, ...], ...]:

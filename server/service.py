@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from fastapi import Request
 
 from server import __version__
 from server.admission import Admission
@@ -17,9 +19,6 @@ from server.settings import ServerConfig, Settings
 from server.text.chat_template import ChatTemplate
 from server.text.guard import SpecialTokenGuard
 from server.text.tokenizer import TextTokenizer
-
-if TYPE_CHECKING:
-    from server.otlp import Traces
 
 Phase = Literal["loading", "ready", "draining", "dead"]
 
@@ -45,7 +44,6 @@ class Service:
         self.guard: SpecialTokenGuard | None = None
         if self.chat_template is not None and config.special_tokens_in_messages == "text":
             self.guard = tokenizer.guard(self.chat_template.source)
-        self.traces: Traces | None = None
         self.created = int(time.time())
         self.phase: Phase = "loading"
         self._engine: Engine | None = None
@@ -68,7 +66,7 @@ class Service:
         self.metrics.engine_down()
 
     def reload(self) -> None:
-        """Another engine is being started in the place of the dead one."""
+        """Another engine is being started to replace the dead one."""
         self._engine = None
         self.phase = "loading"
 
@@ -112,6 +110,12 @@ class Service:
         unfinished = self.admission.unfinished
         running = min(self._engine.stats.running, unfinished)
         self.metrics.set_load(running, unfinished - running)
+
+
+def service_of(request: Request) -> Service:
+    """The application's service."""
+    service: Service = request.app.state.service
+    return service
 
 
 def _admission(config: ServerConfig, running: int, queued: int) -> Admission:

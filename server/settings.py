@@ -138,8 +138,9 @@ class ServerConfig(BaseModel):
                 raise ValueError(f"{name}: there is no file {path}")
         return self
 
-    def keys(self) -> tuple[str, ...]:
-        """All API keys, those of the file included.
+    @cached_property
+    def all_keys(self) -> tuple[str, ...]:
+        """All API keys, those of the file included. The file is read once.
 
         Raises:
             ConfigFileError: the file cannot be read, or has no key.

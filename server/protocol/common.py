@@ -192,7 +192,7 @@ class GenerationFields(Strict):
     """How the models share the work."""
 
     response_format: ResponseFormat | None = None
-    """What the answer must look like, whoever writes it. Default: free text."""
+    """What the answer must look like, regardless of which model writes the token. Default: free text."""
 
     structured_outputs: StructuredOutputsOptions | None = None
     """A grammar for the answer, under vLLM's names; not together with ``response_format``."""

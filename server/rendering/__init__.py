@@ -1,1 +1,1 @@
-"""Pieces become responses and chunks, one module a route."""
+"""Pieces become responses and chunks, one module per route."""

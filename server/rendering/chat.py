@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from msgspec import UNSET, UnsetType
 
-from server.generation import Choice
+from server.choice import Choice
 from server.protocol.chat import ChatRequest
 from server.protocol.responses import (
     ChatChoice,

@@ -9,7 +9,7 @@ from typing import Protocol
 import msgspec
 
 from engine.types import BASE, TokenLogprobs
-from server.generation import Choice
+from server.choice import Choice
 from server.protocol.responses import CollaborationReport, CompletionTokensDetails, PromptLogprob, PromptLogprobs, Usage
 from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer

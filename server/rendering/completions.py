@@ -8,7 +8,7 @@ from itertools import accumulate
 from msgspec import UNSET, UnsetType
 
 from engine.types import TokenLogprobs
-from server.generation import Choice
+from server.choice import Choice
 from server.protocol.completions import CompletionRequest
 from server.protocol.responses import CompletionChoice, CompletionResponse, LegacyLogprobs, Usage
 from server.rendering.common import Head, TokenNames, finite, mean_logprob, most_probable, prompt_logprobs, report

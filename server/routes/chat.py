@@ -10,16 +10,17 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from engine.types import EngineInfo
+from server.admission import Places
+from server.call import Call, read_call
 from server.errors import invalid, shown
 from server.openapi import GENERATION_ERRORS, operation
 from server.prompts import check_prompt, fit, prompt_tokens
 from server.protocol.chat import ChatRequest
 from server.protocol.responses import ChatResponse
 from server.rendering.chat import ChatRenderer
-from server.routes.generation import Call, receive
 from server.sampling import bad_words_of, for_choice, sampling_of
+from server.serve import Prepared, serve
 from server.service import Service
-from server.stream import Answer
 from server.text.chat_template import ChatTemplate, ChatTemplateError
 from server.text.guard import GuardError
 
@@ -43,11 +44,11 @@ async def create_chat_completion(request: Request) -> Response:
 
     With ``stream`` the response is a series of server-sent events, ``data: {...}``, ended by ``data: [DONE]``.
     """
-    call = await receive(request, ChatRequest, "chatcmpl")
-    return await call.respond(call.body.n or 1, "n", lambda: _prepare(call))
+    call = await read_call(request, ChatRequest, "chatcmpl")
+    return await serve(call, call.body.n or 1, "n", _prepare)
 
 
-async def _prepare(call: Call[ChatRequest]) -> Answer:
+async def _prepare(call: Call[ChatRequest], places: Places) -> Prepared:
     service, body, info = call.service, call.body, call.info
     collaboration = call.collaboration()
     sampling = sampling_of(
@@ -60,12 +61,12 @@ async def _prepare(call: Call[ChatRequest]) -> Answer:
     prompt = await _prompt_ids(service, body, info)
     check_prompt(prompt, info.vocab_size, "messages")
     limit = fit(len(prompt), body.limit, None, info.max_model_len, "messages", body.limit_name, body.min_tokens)
-    choices = [
-        call.choice(index, prompt, call.to_generate(index, prompt, for_choice(sampling, index, limit), collaboration))
-        for index in range(body.n or 1)
-    ]
+    choices = []
+    for index in range(body.n or 1):
+        generation = call.generation(index, prompt, for_choice(sampling, index, limit), collaboration)
+        choices.append(call.choice(index, prompt, generation, places))
     renderer = ChatRenderer(body, service.tokenizer, service.models.lane_names, head=call.head(), prompt_ids=prompt)
-    return call.answer(choices, renderer, len(prompt))
+    return Prepared(choices, renderer, len(prompt))
 
 
 async def _prompt_ids(service: Service, body: ChatRequest, info: EngineInfo) -> list[int]:

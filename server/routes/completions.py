@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request, Response
 
 from engine.types import EngineInfo
-from server.generation import Choice
+from server.admission import Places
+from server.call import Call, read_call
+from server.choice import Choice
 from server.openapi import GENERATION_ERRORS, operation
 from server.prompts import check_prompt, fit, kept_tokens, prompt_tokens, truncated
 from server.protocol.completions import DEFAULT_MAX_TOKENS, CompletionRequest
 from server.protocol.responses import CompletionResponse
 from server.rendering.completions import CompletionRenderer
-from server.routes.generation import Call, receive
 from server.sampling import bad_words_of, for_choice, sampling_of
+from server.serve import Prepared, serve
 from server.service import Service
-from server.stream import Answer
 from server.text.echo import EchoedPrompt, echoed
 from server.text.tokenizer import TextTokenizer
 
@@ -41,13 +42,13 @@ async def create_completion(request: Request) -> Response:
 
     With ``stream`` the response is a series of server-sent events, ``data: {...}``, ended by ``data: [DONE]``.
     """
-    call = await receive(request, CompletionRequest, "cmpl")
+    call = await read_call(request, CompletionRequest, "cmpl")
     prompts = len(call.body.prompts)
-    places_param = "n" if prompts <= call.service.admission.capacity else "prompt"
-    return await call.respond(prompts * call.body.candidates, places_param, lambda: _prepare(call))
+    param = "n" if prompts <= call.service.admission.capacity else "prompt"
+    return await serve(call, prompts * call.body.candidates, param, _prepare)
 
 
-async def _prepare(call: Call[CompletionRequest]) -> Answer:
+async def _prepare(call: Call[CompletionRequest], places: Places) -> Prepared:
     service, body, info = call.service, call.body, call.info
     collaboration = call.collaboration()
     ranked = body.candidates > (body.n or 1)
@@ -71,8 +72,10 @@ async def _prepare(call: Call[CompletionRequest]) -> Answer:
             if not echo_only or sampling.prompt_logprobs is not None:
                 # The engine writes one token at least, also where only the prompt's logprobs are wanted.
                 own = for_choice(sampling, candidate, 1 if echo_only else limit)
-                generation = call.to_generate(index, prompt, own, collaboration)
-            choices.append(call.choice(index, prompt, generation, prompt_index=prompt_index, prompt_only=echo_only))
+                generation = call.generation(index, prompt, own, collaboration)
+            choices.append(
+                call.choice(index, prompt, generation, places, prompt_index=prompt_index, prompt_only=echo_only)
+            )
     renderer = CompletionRenderer(
         body,
         service.tokenizer,
@@ -81,7 +84,7 @@ async def _prepare(call: Call[CompletionRequest]) -> Answer:
         prompt_ids=prompts,
         prompts=await _echoed(service.tokenizer, body, prompts) if body.echo else None,
     )
-    return call.answer(choices, renderer, sum(map(len, prompts)))
+    return Prepared(choices, renderer, sum(map(len, prompts)))
 
 
 async def _prompt_ids(service: Service, body: CompletionRequest, info: EngineInfo) -> list[list[int]]:

@@ -8,8 +8,7 @@ from fastapi import APIRouter, Path, Request, Response
 
 from server.openapi import operation
 from server.protocol.responses import ModelCard, ModelList, encode
-from server.routes import service_of
-from server.service import Service
+from server.service import Service, service_of
 
 router = APIRouter(tags=["models"])
 

@@ -9,7 +9,7 @@ from server.errors import ApiError
 from server.metrics import CONTENT_TYPE
 from server.openapi import operation
 from server.protocol.responses import HealthResponse, VersionResponse, encode
-from server.routes import service_of
+from server.service import service_of
 
 router = APIRouter(tags=["operations"])
 

@@ -17,8 +17,7 @@ from server.prompts import check_prompt
 from server.protocol.common import read_body
 from server.protocol.responses import DetokenizeResponse, TokenizeResponse, encode
 from server.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from server.routes import service_of
-from server.service import Service
+from server.service import Service, service_of
 from server.text.tokenizer import TextTokenizer
 
 router = APIRouter(tags=["tokens"])

@@ -23,12 +23,12 @@ positions = st.integers(0, 1 << 32)
 
 
 SPLITMIX64 = (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F)
-"""The published outputs for seed 0. The state grows by gamma before each output; ``_mix`` adds the last gamma."""
+"""The published outputs for seed 0. The state grows by gamma before each output; ``mix`` adds the last gamma."""
 
 
 @pytest.mark.parametrize(("steps", "output"), list(enumerate(SPLITMIX64)))
 def test_mixing_is_splitmix64(steps: int, output: int) -> None:
-    assert draws._mix(steps * GAMMA % (1 << 64)) == output
+    assert draws.mix(steps * GAMMA % (1 << 64)) == output
 
 
 @given(seed=integers, stream=streams, position=positions)
@@ -46,7 +46,7 @@ def test_same_place_same_draw(seed: int, stream: int, position: int) -> None:
 
 
 def test_largest_key_is_still_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draws, "_mix", lambda _: (1 << 64) - 1)
+    monkeypatch.setattr(draws, "mix", lambda _: (1 << 64) - 1)
     assert uniform(0, 0, 0) == 1.0 - 2.0**-53
 
 

@@ -38,3 +38,12 @@ def imported_modules(source: str) -> Iterator[tuple[int, str]]:
             and isinstance(node.args[0], ast.Constant)
         ):
             yield node.lineno, str(node.args[0].value)
+
+
+def imported_names(source: str) -> Iterator[str]:
+    """Full name of everything that ``source`` imports, wherever the import stands: modules, and names of modules."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)

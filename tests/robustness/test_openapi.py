@@ -14,8 +14,9 @@ import pytest
 import uvicorn
 
 from engine.client import EngineClient
+from server.app import create_app
 from server.cli import bind
-from server.lifecycle import HttpServer, uvicorn_config
+from server.http_server import http_server
 from server.service import Service
 from server.text.tokenizer import TextTokenizer
 from tests.server.fakes import TEMPLATE, byte_level_tokenizer, settings
@@ -56,7 +57,7 @@ class Served:
         self.service = Service(given, tokenizer)
         engine = await EngineClient.start(given.engine)
         self.service.attach(engine)
-        self._server = HttpServer(uvicorn_config(self.service))
+        self._server = http_server(create_app(self.service), self.service.settings.server)
         self._ready.set()
         await self._server.serve(sockets=[self.sock])
         await engine.shutdown()

@@ -11,6 +11,7 @@ import pytest
 from server.app import create_app
 from server.service import Service
 from server.text.tokenizer import TextTokenizer
+from server.trace.start import start_tracing
 from tests.server.fakes import TEMPLATE, FakeEngine, Script, byte_level_tokenizer, letters, settings, writes
 
 
@@ -26,6 +27,7 @@ class House:
     http: httpx.AsyncClient
     engine: FakeEngine
     service: Service
+    traces: Any = None
 
     async def complete(self, **fields: Any) -> httpx.Response:
         body = {"model": "collm-demo", "prompt": "Hello", **fields}
@@ -55,9 +57,10 @@ async def build(tokenizer: TextTokenizer) -> AsyncIterator[Build]:
             engine = FakeEngine(script or writes(letters("abcdefgh")), gate=gate)
             if attach:
                 service.attach(engine)
-            transport = httpx.ASGITransport(create_app(service))
+            traces = start_tracing(service.settings.server, service.models)
+            transport = httpx.ASGITransport(create_app(service, traces))
             http = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://house"))
-            return House(http, engine, service)
+            return House(http, engine, service, traces)
 
         yield make
 

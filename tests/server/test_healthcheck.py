@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from server import healthcheck
-from server.lifecycle import HttpServer, uvicorn_config
+from server.app import create_app
+from server.http_server import http_server
 from server.service import Service
 from server.text.tokenizer import TextTokenizer
 from tests.server.fakes import settings
@@ -23,7 +24,7 @@ async def served(tokenizer: TextTokenizer, **server: object) -> AsyncIterator[tu
     """A service whose models still load, on a port of its own."""
     service = Service(settings(server=server), tokenizer)
     with socket.create_server(("127.0.0.1", 0)) as sock:
-        http = HttpServer(uvicorn_config(service))
+        http = http_server(create_app(service), service.settings.server)
         task = asyncio.create_task(http.serve(sockets=[sock]))
         await until(lambda: http.started)
         yield service, sock.getsockname()[1]

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from engine.types import Delta, GenerationRequest
+from server.app import create_app
 from server.cli import bind
-from server.lifecycle import HttpServer, uvicorn_config
+from server.http_server import HttpServer, http_server
 from tests.server.conftest import Build, House
 from tests.server.fakes import A, waits_forever
 from tests.waiting import until
@@ -88,7 +89,7 @@ def check(response: tuple[int, dict[str, str], Any], *statuses: int) -> None:
 
 @contextlib.asynccontextmanager
 async def listening(house: House) -> AsyncIterator[Wire]:
-    server = HttpServer(uvicorn_config(house.service))
+    server = http_server(create_app(house.service), house.service.settings.server)
     sock = bind("127.0.0.1", 0)
     serving = asyncio.create_task(server.serve(sockets=[sock]))
     try:

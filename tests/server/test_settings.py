@@ -59,7 +59,7 @@ def test_environment_beats_the_file_and_the_command_line_beats_both(
     settings = load_settings(["--port", "9002", "--base.model", "other"])
     assert settings.server.port == 9002
     assert settings.server.host == "0.0.0.0"
-    assert settings.server.keys() == ("k1", "k2")
+    assert settings.server.all_keys == ("k1", "k2")
     assert settings.served_model_name == "from-environment"
     assert settings.base.model == "other"
     # What is next to a value that was replaced stays.

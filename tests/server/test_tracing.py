@@ -27,7 +27,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 
 from engine.types import Delta, GenerationRequest
 from server.settings import ConfigFileError
-from server.tracing import MAX_STRETCHES, Stretch, stretches
+from server.trace.timeline import MAX_STRETCHES, Stretch, stretches
 from tests.server import test_lifecycle
 from tests.server.collector import Collector, Span
 from tests.server.conftest import Build, House
@@ -81,7 +81,7 @@ class Traced:
     collector: Collector
 
     async def flushed(self) -> list[Span]:
-        traces = self.house.service.traces
+        traces = self.house.traces
         assert traces is not None
         await traces.shutdown()
         return await self.collector.requests(0)
@@ -98,8 +98,8 @@ async def traced(build: Build, collector: Collector) -> AsyncIterator[Any]:
 
     yield make
     for one in made:
-        assert one.house.service.traces is not None
-        await one.house.service.traces.shutdown()
+        assert one.house.traces is not None
+        await one.house.traces.shutdown()
 
 
 def timed(tokens: list[int], sources: list[int], **how: Any) -> Any:
@@ -283,8 +283,11 @@ def test_off_by_default_nothing_of_opentelemetry_is_imported() -> None:
         "from server.service import Service; from server.text.tokenizer import TextTokenizer;"
         "from server.app import create_app;"
         "service = Service(settings(), TextTokenizer(byte_level_tokenizer(), {}));"
-        "create_app(service);"
-        "print(service.traces, [m for m in sys.modules if m.startswith(('opentelemetry', 'grpc', 'server.otlp'))])"
+        "from server.trace.start import start_tracing;"
+        "traces = start_tracing(service.settings.server, service.models);"
+        "create_app(service, traces);"
+        "late = ('opentelemetry', 'grpc', 'server.trace.spans', 'server.trace.middleware', 'server.trace.exporter');"
+        "print(traces, [m for m in sys.modules if m.startswith(late)])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "None []\n"
@@ -429,8 +432,8 @@ async def test_grpc(build: Build) -> None:
     try:
         house = await build(server={"otlp_endpoint": f"http://127.0.0.1:{port}", "otlp_protocol": "grpc"})
         await house.complete()
-        assert house.service.traces is not None
-        await house.service.traces.shutdown()
+        assert house.traces is not None
+        await house.traces.shutdown()
         [request] = await collector.requests(1)
         assert request.attributes["gen_ai.request.model"] == "collm-demo"
     finally:
@@ -442,7 +445,7 @@ async def test_settings_of_the_environment(build: Build, monkeypatch: pytest.Mon
     for name, value in (("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "none")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            assert (await build()).service.traces is None
+            assert (await build()).traces is None
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
     with pytest.raises(ConfigFileError, match="http/json"):
         await build()

@@ -1,26 +1,24 @@
-"""What the two routes that generate have in common: how a request is read, what its choices and answer are made of."""
+"""A request to generate, from its body on; and what its choices are made of."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from fastapi import Request, Response
+from fastapi import Request
 
 from engine.types import Collaboration, EngineInfo, GenerationRequest, SamplingSpec
+from server.admission import Places
 from server.auth import client_of
+from server.choice import Choice, ChoiceObserver, RequestObserver
 from server.engine_port import Engine
 from server.errors import invalid
-from server.generation import Choice
-from server.metrics import RequestMeter
+from server.metrics import ModelMeter, RequestMeter
 from server.protocol.common import GenerationFields, read_body
-from server.rendering.common import Head, Renderer
-from server.routes import service_of
-from server.service import Service
-from server.stream import Answer, Job, respond
+from server.rendering.common import Head
+from server.service import Service, service_of
 from server.text.pieces import PieceBuilder
 
 Body = TypeVar("Body", bound=GenerationFields)
@@ -32,9 +30,10 @@ class Call(Generic[Body]):
 
     Attributes:
         member: number of the lane that is asked for alone; None for the joint model.
-        client: whose request it is, see :func:`server.auth.client_of`.
+        client: the client that sent it, see :func:`server.auth.client_of`.
         started: when it came, by ``time.perf_counter``.
-        id: of the response; those of its choices begin with it.
+        id: unique; the engine's ids of its choices begin with it.
+        observer: is told of its choices; None where it is not traced.
     """
 
     request: Request
@@ -45,11 +44,23 @@ class Call(Generic[Body]):
     client: str
     started: float
     id: str
+    observer: RequestObserver | None
 
     @property
     def info(self) -> EngineInfo:
         """The running engine."""
         return self.engine.info
+
+    @property
+    def meter(self) -> ModelMeter:
+        """The metrics of the model that was asked for."""
+        return self.service.metrics.model(self.body.model)
+
+    @property
+    def response_id(self) -> str:
+        """What the response calls itself: with the client's ``request_id`` if it gave one."""
+        given = self.body.request_id
+        return self.id if given is None else f"{self.id.partition('-')[0]}-{given}"
 
     def collaboration(self) -> Collaboration:
         """Who may write.
@@ -59,23 +70,36 @@ class Call(Generic[Body]):
         """
         return self.service.models.collaboration(self.member, self.body.collaboration, self.info)
 
-    def to_generate(
+    def generation(
         self, index: int, prompt: list[int], sampling: SamplingSpec, collaboration: Collaboration
     ) -> GenerationRequest:
         """What the engine is asked for choice ``index``."""
-        return GenerationRequest(f"{self.id}-{index}", prompt, sampling, collaboration, client=self.client)
+        return GenerationRequest(
+            f"{self.id}-{index}",
+            prompt,
+            sampling,
+            collaboration,
+            timeline=self.observer is not None,
+            client=self.client,
+        )
 
     def choice(
         self,
         index: int,
         prompt: list[int],
         generation: GenerationRequest | None,
+        places: Places,
         *,
         prompt_index: int = 0,
         prompt_only: bool = False,
     ) -> Choice:
-        """A choice that nothing has been written of; see :class:`~server.generation.Choice`."""
+        """A choice that nothing has been written of; see :class:`~server.choice.Choice`."""
         body, service = self.body, self.service
+        observers: list[ChoiceObserver] = [places]
+        if self.observer is not None:
+            if index == 0 and generation is not None:
+                self.observer.described(self.response_id, generation, self.info)
+            observers.append(self.observer.choice(index, prompt_index, generation))
         return Choice(
             index=index,
             prompt_index=prompt_index,
@@ -87,40 +111,22 @@ class Call(Generic[Body]):
                 include_stop=bool(body.include_stop_str_in_output),
                 min_tokens=body.min_tokens or 0,
             ),
-            meter=RequestMeter(service.metrics.model(body.model), joint=self.member is None, started=self.started),
+            meter=RequestMeter(self.meter, joint=self.member is None, started=self.started),
+            observers=observers,
             grammar_param=body.grammar_param,
         )
 
     def head(self) -> Head:
         """What each chunk and the response begin with."""
-        name = self.id
-        if self.body.request_id is not None:
-            name = f"{self.id.partition('-')[0]}-{self.body.request_id}"
-        return Head(name, int(time.time()), self.body.model, self.service.fingerprint)
-
-    def answer(self, choices: list[Choice], renderer: Renderer, prompt_tokens: int) -> Answer:
-        """The request, ready to run. ``prompt_tokens`` are those of all prompts, each once."""
-        body = self.body
-        return Answer(
-            choices,
-            renderer,
-            prompt_tokens,
-            include_usage=body.include_usage,
-            continuous_usage=body.continuous_usage,
-        )
-
-    async def respond(self, places: int, places_param: str, prepare: Callable[[], Awaitable[Answer]]) -> Response:
-        """Admit, prepare and run; the arguments are those of :class:`~server.stream.Job`."""
-        meter = self.service.metrics.model(self.body.model)
-        job = Job(self.engine, self.client, meter, places, places_param, prepare, stream=bool(self.body.stream))
-        return await respond(self.request, self.service, job)
+        return Head(self.response_id, int(time.time()), self.body.model, self.service.fingerprint)
 
 
-async def receive(request: Request, body_type: type[Body], id_prefix: str) -> Call[Body]:
+async def read_call(request: Request, body_type: type[Body], id_prefix: str) -> Call[Body]:
     """Read a request to generate.
 
     Raises:
         ApiError: its body is not valid, its model unknown, or the engine not ready.
+        ClientGone: the client hung up while it was sending.
     """
     service = service_of(request)
     started = time.perf_counter()
@@ -132,6 +138,14 @@ async def receive(request: Request, body_type: type[Body], id_prefix: str) -> Ca
             f"'stop' has {len(body.stop_strings)} strings; this server takes at most {most} (server.max_stop_strings).",
             "stop",
         )
-    engine = service.ready_engine()
-    client = client_of(request.scope)
-    return Call(request, service, engine, body, member, client, started, f"{id_prefix}-{uuid.uuid4().hex}")
+    return Call(
+        request,
+        service,
+        service.ready_engine(),
+        body,
+        member,
+        client_of(request.scope),
+        started,
+        f"{id_prefix}-{uuid.uuid4().hex}",
+        request.scope.get("trace"),
+    )

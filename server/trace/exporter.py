@@ -1,4 +1,4 @@
-"""The exporter that carries spans to a collector, over HTTP or gRPC. Loaded only where traces are configured."""
+"""The exporter that carries spans to a collector, over HTTP or gRPC."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From pieces to bytes: the whole response, or server-sent events, and noticing that the client has gone."""
+"""One request to generate, from its admission to its last byte."""
 
 from __future__ import annotations
 
@@ -6,119 +6,93 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.admission import Places
+from server.call import Call
+from server.choice import Choice
 from server.disconnect import ClientGone, unless_gone
-from server.engine_port import Engine
 from server.errors import ApiError
-from server.generation import Choice, collect, merged
-from server.metrics import ModelMeter
+from server.generation import collect, merged
+from server.protocol.common import GenerationFields
 from server.protocol.responses import encode
 from server.rendering.common import Renderer, UsageCounter
-from server.service import Service
 
 DONE = b"data: [DONE]\n\n"
 
 logger = logging.getLogger(__name__)
 
+Body = TypeVar("Body", bound=GenerationFields)
+
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Prepared:
     """A request that is ready to run.
 
     Attributes:
         prompt_tokens: of all prompts, each once.
-        include_usage: a stream ends with a usage chunk.
-        continuous_usage: every chunk carries the usage so far.
     """
 
     choices: list[Choice]
     renderer: Renderer
     prompt_tokens: int
-    include_usage: bool = False
-    continuous_usage: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """How to serve a request.
-
-    Attributes:
-        client: whose request it is.
-        places: generation requests that it needs.
-        places_param: the field to blame for needing too many.
-        prepare: does what has to wait for admission (tokenising), and the rest of the validation.
-    """
-
-    engine: Engine
-    client: str
-    meter: ModelMeter
-    places: int
-    places_param: str
-    prepare: Callable[[], Awaitable[Answer]]
-    stream: bool
+Prepare = Callable[[Call[Body], Places], Awaitable[Prepared]]
+"""Does what has to wait for admission (tokenising), and the rest of the validation."""
 
 
-async def respond(request: Request, service: Service, job: Job) -> Response:
-    """Admit, prepare and run a job, for as long as its client is there.
+async def serve(call: Call[Body], count: int, param: str, prepare: Prepare[Body]) -> Response:
+    """Answer a request, for as long as its client is there.
 
     A stream's headers are sent with its first event: whatever goes wrong before that has its own status.
 
+    Args:
+        count: generation requests that it needs.
+        param: the field to blame for needing too many.
+
     Raises:
         ApiError: with the status to answer.
-        ClientGone: nobody is there any more; what ran was aborted.
+        ClientGone: the client hung up; what ran was aborted.
     """
+    parts = _run(call, count, param, prepare)
     try:
-        if not job.stream:
-            body = await unless_gone(request.receive, _whole(service, job))
-            return Response(body, media_type="application/json")
-        events = _events(service, job)
-        try:
-            first = await unless_gone(request.receive, anext(events))
-        except BaseException:
-            # Where this request was cancelled just as the first event came, the generator has not ended.
-            await events.aclose()
-            raise
-        return EventStream(first, events)
-    except ApiError as error:
-        if error.status == 429:
-            job.meter.outcomes["rejected"].inc()
+        first = await unless_gone(call.request.receive, anext(parts))
+    except BaseException as error:
+        # Where this request was cancelled just as the first part came, the generator has not ended.
+        await parts.aclose()
+        if isinstance(error, ApiError) and error.status == 429:
+            call.meter.outcomes["rejected"].inc()
         raise
+    if call.body.stream:
+        return EventStream(first, parts)
+    await parts.aclose()
+    return Response(first, media_type="application/json")
 
 
-async def _prepared(job: Job, places: Places) -> Answer:
-    answer = await job.prepare()
-    job.meter.prompt_tokens.inc(answer.prompt_tokens)
-    for choice in answer.choices:
-        choice.on_end = places.end_one
-    return answer
-
-
-async def _whole(service: Service, job: Job) -> bytes:
-    with service.admission.reserve(job.client, job.places, job.places_param) as places:
-        answer = await _prepared(job, places)
-        await collect(job.engine, answer.choices)
-        counter = UsageCounter(answer.prompt_tokens)
-        for choice in answer.choices:
-            counter.add(choice.piece)
-        return encode(answer.renderer.response(answer.choices, counter.usage()))
-
-
-async def _events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
-    begun = False
-    with service.admission.reserve(job.client, job.places, job.places_param) as places:
-        answer = await _prepared(job, places)
-        renderer, counter = answer.renderer, UsageCounter(answer.prompt_tokens)
+async def _run(call: Call[Body], count: int, param: str, prepare: Prepare[Body]) -> AsyncGenerator[bytes, None]:
+    """Reserve, prepare, run: yields the whole response, or its events if it is to be streamed."""
+    body = call.body
+    with call.service.admission.reserve(call.client, count, param) as places:
+        prepared = await prepare(call, places)
+        call.meter.prompt_tokens.inc(prepared.prompt_tokens)
+        renderer, counter = prepared.renderer, UsageCounter(prepared.prompt_tokens)
+        if not body.stream:
+            await collect(call.engine, prepared.choices)
+            for choice in prepared.choices:
+                counter.add(choice.piece)
+            yield encode(renderer.response(prepared.choices, counter.usage()))
+            return
+        begun = False
         try:
-            async with aclosing(merged(job.engine, answer.choices)) as pieces:
+            async with aclosing(merged(call.engine, prepared.choices)) as pieces:
                 async for choice, piece in pieces:
                     counter.add(piece)
-                    usage = counter.usage() if answer.continuous_usage else None
+                    usage = counter.usage() if body.continuous_usage else None
                     for chunk in renderer.chunks(choice, piece, usage):
                         begun = True
                         yield frame(chunk)
@@ -130,7 +104,7 @@ async def _events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
                 error = ApiError(500, "Internal error.", code="internal_error")
             yield b"data: " + error.body() + b"\n\n"
             return
-        if answer.include_usage:
+        if body.include_usage:
             yield frame(renderer.usage_chunk(counter.usage()))
         yield DONE
 

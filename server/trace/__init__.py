@@ -1,0 +1,1 @@
+"""OpenTelemetry traces of generation requests. Off unless an endpoint is configured."""
