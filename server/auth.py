@@ -71,8 +71,8 @@ class ApiKeys:
 
 
 def client_of(scope: Scope) -> str:
-    """The client that sent a request, for sharing the server fairly: the key's number, or the peer's address where no key
-    is required.
+    """The client that sent a request, for sharing the server fairly: the key's number, or the peer's address where no
+    key is required.
 
     Nothing that a client could make up at will: the ``user`` field is not looked at, and of an IPv6 address only the
     network counts, since a host has 2**64 of them.
