@@ -44,6 +44,6 @@ def test_lists_flags_and_unknown_options(monkeypatch: pytest.MonkeyPatch) -> Non
     assert load_settings(DEMO).experts[0].vllm == {}
     assert not load_settings([*DEMO, "--no-server.access_log"]).server.access_log
     monkeypatch.setenv("COLLM_API_KEY", "x")
-    assert load_settings(DEMO).server.keys() == ()
+    assert load_settings(DEMO).server.all_keys == ()
     with pytest.raises(ConfigurationError):
         load_settings([*DEMO, "--server.nonsense", "1"])
