@@ -37,9 +37,11 @@ def test_an_mlp_is_torchs() -> None:
     assert gate.function(hidden.bfloat16()).dtype == torch.float32
 
 
-def test_features_are_what_their_names_say() -> None:
+@pytest.mark.parametrize("vocabulary", [5, 50, 256 * 6, 256 * 9 + 17])
+def test_features_are_what_their_names_say(vocabulary: int) -> None:
     torch.manual_seed(1)
-    logits = torch.randn(4, 50) * 3
+    logits = torch.randn(40, vocabulary + 3)[:, :vocabulary] * 3  # a view, as of a padded head
+    logits[:20, -1] = 12.0  # where no block is whole
     found = dict(zip(FEATURES, distribution_features(FEATURES, logits).T, strict=True))
     spread = torch.distributions.Categorical(logits=logits)
     ordered = torch.log_softmax(logits, 1).sort(dim=1, descending=True).values
