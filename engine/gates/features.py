@@ -62,7 +62,7 @@ def _greatest(logits_BV: torch.Tensor, count: int) -> torch.Tensor:
     if blocks <= count:
         return logits_BV.float().topk(min(count, logits_BV.shape[1]), dim=1).values
     whole = blocks * _BLOCK
-    blocks_BNC = logits_BV[:, :whole].view(-1, blocks, _BLOCK)
+    blocks_BNC = logits_BV[:, :whole].view(len(logits_BV), blocks, _BLOCK)
     best_BR1 = blocks_BNC.amax(dim=2).topk(count, dim=1).indices[:, :, None]
     candidates_BC = blocks_BNC.gather(1, best_BR1.expand(-1, -1, _BLOCK)).flatten(1)
     return torch.cat([candidates_BC, logits_BV[:, whole:]], dim=1).float().topk(count, dim=1).values

@@ -57,6 +57,7 @@ def test_features_are_finite_whatever_the_model_rules_out() -> None:
     logits[:, 3] = 80.0
     assert distribution_features(FEATURES, logits).isfinite().all()
     assert distribution_features(FEATURES, torch.zeros(1, 2)).isfinite().all()
+    assert distribution_features(FEATURES, torch.zeros(0, 5000)).shape == (0, len(FEATURES))
 
 
 @pytest.mark.parametrize(("kind", "features"), [("mlp", ()), ("mlp", FEATURES), ("linear", ("entropy",))])
