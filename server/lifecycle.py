@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from engine.errors import EngineStartupError
 from server.engine_port import Engine
+from server.example import example_command
 from server.http_server import GRACEFUL_CLOSE_S, HttpServer
 from server.service import Service
 
@@ -91,7 +92,7 @@ class Lifecycle:
                 return str(error)
             service.attach(engine)
             self._print_status(f"ready at {self._url()}")
-            self._print_status(f"try: {self._example()}")
+            self._print_status(f"try: {example_command(service, self._url())}")
             reason = await engine.wait_dead()
             service.lose()
             await engine.shutdown()
@@ -126,8 +127,3 @@ class Lifecycle:
         port = self._sock.getsockname()[1]
         host = f"[{server.host}]" if ":" in server.host else server.host
         return f"{'https' if server.tls_certificate else 'http'}://{host}:{port}{server.root_path}"
-
-    def _example(self) -> str:
-        body = f'{{"model": "{self._service.models.name}", "prompt": "Hello", "max_tokens": 32}}'
-        key = " -H 'Authorization: Bearer YOUR_KEY'" if self._service.settings.server.all_keys else ""
-        return f"curl {self._url()}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'"

@@ -183,6 +183,10 @@ class Settings(BaseSettings):
     served_model_name: str = Field(default="collm", pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")
     """Name of the joint model; its members are served as NAME/base and NAME/EXPERT."""
 
+    example_prompt: str | None = Field(default=None, min_length=1)
+    """A question that this pair answers well, for the command that is printed when the server is ready. With a chat
+    template it is a user's message, else the beginning of a text."""
+
     tokenizer: str | None = None
     """Folder with the tokenizer.json that all models share. Default: the base model's."""
 
