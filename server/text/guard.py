@@ -147,7 +147,7 @@ class _Finder:
     """Finds tokens in texts: at each place the longest that begins there, overlapping ones too."""
 
     def __init__(self, tokens: set[str]) -> None:
-        self._pattern = re.compile(f"(?=({_spelled(tokens)}))" if tokens else "(?!)")
+        self._pattern = re.compile(_spelled(tokens))
         self._prefixes = {token[:length] for token in tokens for length in range(1, len(token))}
         self._longest = max(map(len, tokens), default=0)
 
@@ -158,7 +158,7 @@ class _Finder:
             for match in self._pattern.finditer(text, start, start + _SLICE + self._longest):
                 if match.start() >= start + _SLICE:
                     break
-                yield match.span(1)
+                yield match.start(), match.end(match.lastindex or 0)
 
     def mark(self, value: Any, mark: str) -> Any:
         """A value with the mark behind the first character of each token in each of its strings.
@@ -180,14 +180,17 @@ class _Finder:
 
 
 def _spelled(tokens: Iterable[str]) -> str:
-    """A regular expression for any of the tokens, the longest first: their trie, for many begin alike."""
+    """A regular expression that consumes a token's first character, with the rest of the longest token as its group.
+
+    It is made of the tokens' trie, since many begin alike.
+    """
     tree: dict[str, Any] = {}
     for token in tokens:
         node = tree
         for char in token:
             node = node.setdefault(char, {})
         node[""] = {}
-    return _branches(tree)
+    return "|".join(f"{re.escape(char)}(?=({_branches(node)}))" for char, node in tree.items()) or "(?!)"
 
 
 def _branches(node: dict[str, Any]) -> str:
