@@ -36,12 +36,17 @@ _CONTEXT = 4
 class Boundaries:
     """The safe boundaries of one vocabulary.
 
-    A kind of boundary is used only if no text token has one inside.
+    A kind of boundary is used only if no text token has one inside. Added tokens may: where one of them stands across
+    an offset, or may do so once more is written, the offset does not count.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         kinds = [kind for kind in _KINDS if not re.search(kind, vocabulary.joined, re.DOTALL)]
         self._pattern = re.compile(b"|".join(kinds), re.DOTALL) if kinds else None
+        self._across: list[tuple[bytes, bytes]] = []
+        for text in vocabulary.added:
+            inside = self._pattern.finditer(text) if self._pattern else ()
+            self._across += [(text[: match.start()], text[match.start() :]) for match in inside]
 
     def within(self, text: bytes | bytearray, begin: int, end: int) -> Iterator[int]:
         """Safe boundaries b with begin <= b <= end, in order; those at the ends of ``text`` are not among them."""
@@ -52,5 +57,11 @@ class Boundaries:
             offset = match.start() + first
             if offset > end:
                 break
-            if offset >= begin:
+            if offset >= begin and not self._crossed(text, offset):
                 yield offset
+
+    def _crossed(self, text: bytes | bytearray, offset: int) -> bool:
+        return any(
+            after.startswith(text[offset : offset + len(after)]) and text.endswith(before, 0, offset)
+            for before, after in self._across
+        )

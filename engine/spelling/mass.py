@@ -62,6 +62,20 @@ class Mass:
         branches = self._vocabulary.branches(text)
         return self._sum(branches.begin, branches.exact)
 
+    def best(self) -> bytes:
+        """The most probable byte string; b"" if the end is more probable. Of equal ones the first."""
+        chances = self._by_string()
+        place = int(chances.argmax())
+        return b"" if chances[place] < self.end else self._string(place)
+
+    def top(self, count: int) -> list[bytes]:
+        """The ``count`` most probable byte strings, most probable first; b"" is the end of the text."""
+        chances = self._by_string()
+        count = min(count, len(chances))
+        found = {self._string(place): chances[place] for place in np.argpartition(-chances, count - 1)[:count]}
+        found[b""] = self.end
+        return sorted(found, key=lambda text: (-found[text], text))[:count]
+
     def likeliest(self, text: bytes) -> int | None:
         """The most probable of the tokens that are exactly ``text``; None if there is none."""
         branches = self._vocabulary.branches(text)
@@ -91,3 +105,10 @@ class Mass:
         if mass < _FAINT:
             return float(self._text[begin:end].sum())
         return mass
+
+    def _by_string(self) -> NDArray[np.float64]:
+        """[S]: the tokens with the same bytes together."""
+        return np.add.reduceat(self._text, self._vocabulary.distinct)
+
+    def _string(self, place: int) -> bytes:
+        return self._vocabulary.bytes_of(int(self._vocabulary.order[self._vocabulary.distinct[place]])) or b""

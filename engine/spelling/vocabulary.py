@@ -56,7 +56,9 @@ class Vocabulary:
 
     Attributes:
         order: [N] int32, ids of the text tokens sorted by their bytes, equal ones by id.
+        distinct: [S] int32, places in ``order`` of the first token of each byte string.
         stops: the ids that end a text.
+        added: the added tokens that are text, by their bytes. The tokenizer looks for them before all else.
         longest: bytes of the longest token.
 
     Raises:
@@ -77,11 +79,14 @@ class Vocabulary:
             if token not in self.stops and (entry is None or not entry.special):
                 texts[token] = token_bytes(decoding, name, added=entry is not None) or None
         self._entries = entries
+        self.added = {text: token for token in added if token < len(texts) and (text := texts[token]) is not None}
         self._texts = texts
         order = sorted((text, token) for token, text in enumerate(texts) if text is not None)
         self._sorted = [text for text, _ in order]
         self.order: NDArray[np.int32] = np.fromiter((token for _, token in order), np.int32, len(order))
         self.longest = max(map(len, self._sorted), default=0)
+        first = [place for place, text in enumerate(self._sorted) if not place or text != self._sorted[place - 1]]
+        self.distinct: NDArray[np.int32] = np.array(first, np.int32)
         lengths = np.fromiter(map(len, self._sorted), np.int64, len(order))
         self._starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if order else np.zeros(0, np.int64)
         self._flat = np.frombuffer(b"".join(self._sorted), np.uint8)
@@ -131,8 +136,8 @@ class Vocabulary:
 
     @cached_property
     def joined(self) -> bytes:
-        """All text tokens in order, each after a zero byte: for searches over the whole vocabulary."""
-        return b"".join(b"\0" + text for text in self._sorted)
+        """All text tokens but the added ones, in order, each after a zero byte: for searches over the vocabulary."""
+        return b"".join(b"\0" + text for text in self._sorted if text not in self.added)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -107,6 +107,7 @@ def grown(name: str, *parts: bytes) -> Strand:
 @example(text="12345", data=None)
 @example(text="it's", data=None)
 @example(text="done.\n\nNext", data=None)
+@example(text="so <think> so", data=None)
 @example(text="👩\u200d👩\u200d👧", data=None)
 def test_spelled_in_parts_it_is_as_spelled_at_once(name: str, text: str, data: st.DataObject | None) -> None:
     whole = text.encode()

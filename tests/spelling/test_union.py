@@ -1,0 +1,98 @@
+"""UniTE's step against dictionaries, and the reasons for not taking it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.spelling.mass import Mass
+from engine.spelling.union import agreed, most_probable, union
+from tests.spelling.test_characters import NAMES, SPELLERS, STOP, model
+
+
+def table(name: str, row: np.ndarray) -> dict[bytes, float]:
+    found: dict[bytes, float] = {}
+    for token, chance in enumerate(row):
+        string = b"" if token == STOP else SPELLERS[name].vocabulary.bytes_of(token)
+        if string is not None:
+            found[string] = found.get(string, 0.0) + float(chance)
+    total = sum(found.values())
+    return {string: chance / total for string, chance in found.items()}
+
+
+def first(name: str, string: bytes) -> bytes:
+    speller = SPELLERS[name]
+    return speller.vocabulary.bytes_of(speller.spell_begun(string)[0][0]) or b""
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    names=st.lists(st.sampled_from(NAMES), min_size=1, max_size=3),
+    seed=st.integers(0, 10**6),
+    top=st.integers(1, 12),
+    score=st.sampled_from(["first", "mass"]),
+    stop=st.sampled_from([0.0, 12.0]),
+)
+def test_the_step(names: list[str], seed: int, top: int, score: str, stop: float) -> None:
+    rows = [model(seed + k, 1100, sharp=3, stop=stop)(b"") for k in range(len(names))]
+    weights = [1 / len(names)] * len(names)
+    tables = [table(name, row) for name, row in zip(names, rows, strict=True)]
+    strings = {s for t in tables for s in sorted(t, key=lambda s: (-t[s], s))[:top]}
+    expected = dict.fromkeys(strings, 0.0)
+    for name, chances, weight in zip(names, tables, weights, strict=True):
+        scores = {}
+        for string in strings:
+            if not string or string in chances:
+                scores[string] = chances.get(string, 0.0)
+            elif score == "mass" and (mass := sum(c for s, c in chances.items() if s.startswith(string))):
+                scores[string] = mass
+            else:
+                scores[string] = chances[first(name, string)]
+        for string in strings:
+            expected[string] += weight * scores[string] / sum(scores.values())
+    masses = [Mass(SPELLERS[name].vocabulary, row) for name, row in zip(names, rows, strict=True)]
+    got = union([SPELLERS[name] for name in names], masses, weights, top=top, score=score)  # type: ignore[arg-type]
+    assert set(got) == strings
+    for string in strings:
+        assert got[string] == pytest.approx(expected[string], rel=1e-5)
+    assert got[most_probable(got)] == max(got.values())
+    if len(names) == 1:
+        # A member alone writes what it finds most probable.
+        assert most_probable(got) == max(tables[0], key=lambda s: tables[0][s])
+
+
+def test_a_beginning_of_other_tokens_is_their_mass_or_as_published_its_first_token() -> None:
+    one, other = SPELLERS["demo pair"], SPELLERS["byte-level, added tokens"]
+    rows = [np.zeros(1100, np.float32) for _ in range(2)]
+    added = "日本".encode()
+    start = one.vocabulary.bytes_of(one.spell(added)[0]) or b""
+    assert not one.vocabulary.exact(added)
+    rows[0][one.spell(added)[0]] = 1.0
+    rows[1][other.vocabulary.exact(added)[0]] = 1.0
+    masses = [Mass(s.vocabulary, row) for s, row in zip((one, other), rows, strict=True)]
+    # The demo pair's model is sure of the first byte, and the published rule counts that for the whole string too.
+    published = union([one, other], masses, [1.0, 0.0], top=1, score="first")
+    assert published == {start: 0.5, added: 0.5}
+
+
+def test_ties_go_to_the_lowest_bytes() -> None:
+    assert most_probable({b"b": 0.4, b"a": 0.4, b"": 0.2}) == b"a"
+
+
+def test_agreement() -> None:
+    one, other = SPELLERS["demo pair"].vocabulary, SPELLERS["byte-level, added tokens"].vocabulary
+
+    def mass(vocabulary, **chances: float) -> Mass:  # type: ignore[no-untyped-def]
+        row = np.zeros(1100, np.float32)
+        for text, chance in chances.items():
+            row[STOP if text == "end" else vocabulary.exact(text.encode())[0]] = chance
+        return Mass(vocabulary, row)
+
+    both = [0.5, 0.5]
+    assert agreed(b"a", [mass(one, a=0.4, b=0.3, c=0.3), mass(other, a=0.4, b=0.3, c=0.3)], both)
+    assert agreed(b"a", [mass(one, a=0.9, b=0.1), mass(other, a=0.3, b=0.7)], both)
+    assert not agreed(b"a", [mass(one, a=0.6, b=0.4), mass(other, a=0.3, b=0.7)], both)
+    assert agreed(b"", [mass(one, end=0.6, b=0.4), mass(other, end=0.9, b=0.1)], both)
+    assert not agreed(b"", [mass(one, end=0.6, b=0.4), mass(other, end=0.1, b=0.9)], both)
