@@ -13,12 +13,12 @@ from typing import Literal
 import numpy as np
 
 from engine.spelling.mass import Mass
-from engine.spelling.speller import Speller
+from engine.spelling.speller import Speller, SpellingError
 
 Score = Literal["first", "mass"]
 """What a member gives to a string that is none of its tokens. "first", as published: what it gives to the first token
 of its spelling, though that may be the beginning of many others. "mass": what all its tokens have together that begin
-with the string; as "first" where there is none.
+with the string; as "first" where there is none. A string that a member cannot spell has nothing from it.
 """
 
 AGREED = 0.5
@@ -79,5 +79,8 @@ def _score(speller: Speller, mass: Mass, string: bytes, score: Score) -> float:
         return mass.at(string)
     if score == "mass" and (chance := mass.of(string)):
         return chance
-    tokens, _ = speller.spell_begun(string)
+    try:
+        tokens, _ = speller.spell_begun(string)
+    except SpellingError:
+        return 0.0
     return mass.at(speller.vocabulary.bytes_of(tokens[0]) or b"") if tokens else 0.0
