@@ -230,6 +230,7 @@ def build(
         threshold=gate.threshold if gate is not None else 0.5,
         expert_failure=config.scheduler.expert_failure,
         run_ahead=config.scheduler.run_ahead,
+        drafting=all(lane.info.can_cut for lane in lanes),
         draft_pays=pacer.draft_pays,
     )
     scheduler = Scheduler(

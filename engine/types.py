@@ -255,6 +255,7 @@ class LaneInfo(msgspec.Struct, frozen=True):
         max_model_len: context in tokens, prompt and output together.
         kv_blocks: KV blocks that can hold requests.
         block_size: tokens a KV block.
+        can_cut: whether tokens can be taken back. If not in every lane, nobody drafts.
     """
 
     name: str
@@ -262,6 +263,7 @@ class LaneInfo(msgspec.Struct, frozen=True):
     max_model_len: int
     kv_blocks: int
     block_size: int
+    can_cut: bool = True
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

@@ -12,6 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
@@ -19,6 +20,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request
 
+from engine.errors import ConfigError
 from engine.lanes.interface import Failure, LaneReport, LaneWork, Sample
 from engine.types import (
     GRAMMAR_AT_FAULT,
@@ -32,12 +34,15 @@ from engine.types import (
 from engine.vllm_hooks import processor
 from engine.vllm_hooks.hashes import PromptHashes
 from engine.vllm_hooks.scheduler import LaneScheduler
+from engine.vllm_hooks.state import what_cannot_be_cut
 from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _NO_READINGS = Readings(None, None, [], None)
+_USAGE = None if current_platform.is_cpu() else UsageContext.OPENAI_API_SERVER
+"""On a GPU prompts are computed in chunks as large as vLLM's own server takes."""
 _GRAMMARS = 128
 """How many grammars a lane remembers having checked."""
 
@@ -67,7 +72,17 @@ class VllmLane:
         on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] | None = None,
     ) -> None:
-        config = EngineArgs(**arguments).create_engine_config()
+        config = EngineArgs(**arguments).create_engine_config(usage_context=_USAGE)
+        self.notes: list[str] = []
+        """What who starts the lane should know, one line each."""
+        if current_platform.is_cpu() and config.model_config.has_inner_state and arguments["enable_prefix_caching"]:
+            # vLLM's CPU back end dies when a prompt's recurrent state is to be cached in small blocks.
+            config = EngineArgs(**arguments | {"enable_prefix_caching": False}).create_engine_config(
+                usage_context=_USAGE
+            )
+            self.notes.append(f"{name}: no prefix caching: the model has recurrent state, and computes on a CPU")
+        if config.use_v2_model_runner:
+            raise ConfigError("these options make vLLM use its V2 model runner, which lanes do not drive")
         executor = Executor.get_class(config)
         self._core = EngineCore(config, executor, log_stats=False, executor_fail_callback=on_failure)
         self._scheduler = cast("LaneScheduler", self._core.scheduler)
@@ -82,6 +97,9 @@ class VllmLane:
         self._eos = eos_token_ids
         self._private_ends = [[end] for end in private_ends if end in eos_token_ids]
         self._vocab_size: int = arguments["additional_config"][SETTINGS_KEY]["vocab_size"]
+        fixed = what_cannot_be_cut(self._scheduler.kv_cache_config)
+        if fixed is not None:
+            self.notes.append(f"{name}: run-ahead is off for all requests: state of kind {fixed} cannot be taken back")
         pool = self._scheduler.kv_cache_manager.block_pool
         self._info = LaneInfo(
             name,
@@ -90,6 +108,7 @@ class VllmLane:
             # One block is vLLM's null block, which holds nobody.
             kv_blocks=pool.num_gpu_blocks - 1,
             block_size=config.cache_config.block_size,
+            can_cut=fixed is None,
         )
         # vLLM loads it for its grammars; None with skip_tokenizer_init.
         self._tokenizer = getattr(self._core.structured_output_manager, "tokenizer", None)

@@ -163,6 +163,8 @@ def load_lanes(
                         on_failure=lambda name=name: on_failure(name),  # type: ignore[misc]
                     )
                 )
+            for note in lanes[-1].notes:
+                on_progress(note)
         except Exception as error:  # of vLLM, torch, safetensors, the platform: all mean the same here
             for started in lanes:
                 started.shutdown()
@@ -182,7 +184,7 @@ def _visible_devices(devices: tuple[int, ...] | None) -> Iterator[None]:
         yield
         return
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_among_visible(devices, before))
     try:
         yield
     finally:
@@ -190,6 +192,21 @@ def _visible_devices(devices: tuple[int, ...] | None) -> Iterator[None]:
             del os.environ["CUDA_VISIBLE_DEVICES"]
         else:
             os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def _among_visible(devices: tuple[int, ...], visible: str | None) -> list[str]:
+    """Devices by their place in CUDA_VISIBLE_DEVICES, as everything that runs under it counts them.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    if visible is None:
+        return [str(device) for device in devices]
+    given = [name.strip() for name in visible.split(",") if name.strip()]
+    beyond = [device for device in devices if device >= len(given)]
+    if beyond:
+        raise ConfigError(f"devices: {beyond[0]} is not among the {len(given)} of CUDA_VISIBLE_DEVICES={visible}")
+    return [given[device] for device in devices]
 
 
 def _one_line(error: BaseException) -> str:

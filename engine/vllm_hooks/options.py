@@ -29,7 +29,27 @@ _FIXED = {
     "async_scheduling": "must stay off: a sampled token is only a proposal",
     "distributed_executor_backend": "set as 'executor', beside the table 'vllm'",
     "speculative_config": "a lane's tokens are decided outside it",
-    "kv_transfer_config": "not supported",
+    **dict.fromkeys(
+        ("kv_transfer_config", "kv_offloading_size", "kv_events_config", "ec_transfer_config"),
+        "nobody would take in what the transfer reports",
+    ),
+    **dict.fromkeys(("watermark_config", "diffusion_config"), "needs another model runner than a lane's"),
+    "device_ids": "set as 'devices', beside the table 'vllm'",
+    "enable_sleep_mode": "its allocator serves one engine per process",
+    "weight_transfer_config": "a lane's weights stay",
+    "enable_lora": "no request of a lane names an adapter",
+    "enable_prompt_embeds": "prompts are token ids",
+    **dict.fromkeys(
+        (
+            "pipeline_parallel_size",
+            "data_parallel_size",
+            "prefill_context_parallel_size",
+            "decode_context_parallel_size",
+            "enable_dbo",
+            "enable_elastic_ep",
+        ),
+        "a lane is one replica, in shards of 'tensor_parallel_size'",
+    ),
 }
 
 
@@ -44,6 +64,10 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # FlashInfer compiles its sampler while vLLM starts, which takes nvcc; a row with a seed bypasses it anyway.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        # The other one calls the model runner directly, past the lane's worker.
+        "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1",
         # When a step is lost is the step loop's decision; to vLLM a late answer is the end of the engine.
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(7 * 24 * 3600),
         # Every start would print some dozens of lines that concern nobody who serves a pair; errors still show.

@@ -22,6 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from engine.lanes.interface import Extension, Failure, LaneRequest
 from engine.types import GRAMMAR_AT_FAULT
+from engine.vllm_hooks.state import keep_windows_for_cuts
 from engine.vllm_hooks.wire import EDITS, Edit, LaneEdits
 
 
@@ -79,6 +80,7 @@ class LaneScheduler(Scheduler):
         self.num_preemptions = 0
         manager = self.kv_cache_manager
         coordinator = manager.coordinator
+        keep_windows_for_cuts(coordinator)
         # Of the request that is being looked up.
         self._longest_hit = 0
         manager.get_computed_blocks = partial(self._get_computed_blocks, manager.get_computed_blocks)

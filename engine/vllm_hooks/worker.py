@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
 from vllm.v1.sample.logits_processor import LogitsProcessors
@@ -18,7 +20,9 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import _SAMPLING_EPS as GREEDY
 
 from engine import draws
+from engine.errors import ConfigError
 from engine.gate import GateArtifact
+from engine.vllm_hooks.isolation import OwnWorkspace, ensure_expert_group, graphs_kept
 from engine.vllm_hooks.wire import EDITS, READINGS, SETTINGS_KEY, LaneEdits, Readings
 
 if TYPE_CHECKING:
@@ -132,31 +136,59 @@ def gather_logprobs(logprobs_RV: torch.Tensor, num_logprobs: int, token_ids: tor
     )
 
 
+def head_width(model: torch.nn.Module) -> int | None:
+    """Width of the LM head's input; None where no layer says so. Tied heads are the embedding itself."""
+    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    heads = [layer for layer in layers if isinstance(layer, ParallelLMHead)] or layers
+    return heads[-1].embedding_dim if heads else None
+
+
 class LaneWorkerMixin(_Worker):
     """Mixed into vLLM's worker of the platform; see ``worker_cpu`` and ``worker_gpu``."""
 
     def load_model(self, **kwargs: Any) -> None:
         """Load the model, then put a :class:`RowReader` before its ``compute_logits``; see also ``gather_logprobs``."""
+        ensure_expert_group(self.vllm_config.model_config.is_moe)
         super().load_model(**kwargs)
         settings = self.vllm_config.additional_config[SETTINGS_KEY]
         path = settings["gate_path"]
         model = self.model_runner.get_model()
+        gate = GateArtifact.load(path) if path is not None else None
+        width = head_width(model)
+        if gate is not None and width is not None and gate.hidden_size != width:
+            raise ConfigError(f"gate.path: the gate is for hidden size {gate.hidden_size}, the LM head reads {width}")
         self._collm_reader = RowReader(
             model.compute_logits,
-            gate=GateArtifact.load(path) if path is not None else None,
+            gate=gate,
             gate_in_head=settings["gate_in_head"],
             vocab_size=settings["vocab_size"],
             masked=settings["masked"],
             device=self.device,
         )
+        # Whatever manager is in place was made by this worker, the last one to start.
+        self._collm_workspace = OwnWorkspace()
         self._collm_generators: list[torch.Generator] = []
         self._collm_batch: Any = None
         model.compute_logits = self._collm_reader
         self.model_runner.sampler.gather_logprobs = gather_logprobs
 
+    def determine_available_memory(self) -> int:
+        """Bytes for the KV cache; other lanes' CUDA graphs outlive vLLM's trial captures."""
+        with graphs_kept():
+            available: int = super().determine_available_memory()
+        return available
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up; from here on the workspace is the lane's own."""
+        result = super().compile_or_warm_up_model()
+        self._collm_workspace.keep()
+        return result
+
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """One forward pass, with the lane's edits applied when every scheduled request is in the batch."""
+        self._collm_workspace.use()
         edits: LaneEdits = getattr(scheduler_output, EDITS)
+        self._collm_new = [new.req_id for new in scheduler_output.scheduled_new_reqs]
         self._collm_edits = edits
         self._collm_chunks = scheduler_output.num_scheduled_tokens
         batch = self.model_runner.input_batch
@@ -170,6 +202,7 @@ class LaneWorkerMixin(_Worker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample; the readings ride back on vLLM's own output."""
+        self._collm_workspace.use()
         # None on pipeline stages that hold no logits.
         state = self.model_runner.execute_model_state
         asked, asked_logprobs = ([], None) if state is None else self._collm_sample_asked(state.hidden_states)
@@ -218,6 +251,11 @@ class LaneWorkerMixin(_Worker):
     def _collm_refresh(self, refresh: Callable[[], None]) -> None:
         runner = self.model_runner
         batch = runner.input_batch
+        for request_id in self._collm_new:
+            # A row that sits out a step is added to the batch anew, prompt and all: copying a list takes as long as
+            # the context is, an array next to nothing. int64, since prompt log-probabilities index with it.
+            state = runner.requests[request_id]
+            state.prompt_token_ids = np.asarray(state.prompt_token_ids, dtype=np.int64)
         for request_id, (start, tokens) in self._collm_edits.tokens.items():
             output = runner.requests[request_id].output_token_ids
             del output[start:]

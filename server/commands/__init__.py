@@ -2,7 +2,7 @@
 
     collm serve --config demo.toml
     collm complete "Question: ..."     collm chat     collm models     collm top     collm completion bash
-    collm train pipeline --config project.toml     collm convert     collm bench
+    collm check demo.toml     collm train pipeline --config project.toml     collm convert     collm bench
 
 ``serve``, ``train``, ``convert`` and ``bench`` pass their options on to the package that does the work; the others are
 clients and know the server by its HTTP API alone.
@@ -19,6 +19,7 @@ import click
 from server import __version__
 from server.commands.api import CommandError
 from server.commands.chat import chat
+from server.commands.check import check
 from server.commands.complete import complete
 from server.commands.completion import completion
 from server.commands.models import models
@@ -68,7 +69,7 @@ _door("train", "training", (), "Train a gate for a pair")
 _door("convert", "training", ("convert",), "Convert a pair to and from the reference format")
 _door("bench", "bench", (), "Measure performance")
 
-for _command in (complete, chat, models, top, completion):
+for _command in (check, complete, chat, models, top, completion):
     collm.add_command(_command)
 
 

@@ -208,10 +208,16 @@ class HealthResponse(Struct):
 
 
 class VersionResponse(Struct):
-    """Response of /version."""
+    """Response of /version.
+
+    Attributes:
+        engine: versions of what the engine is made of.
+        ends_of_text: token ids that end a text, whoever writes them: every member's own.
+    """
 
     version: str
     engine: dict[str, str]
+    ends_of_text: list[int] = []
 
 
 encode = msgspec.json.Encoder().encode

@@ -33,9 +33,11 @@ async def ready(request: Request) -> Response:
 
 @router.get("/version", **operation(None, VersionResponse, (401,)))
 async def version(request: Request) -> Response:
-    """Versions of the server and, once it runs, of what the engine is made of."""
+    """Versions of the server and, once it runs, of what the engine is made of; and the token ids that end a text."""
     engine = service_of(request).started_engine
-    return _json(VersionResponse(__version__, {} if engine is None else engine.info.versions))
+    if engine is None:
+        return _json(VersionResponse(__version__, {}))
+    return _json(VersionResponse(__version__, engine.info.versions, engine.info.eos_token_ids))
 
 
 @router.get(

@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
+from engine.checkpoints import tokenizer_folder
+from engine.errors import CheckpointError
 from engine.spelling.decoding import Decoding, decoding_of, token_bytes
 from server.text.detokenize import CONTEXT, Detokenizer, TableDetokenizer, WindowDetokenizer
 from server.text.guard import SpecialTokenGuard
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 _ROUGHLY = Decoding(spell=lambda text: text.replace("▁", " "), byte_fallback=True)
 """How tokens are shown one by one where the decoder does not treat them so."""
@@ -69,9 +71,15 @@ class TextTokenizer:
         path = Path(location).expanduser()
         if not path.exists():
             path = _from_hub(location)
-        folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
-        if not file.is_file():
-            raise TokenizerError(f"tokenizer: {folder} has no tokenizer.json")
+        if path.is_dir():
+            try:
+                # Converted if need be: the same one that the engine reads.
+                folder = tokenizer_folder(path)
+            except CheckpointError as error:
+                raise TokenizerError(f"tokenizer: {error}") from None
+            file = folder / "tokenizer.json"
+        else:
+            folder, file = path.parent, path
         try:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:

@@ -39,6 +39,7 @@ class Deferral:
         expert_failure: what becomes of a deferral whose expert is lost: "error" ends the request, "base" lets the
             base's own token stand.
         run_ahead: for requests that do not say: "auto", "off", or how many tokens the base may draft past a deferral.
+        drafting: whether anybody may draft at all; a lane may be unable to take tokens back.
         draft_pays: whether a draft that stands with this probability pays; asked where run-ahead is "auto".
 
     Attributes:
@@ -55,6 +56,7 @@ class Deferral:
         threshold: float = 0.5,
         expert_failure: Literal["error", "base"] = "error",
         run_ahead: RunAhead = "off",
+        drafting: bool = True,
         draft_pays: Callable[[float], bool] = lambda probability: probability >= 0.5,
     ) -> None:
         self.lanes = lanes
@@ -67,6 +69,7 @@ class Deferral:
         self._policy: PolicyName = policy
         self._threshold = threshold
         self._run_ahead: RunAhead = run_ahead
+        self._drafting = drafting
 
     def begin(self, answer: Sequence) -> DeferralDecoding:
         """Take a request on; see :class:`~engine.types.Collaboration` for what it may ask for.
@@ -84,7 +87,7 @@ class Deferral:
         threshold = collaboration.threshold
         if threshold is None:
             threshold = CONFIDENCE_THRESHOLD if policy.name == "confidence" else self._threshold
-        window = window_limit(answer.request, self._run_ahead)
+        window = window_limit(answer.request, self._run_ahead) if self._drafting else 0
         return DeferralDecoding(answer, self, policy, threshold, experts, window)
 
     def experts(self, answer: Sequence) -> tuple[int, ...]:
