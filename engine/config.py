@@ -36,7 +36,8 @@ class LaneConfig(_Config):
     """CUDA devices of the lane's worker processes (executor mp). None: the first ones that the engine sees."""
 
     kv_cache_memory_bytes: int | None = Field(default=None, ge=1)
-    """Memory for the KV cache. None: 1 GiB on CPU; on a GPU what vLLM's gpu_memory_utilization leaves."""
+    """Memory for the KV cache. None: 1 GiB on CPU; on a GPU what the lane's share of the device leaves; lanes on one
+    device share it by their weights."""
 
     vllm: dict[str, Any] = Field(default_factory=dict)
     """Any other vLLM engine option under vLLM's own name, e.g. {dtype = "bfloat16", max_model_len = 4096}."""

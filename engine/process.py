@@ -203,7 +203,9 @@ def build(
     else:
         from engine.vllm_hooks.options import prepare_environment
 
-        prepare_environment(config.lanes)
+        log = prepare_environment(config.lanes)
+        if log is not None:
+            on_progress(f"vLLM logs to {log}")
         on_progress("checking checkpoints and gate")
         from engine.vllm_hooks.load import load_lanes, make_plan, versions_in_use
 

@@ -14,6 +14,7 @@ from engine.config import EngineConfig
 from engine.errors import CheckpointError, ConfigError, GateError
 from engine.gate import GateArtifact
 from engine.types import GateInfo, PolicyName
+from engine.vllm_hooks.memory import memory_shares
 from engine.vocabulary import Member, SharedVocabulary, difference, missing_rows
 
 
@@ -137,6 +138,7 @@ def load_lanes(
 
     lanes: list[VllmLane] = []
     hashes = PromptHashes()
+    shares = _memory_shares(config)
     for number, (name, lane) in enumerate(zip(config.lane_names, config.lanes, strict=True)):
         is_base = not lanes
         label = "base" if is_base else f"experts.{name}"
@@ -149,6 +151,7 @@ def load_lanes(
             masked=plan.shared.masked(number),
             gate_path=config.gate.path if is_base else None,
             gate_in_head=plan.gate_in_head and is_base,
+            memory_share=shares[number],
         )
         try:
             with _visible_devices(lane.devices):
@@ -175,6 +178,20 @@ def load_lanes(
                 f' float32: set {label}.vllm.dtype to "float32" unless memory is short'
             )
     return lanes
+
+
+def _memory_shares(config: EngineConfig) -> list[float | None]:
+    """See :func:`engine.vllm_hooks.memory.memory_shares`. Of models on a hub nothing is known yet."""
+    from vllm.platforms import current_platform
+
+    lanes = config.lanes
+    sizes = [sum(file.stat().st_size for file in Path(lane.model).glob("*.safetensors")) for lane in lanes]
+    if current_platform.is_cpu() or not all(sizes):
+        return [None] * len(lanes)
+    devices = {number for lane in lanes for number in lane.devices or range(lane.tensor_parallel_size)}
+    totals = {number: int(current_platform.get_device_total_memory(number)) for number in devices}
+    labels = ["base", *(f"experts.{expert.name}" for expert in config.experts)]
+    return memory_shares(labels, lanes, sizes, totals)
 
 
 @contextmanager

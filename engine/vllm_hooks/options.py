@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.metadata
+import json
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 from engine.config import LaneConfig
 from engine.errors import ConfigError
+from engine.vllm_hooks.memory import UTILIZATION
 from engine.vllm_hooks.wire import SETTINGS_KEY
 
 CPU_KV_CACHE_BYTES = 1 << 30
@@ -53,10 +56,13 @@ _FIXED = {
 }
 
 
-def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
+def prepare_environment(lanes: tuple[LaneConfig, ...]) -> Path | None:
     """Set what vLLM reads from the environment. Call before anything of vLLM is imported; keeps what a user set.
 
     One model runner for both platforms (CPU has only V1), executors in the process where asked for, no usage report.
+
+    Returns:
+        The file that vLLM logs to, on a GPU; None where only its errors show.
     """
     cores = sorted(os.sched_getaffinity(0))
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -70,10 +76,15 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
         "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1",
         # When a step is lost is the step loop's decision; to vLLM a late answer is the end of the engine.
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(7 * 24 * 3600),
-        # Every start would print some dozens of lines that concern nobody who serves a pair; errors still show.
-        "VLLM_LOGGING_LEVEL": "ERROR",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
+    # Every start would print some dozens of lines that concern nobody who serves a pair; errors still show.
+    log = None
+    if not _is_cpu_build() and not {"VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"} & os.environ.keys():
+        log = _log_to_file()
+        defaults["VLLM_LOGGING_LEVEL"] = "INFO"
+    else:
+        defaults["VLLM_LOGGING_LEVEL"] = "ERROR"
     if _is_cpu_build():
         # On a GPU vLLM sees to the few threads that it needs, unless it finds a number.
         defaults |= _threads(len(cores), lanes)
@@ -91,6 +102,29 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> None:
     # What is logged before vLLM has set up its own logging.
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    return log
+
+
+def _log_to_file() -> Path:
+    """Let vLLM, in worker processes too, write its log to a file, and only errors to the terminal.
+
+    Memory reports, sizes of CUDA graphs, choices of kernels: what one wants to read when a GPU behaves oddly.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="collm-vllm-"))
+    log = folder / "vllm.log"
+    settings = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"plain": {"format": "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"}},
+        "handlers": {
+            "file": {"class": "logging.FileHandler", "filename": str(log), "formatter": "plain"},
+            "terminal": {"class": "logging.StreamHandler", "level": "ERROR", "formatter": "plain"},
+        },
+        "loggers": {"vllm": {"handlers": ["file", "terminal"], "level": "INFO", "propagate": False}},
+    }
+    (folder / "logging.json").write_text(json.dumps(settings), encoding="utf-8")
+    os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(folder / "logging.json")
+    return log
 
 
 def _is_cpu_build() -> bool:
@@ -148,6 +182,7 @@ def engine_arguments(
     masked: Sequence[tuple[int, int]] = (),
     gate_path: str | None,
     gate_in_head: bool,
+    memory_share: float | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for vLLM's ``EngineArgs``.
 
@@ -157,6 +192,7 @@ def engine_arguments(
         vocab_size: ids of prompts are in [0, vocab_size).
         masked: ranges [begin, end) of the model's outputs that are never sampled.
         gate_in_head: the last row of the LM head is the gate.
+        memory_share: of the device, for a GPU lane that does not state one; None is vLLM's default.
 
     Raises:
         ConfigError: an option that vLLM does not have, or that the lane sets itself.
@@ -181,6 +217,8 @@ def engine_arguments(
     if is_cpu:
         # torch.compile gains some percent, but needs a C++ compiler where it serves, and three times as long to start.
         arguments |= {"block_size": CPU_BLOCK_SIZE, "enforce_eager": True}
+    if memory_share is not None:
+        arguments[UTILIZATION] = memory_share
     arguments |= config.vllm
     if is_cpu and arguments["enforce_eager"] and "kernel_config" not in arguments:
         # vLLM takes the choice in one of two places, and refuses both.

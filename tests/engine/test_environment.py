@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import logging.config
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from engine.config import LaneConfig
+from engine.errors import ConfigError
+from engine.vllm_hooks.memory import memory_shares
 from engine.vllm_hooks.options import LARGE_BYTES, prepare_environment
 
 
@@ -86,3 +91,57 @@ def test_gloo_listens_on_this_machine_only_unless_ray_needs_more(environment: di
     environment.clear()
     prepare_environment((lane(executor="ray"),))
     assert "GLOO_SOCKET_IFNAME" not in environment
+
+
+def test_flashinfers_sampler_needs_nvcc_and_stays_off(environment: dict[str, str]) -> None:
+    prepare_environment((lane(),))
+    assert environment["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    assert environment["VLLM_USE_RAY_V2_EXECUTOR_BACKEND"] == "1"
+    environment["VLLM_USE_FLASHINFER_SAMPLER"] = "1"
+    prepare_environment((lane(),))
+    assert environment["VLLM_USE_FLASHINFER_SAMPLER"] == "1"
+
+
+def test_on_a_gpu_vllm_logs_to_a_file(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert prepare_environment((lane(),)) is None
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.32.0")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environment.clear()
+    log = prepare_environment((lane(),))
+    assert log is not None
+    settings = json.loads(Path(environment["VLLM_LOGGING_CONFIG_PATH"]).read_text())
+    assert settings["handlers"]["file"]["filename"] == str(log)
+    assert (settings["loggers"]["vllm"]["level"], settings["handlers"]["terminal"]["level"]) == ("INFO", "ERROR")
+    logging.config.dictConfig(settings | {"loggers": {"collm-test": settings["loggers"]["vllm"]}})
+    logger = logging.getLogger("collm-test")
+    logger.info("a line")
+    assert log.read_text().endswith("INFO collm-test: a line\n")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    environment.clear()
+    environment["VLLM_LOGGING_LEVEL"] = "DEBUG"
+    assert prepare_environment((lane(),)) is None
+
+
+GIB = 1 << 30
+
+
+def shares(*lanes: LaneConfig, weights: tuple[int, ...], devices: int = 1) -> list[float | None]:
+    labels = [f"lane{number}" for number in range(len(lanes))]
+    return memory_shares(labels, lanes, [GIB * size for size in weights], dict.fromkeys(range(devices), 80 * GIB))
+
+
+def test_lanes_on_one_device_share_its_memory() -> None:
+    assert shares(lane(), weights=(16,)) == [None]
+    assert shares(lane(), lane(), weights=(4, 16)) == pytest.approx([0.184, 0.736])
+    stated = shares(lane(kv_cache_memory_bytes=8 * GIB), lane(), weights=(4, 16))
+    assert stated == pytest.approx([13.5 / 80, 0.92 - 13.5 / 80], abs=1e-4)
+    asked = shares(lane(vllm={"gpu_memory_utilization": 0.3}), lane(), weights=(4, 16))
+    assert asked == [None, pytest.approx(0.62)]
+    apart = lane(executor="mp", devices=(1,))
+    assert shares(lane(), apart, weights=(4, 16), devices=2) == [None, None]
+    with pytest.raises(ConfigError, match="lane1: device 0 has no room for the weights beside the other lanes"):
+        shares(lane(kv_cache_memory_bytes=60 * GIB), lane(), weights=(4, 16))
