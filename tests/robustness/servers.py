@@ -172,6 +172,9 @@ def config_file(directory: Path, **changes: Any) -> Path:
     """
     content = tomllib.loads(DEMO.read_text())
     content["experts"] = content["experts"][:1]
+    # Paths count from the configuration's own folder, and this one is written elsewhere.
+    for lane in (content["base"], *content["experts"]):
+        lane["model"] = str((DEMO.parent / lane["model"]).resolve())
     gate_of_codes().save(directory / "gate-of-codes")
     content["gate"]["path"] = str(directory / "gate-of-codes")
     for path, value in changes.items():
