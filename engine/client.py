@@ -129,7 +129,7 @@ class EngineClient:
                 "-m",
                 "engine.process",
                 str(self._directory),
-                env=_safe_environment(),
+                env=safe_environment(),
                 stdin=asyncio.subprocess.PIPE,
                 # A session of its own: signals from the terminal are the parent's to handle.
                 start_new_session=True,
@@ -337,7 +337,7 @@ class EngineClient:
         shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _safe_environment() -> dict[str, str]:
+def safe_environment() -> dict[str, str]:
     """For the engine's process and those that vLLM starts from it: none looks for modules in the current folder.
 
     A file ``engine.py`` there would be run in the place of this package.

@@ -21,6 +21,7 @@ import zmq
 
 from engine.config import EngineConfig
 from engine.errors import CollmError
+from engine.grammar.checker import Checked, FormChecker, Templates
 from engine.lanes.interface import Lane
 from engine.lanes.standin import StandinLane
 from engine.loop import StepLoop
@@ -40,7 +41,7 @@ from engine.messages import (
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies
 from engine.strategies.deferral.pacing import Pacer
-from engine.types import EngineInfo, GateInfo
+from engine.types import GRAMMAR_AT_FAULT, EngineInfo, GateInfo, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ LINGER_MILLISECONDS = 2000
 LONGEST_IPC_PATH = 107
 """In bytes, of a Unix socket on Linux."""
 _UUID_LENGTH = 36
+SIGN_OF_LIFE_SECONDS = 1.0
+"""How often an engine says that it lives while it only waits for forms to be read."""
 
 
 class EngineProcess:
@@ -75,7 +78,9 @@ class EngineProcess:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         # None only wakes the loop: an overlapped step or a grammar is done. A string: a worker of that lane died.
-        self._inbox: queue.SimpleQueue[ToEngine | str | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToEngine | Checked | str | None] = queue.SimpleQueue()
+        self._templates = Templates()
+        self._forms: FormChecker | None = None
 
     def run(self) -> int:
         """Serve until the end; returns the exit status."""
@@ -85,6 +90,7 @@ class EngineProcess:
             config = EngineConfig.model_validate_json(start.config)
             scheduler, lanes, info, pacer = build(
                 config,
+                templates=self._templates,
                 on_progress=lambda message: self._send(Progress(message)),
                 on_ready=lambda: self._inbox.put(None),
                 on_failure=self._inbox.put,
@@ -104,6 +110,8 @@ class EngineProcess:
             step_timeout=config.scheduler.step_timeout_seconds,
             wake=lambda: self._inbox.put(None),
         )
+        if (setup := lanes[0].form_setup()) is not None:
+            self._forms = FormChecker(setup, self._inbox.put)
         self._receiver.start()
         self._send(Ready(info))
         try:
@@ -112,6 +120,9 @@ class EngineProcess:
             traceback.print_exc()
             self._send(Dead(f"{type(error).__name__}: {' '.join(str(error).split())}"))
             return 1
+        finally:
+            if self._forms is not None:
+                self._forms.close()
         loop.shutdown()
         return 0
 
@@ -133,7 +144,7 @@ class EngineProcess:
             block = not active
             while block or not self._inbox.empty():
                 try:
-                    message = self._inbox.get(timeout=loop.patience() if block else None)
+                    message = self._inbox.get(timeout=self._patience(loop) if block else None)
                 except queue.Empty:
                     break  # a step is overdue, or the client is due a sign of life
                 finally:
@@ -141,10 +152,14 @@ class EngineProcess:
                 match message:
                     case Submit(requests):
                         for request in requests:
-                            scheduler.add(request)
+                            self._submit(request, scheduler)
                     case Abort(request_ids):
                         for request_id in request_ids:
+                            if self._forms is not None:
+                                self._forms.abort(request_id)
                             scheduler.abort(request_id)
+                    case Checked():
+                        self._add_checked(message, scheduler)
                     case Shutdown():
                         return
                     case str(lane):
@@ -152,8 +167,35 @@ class EngineProcess:
             was_active = active
             active = loop.step()
             deltas = scheduler.take_deltas()
-            if deltas or active or was_active or loop.preparing:
+            for delta in deltas:
+                if delta.finish_reason is not None:
+                    self._templates.release(delta.request_id)
+            if deltas or active or was_active or loop.preparing or self._reading:
                 self._send(Batch(deltas, loop.stats()))
+
+    @property
+    def _reading(self) -> bool:
+        """Whether requests wait for their forms to be read: the engine must not seem dead then."""
+        return self._forms is not None and self._forms.pending
+
+    def _patience(self, loop: StepLoop) -> float | None:
+        waits = [loop.patience(), SIGN_OF_LIFE_SECONDS if self._reading else None]
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    def _submit(self, request: GenerationRequest, scheduler: Scheduler) -> None:
+        """Queue a request, after its form, if it has one, has been read elsewhere."""
+        if request.sampling.structured_outputs is None or self._forms is None:
+            scheduler.add(request)
+        elif (checked := self._forms.submit(request)) is not None:
+            self._add_checked(checked, scheduler)
+
+    def _add_checked(self, checked: Checked, scheduler: Scheduler) -> None:
+        for request in checked.requests:
+            if checked.problem is None:
+                self._templates.hold(request.request_id, checked.template)
+                scheduler.add(request)
+            else:
+                scheduler.add(request, GRAMMAR_AT_FAULT + checked.problem)
 
     def _receive(self) -> None:
         with self._context.socket(zmq.PAIR) as stop, self._requests as requests:
@@ -180,6 +222,7 @@ def build(
     on_progress: Callable[[str], None],
     on_ready: Callable[[], None],
     on_failure: Callable[[str], None],
+    templates: Templates | None = None,
 ) -> tuple[Scheduler, list[Lane], EngineInfo, Pacer]:
     """Scheduler, lanes and pacer as configured.
 
@@ -213,7 +256,9 @@ def build(
         for line in plan.notes():
             on_progress(line)
         on_progress("importing vLLM")
-        lanes = load_lanes(config, plan, on_progress=on_progress, on_ready=on_ready, on_failure=on_failure)
+        lanes = load_lanes(
+            config, plan, on_progress=on_progress, on_ready=on_ready, on_failure=on_failure, templates=templates
+        )
         vocab_size, eos_token_ids, gate = plan.vocab_size, plan.eos_token_ids, plan.gate
         versions = versions_in_use()
     coordination = config.scheduler.coordination

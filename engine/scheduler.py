@@ -63,8 +63,12 @@ class Scheduler:
 
     # -- requests ---------------------------------------------------------------------------------------------
 
-    def add(self, request: GenerationRequest) -> None:
-        """Queue a request. One that cannot be served ends at once with an error delta, the others are not touched."""
+    def add(self, request: GenerationRequest, problem: str | None = None) -> None:
+        """Queue a request. One that cannot be served ends at once with an error delta, the others are not touched.
+
+        Args:
+            problem: what is known to be wrong with it already.
+        """
         seed = request.sampling.seed
         sequence = Sequence(
             request,
@@ -73,6 +77,8 @@ class Scheduler:
             max_model_len=self._max_model_len,
         )
         try:
+            if problem is not None:
+                raise Rejected(problem)
             decoding = self._begin(sequence)
         except Rejected as rejected:
             message = str(rejected)
@@ -254,7 +260,7 @@ class Scheduler:
                 sequence.write(decision)
                 self._changed[sequence] = None
                 length = len(sequence.tokens)
-                if decision.id in sequence.stop_token_ids and length >= sequence.request.sampling.min_tokens:
+                if decision.id in sequence.stop_token_ids and length >= sequence.min_tokens:
                     self._end(decoding, "stop", stop_token=decision.id)
                     return False
                 if length >= sequence.max_output:

@@ -15,6 +15,7 @@ class Sequence:
         seed: the request's own, or one drawn for it.
         prompt_length: number of prompt tokens.
         stop_token_ids: token ids that end the text, once it has ``min_tokens``.
+        min_tokens: see there.
         max_output: most tokens that may be written.
         waits_for: the lane without which nothing more is written; None if no decision waits.
         parked_at: since when it has waited for that lane, in seconds of the scheduler's clock.
@@ -24,6 +25,7 @@ class Sequence:
     __slots__ = (
         "_delta",
         "max_output",
+        "min_tokens",
         "parked_at",
         "prompt_length",
         "request",
@@ -39,7 +41,11 @@ class Sequence:
         self.request = request
         self.seed = seed
         self.prompt_length = len(request.prompt)
-        self.stop_token_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
+        # A form ends where it is complete; its masks keep min_tokens and ignore_eos as far as the form lets them.
+        follows = sampling.structured_outputs is not None
+        self.min_tokens = 0 if follows else sampling.min_tokens
+        ignores_eos = sampling.ignore_eos and not follows
+        self.stop_token_ids = frozenset(sampling.stop_token_ids) | (frozenset() if ignores_eos else eos)
         self.max_output = min(sampling.max_tokens, max_model_len - self.prompt_length)
         self.tokens: list[int] = []
         self.waits_for: int | None = None

@@ -96,7 +96,9 @@ def _noted(choice: Choice, piece: Piece) -> Piece:
 
 def _refusal(delta: Delta, choice: Choice) -> ApiError:
     message = delta.error or "The engine refused the request."
-    return invalid(message, choice.grammar_param if message.startswith(GRAMMAR_AT_FAULT) else None)
+    if message.startswith(GRAMMAR_AT_FAULT):
+        return invalid(message, choice.grammar_param, "invalid_structured_output")
+    return invalid(message)
 
 
 async def collect(engine: Engine, choices: Sequence[Choice]) -> None:

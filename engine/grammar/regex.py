@@ -1,4 +1,4 @@
-"""Regular expressions in one meaning for everybody who reads them.
+r"""Regular expressions in one meaning for everybody who reads them.
 
 Back ends, JSON Schema validators and users differ in what ``\\Z``, ``\\d``, ``[a&&b]`` or ``[\\^0-9]`` mean. Here the
 standard library's parser decides what an expression says, and what it says is written anew with nothing but character
@@ -179,7 +179,7 @@ class _Writer:
             if operator is sre.LITERAL:
                 ranges.append(self._literal(argument, flags, negated=negated))
             elif operator is sre.RANGE:
-                ranges.append(self._range(*argument, flags, negated=negated))
+                ranges.append(self._range(argument[0], argument[1], flags, negated=negated))
             elif operator is sre.CATEGORY and argument in _NEGATED:
                 ranges.append(_CATEGORIES[argument] + (_NEGATED[argument] if negated else ""))
             elif operator is sre.CATEGORY and not negated:

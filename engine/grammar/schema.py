@@ -1,19 +1,19 @@
-"""JSON Schema for the back end, keyword by keyword: what it says, or an error that names the keyword and where.
+r"""JSON Schema for the back end, keyword by keyword: what it says, or an error that names the keyword and where.
 
 The back end is llguidance, which heeds or refuses every keyword that it knows (measured on the public
 JSON-Schema-Test-Suite: no answer that a validator refuses). What is left is done here, on the schema itself:
 
 - Keywords that it does not have are refused with their place, and the few cases in which they say nothing are dropped.
-- An object whose ``additionalProperties`` is not given has the declared properties only, as in other servers. Where more
-  are allowed, their names are written as a pattern that excludes the declared ones: left to itself the back end lets
-  ``"\\u0061"`` through as another name than ``"a"``.
+- An object whose ``additionalProperties`` is not given has the declared properties only, as in other servers. Where
+  more are allowed, their names are written as a pattern that excludes the declared ones: left to itself the back end
+  lets ``"\\u0061"`` through as another name than ``"a"``.
 - Keywords beside ``$ref``, ``allOf``, ``anyOf`` and ``oneOf`` hold for every branch (:mod:`engine.grammar.merge`).
 - Patterns are rewritten so that they mean the same to every validator (:mod:`engine.grammar.regex`).
 - Bounds that floats cannot tell from their neighbours move by 1e-15 of their size.
 - What no finite answer satisfies, ``{"$ref": "#"}`` for one, is refused (:mod:`engine.grammar.productive`).
 
-An answer may be narrower than what the schema allows, never wider. Unknown keywords are annotations, as the standard has
-it; so is a ``format`` that is not among :data:`FORMATS`.
+An answer may be narrower than what the schema allows, never wider. Unknown keywords are annotations, as the standard
+has it; so is a ``format`` that is not among :data:`FORMATS`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,12 @@ from engine.grammar.disjoint import are_disjoint
 from engine.grammar.errors import FormError, shown
 from engine.grammar.merge import merged
 from engine.grammar.productive import is_productive
-from engine.grammar.regex import canonical, escaped, other_than
+from engine.grammar.regex import canonical, other_than
 
 MAX_PARTS = 20_000
 """Subschemas, once branches are written out."""
 
-FORMATS = frozenset(
-    ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-)
+FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"))
 """String formats that are followed; others are annotations."""
 
 UNSUPPORTED = frozenset(
@@ -126,13 +124,16 @@ class _Writer:
             return node
         if set(node) == {"$ref"}:
             return {"$ref": f"#/$defs/{self._name(node['$ref'], path)}"}
+        members = [member for member in node.get("allOf", []) if member not in (True, {})]
+        if set(node) == {"allOf"} and len(members) == 1:
+            return self._schema(members[0], path)
         plain, choices = self._split([node], path, ())
         if plain is False:
             return False
         if not choices:
             return self._plain(plain, path)
         branches, choices = choices[0], choices[1:]
-        rest = [] if plain is True else [plain]
+        rest = [] if plain in (True, {}) else [plain]
         written = [
             self._schema({"allOf": [*rest, *({"anyOf": each} for each in choices), branch]}, path)
             if rest or choices

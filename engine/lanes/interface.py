@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from engine.grammar.worker import Setup
 from engine.types import GenerationRequest, LaneInfo, LaneStats, SamplingSpec, TokenLogprobs
 
 
@@ -127,6 +128,10 @@ class Lane(Protocol):
 
     def refusal(self, request: GenerationRequest) -> str | None:
         """Why this lane could not take a request, if it could not. Whatever passes here must not fail later."""
+        ...
+
+    def form_setup(self) -> Setup | None:
+        """What is needed to read forms (structured output) for this lane; None if it does without."""
         ...
 
     def apply(self, work: LaneWork) -> None:

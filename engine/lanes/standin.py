@@ -88,6 +88,10 @@ class StandinLane:
             return f"prompt has a token id outside [0, {self._vocab_size})"
         return None
 
+    def form_setup(self) -> None:
+        """It follows no forms."""
+        return None
+
     def apply(self, work: LaneWork) -> None:
         """Take in what changed."""
         for request_id in work.remove:

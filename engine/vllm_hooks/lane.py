@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
+import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
@@ -21,6 +22,7 @@ from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
 from vllm.v1.request import Request
 
 from engine.errors import ConfigError
+from engine.grammar.checker import Templates
 from engine.lanes.interface import Failure, LaneReport, LaneWork, Sample
 from engine.types import (
     GRAMMAR_AT_FAULT,
@@ -32,6 +34,7 @@ from engine.types import (
     TokenLogprobs,
 )
 from engine.vllm_hooks import processor
+from engine.vllm_hooks.grammars import LaneGrammar, setup_of
 from engine.vllm_hooks.hashes import PromptHashes
 from engine.vllm_hooks.scheduler import LaneScheduler
 from engine.vllm_hooks.state import what_cannot_be_cut
@@ -39,6 +42,8 @@ from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from engine.grammar.worker import Setup
 
 _NO_READINGS = Readings(None, None, [], None)
 _USAGE = None if current_platform.is_cpu() else UsageContext.OPENAI_API_SERVER
@@ -57,6 +62,7 @@ class VllmLane:
         private_ends: those of the pair's that not every member has; a text that goes on past its end must not have
             them.
         hashes: shared by the lanes of an engine.
+        templates: compiled forms, shared by the lanes of an engine.
         on_ready: called from another thread when the lane has work that it had not before.
         on_failure: called from another thread when a worker process dies.
     """
@@ -68,6 +74,7 @@ class VllmLane:
         *,
         eos_token_ids: list[int],
         hashes: PromptHashes,
+        templates: Templates | None = None,
         private_ends: Sequence[int] = (),
         on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] | None = None,
@@ -94,6 +101,15 @@ class VllmLane:
         # vLLM keeps its forward context in a module's global, so forward passes belong to the loop's thread.
         self._waiter = None if self._in_process else ThreadPoolExecutor(1, thread_name_prefix=f"lane-{name}")
         self._on_ready = on_ready
+        self._templates = templates or Templates()
+        backend = config.structured_outputs_config
+        # Others are a user's own choice, checked and compiled by vLLM.
+        self._reads_forms_itself = backend.backend == "guidance"
+        self._any_whitespace = not backend.disable_any_whitespace
+        words = (config.model_config.get_vocab_size() + 31) // 32
+        if self._reads_forms_itself:
+            manager = self._core.structured_output_manager
+            manager._grammar_bitmask = torch.full((config.scheduler_config.max_num_seqs, words), -1, dtype=torch.int32)
         self._eos = eos_token_ids
         self._private_ends = [[end] for end in private_ends if end in eos_token_ids]
         self._vocab_size: int = arguments["additional_config"][SETTINGS_KEY]["vocab_size"]
@@ -128,13 +144,24 @@ class VllmLane:
         dtype = self._core.vllm_config.model_config.dtype
         return str(dtype).removeprefix("torch.") if current_platform.is_cpu() and processor.is_slow(dtype) else None
 
+    def form_setup(self) -> Setup | None:
+        """What reading forms for this lane needs; None if it leaves them to vLLM."""
+        if not self._reads_forms_itself or self._tokenizer is None:
+            return None
+        return setup_of(self._tokenizer, self._vocab_size, self._eos, any_whitespace=self._any_whitespace)
+
     def refusal(self, request: GenerationRequest) -> str | None:
         """What vLLM itself has against the sampling parameters, or a token id that the model does not have."""
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
             return f"prompt has a token id outside [0, {self._vocab_size})"
         spec = request.sampling
+        if spec.structured_outputs is not None:
+            if spec.allowed_token_ids is not None or spec.bad_words:
+                return "allowed_token_ids and bad_words cannot be combined with structured outputs"
+            if not self._eos:
+                return "structured outputs need a model with an end-of-text token"
         problem = self._complaint(spec)
-        if problem is None or spec.structured_outputs is None:
+        if problem is None or spec.structured_outputs is None or self._reads_forms_itself:
             return problem
         # vLLM looks at everything at once: what it does not mind without the grammar is the grammar's fault.
         without = self._complaint(msgspec.structs.replace(spec, structured_outputs=None))
@@ -156,6 +183,11 @@ class VllmLane:
                 block_hasher=self._block_hasher,
                 cache_salt=added.sampling.cache_salt,
             )
+            if self._reads_forms_itself and request.structured_output_request is not None:
+                matcher = self._templates.matcher(added.request_id)
+                request.structured_output_request.grammar = LaneGrammar(
+                    matcher, added.sampling, self._eos, self._eos[0]
+                )
             scheduler.add_lane_request(request, added, self._on_ready)
             self._stats.catchup_tokens += len(added.written)
         for extension in work.extend:
@@ -179,6 +211,8 @@ class VllmLane:
         forward = executor.execute_model(scheduled, non_block=True)
         # On the CPU, while a GPU computes.
         bitmask = scheduler.get_grammar_bitmask(scheduled)
+        if bitmask is not None:
+            failures += scheduler.mask_failures(bitmask.structured_output_request_ids)
         future: Future[LaneReport] = Future()
         if self._waiter is None:
             try:
@@ -252,6 +286,7 @@ class VllmLane:
         return None
 
     def _sampling_params(self, spec: SamplingSpec) -> SamplingParams:
+        follows = self._reads_forms_itself and spec.structured_outputs is not None
         params = SamplingParams(
             temperature=spec.temperature,
             top_p=spec.top_p,
@@ -267,10 +302,11 @@ class VllmLane:
             logprobs=spec.logprobs,
             prompt_logprobs=spec.prompt_logprobs,
             stop_token_ids=list(spec.stop_token_ids),
-            ignore_eos=spec.ignore_eos,
+            ignore_eos=spec.ignore_eos and not follows,
             # Stop rules are the collaborative scheduler's; the lane never ends a request by itself.
             max_tokens=self._info.max_model_len,
-            min_tokens=spec.min_tokens,
+            # With a form the mask says where the answer may end.
+            min_tokens=0 if follows else spec.min_tokens,
             detokenize=False,
             structured_outputs=self._grammar(spec.structured_outputs),
         )
@@ -294,6 +330,8 @@ class VllmLane:
         """
         if spec is None:
             return None
+        if self._reads_forms_itself:
+            return StructuredOutputsParams(json_object=True)  # only that there is a grammar; it comes with the request
         found = self._checked_grammar(spec)
         if isinstance(found, Exception):
             # The same object as last time: its traceback must not grow.

@@ -120,12 +120,14 @@ def load_lanes(
     on_progress: Callable[[str], None],
     on_ready: Callable[[], None],
     on_failure: Callable[[str], None],
+    templates: Any = None,
 ) -> list[Any]:
     """Start one :class:`~engine.vllm_hooks.lane.VllmLane` a model, in lane order.
 
     Args:
         on_progress: one line at a time.
         on_ready: called from another thread when a lane has work that it had not before.
+        templates: compiled forms, which the lanes share; see :class:`engine.vllm_hooks.grammars.Templates`.
         on_failure: called from another thread with the lane's name when a worker process of it dies.
 
     Raises:
@@ -162,6 +164,7 @@ def load_lanes(
                         eos_token_ids=plan.shared.ends_of(number),
                         private_ends=plan.shared.private_ends,
                         hashes=hashes,
+                        templates=templates,
                         on_ready=on_ready,
                         on_failure=lambda name=name: on_failure(name),  # type: ignore[misc]
                     )

@@ -230,7 +230,7 @@ def engine_arguments(
         # With "auto" a lane takes whatever back end suits the first grammar that it sees, for all that follow: two
         # lanes could come to differ in what they accept, and a later grammar in what of it is heeded.
         try:
-            arguments["structured_outputs_config"] = StructuredOutputsConfig(**{"backend": "xgrammar", **grammars})
+            arguments["structured_outputs_config"] = StructuredOutputsConfig(**{"backend": "guidance", **grammars})
         except (TypeError, ValueError) as error:
             problem = " ".join(str(error).split())
             raise ConfigError(f"{label}.vllm.structured_outputs_config: {problem}") from error

@@ -19,6 +19,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from engine.lanes.interface import Extension, Failure, LaneRequest
 from engine.types import GRAMMAR_AT_FAULT
@@ -107,6 +108,9 @@ class LaneScheduler(Scheduler):
         if structured is None:
             self._enqueue(request, written)
             return
+        if isinstance(structured._grammar, StructuredOutputGrammar):
+            self._enqueue(request, written)
+            return
         self._compiling[request.request_id] = (request, written)
         self.structured_output_manager.grammar_init(request)
         if isinstance(structured._grammar, Future):
@@ -132,6 +136,17 @@ class LaneScheduler(Scheduler):
             else:
                 self._enqueue(request, written)
         failures, self._failures = self._failures, []
+        return failures
+
+    def mask_failures(self, request_ids: Iterable[str]) -> list[Failure]:
+        """Requests of a step whose mask could not be made; their samples are not to be used."""
+        failures = []
+        for request_id in request_ids:
+            request = self.requests[request_id]
+            problem = getattr(request.structured_output_request.grammar, "problem", None)
+            if problem is not None:
+                refused = request.num_output_tokens == 0
+                failures.append(Failure(request_id, f"{GRAMMAR_AT_FAULT}{problem}", refused=refused))
         return failures
 
     def _accept(self, request: Request, tokens: list[int]) -> None:

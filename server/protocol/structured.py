@@ -12,7 +12,7 @@ from server.errors import FieldError
 from server.protocol.base import Strict, Unsupported
 
 MAX_GRAMMAR_LENGTH = 64 * 1024
-"""Characters of a schema, a regular expression or a grammar: compiling them takes time."""
+"""Characters of a form in all (a schema, a regular expression, choices, a grammar): compiling them takes time."""
 
 MAX_CHOICES = 1024
 
@@ -33,13 +33,7 @@ class JsonSchema(Strict):
     """For the client's own books."""
 
     strict: bool | None = None
-    """The schema is always followed strictly; ``false`` is not supported."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.strict is False:
-            raise FieldError("response_format.json_schema.strict", "must not be false: the schema is always followed")
-        return self
+    """Taken and not heeded: the schema is always followed strictly."""
 
 
 class ResponseFormat(Strict):
@@ -97,6 +91,10 @@ def engine_grammar(
     """
     if structured_outputs is not None:
         options = structured_outputs
+        if sum(map(len, options.choice or ())) > MAX_GRAMMAR_LENGTH:
+            raise FieldError(
+                "structured_outputs.choice", f"must not have more than {MAX_GRAMMAR_LENGTH} characters in all"
+            )
         schema = options.json_
         return StructuredOutputs(
             json=schema if isinstance(schema, str) else _text(schema, "structured_outputs.json"),

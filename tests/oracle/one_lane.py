@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.config import LaneConfig
 from engine.lanes.interface import Extension, LaneRequest, LaneWork, Sample
-from engine.types import GenerationRequest, SamplingSpec, StructuredOutputs
+from engine.types import SamplingSpec
 from engine.vllm_hooks.options import engine_arguments, prepare_environment
 
 SAMPLING = SamplingSpec(temperature=0.0, logprobs=3)
@@ -39,7 +39,7 @@ def main() -> None:
         options, label="base", max_num_seqs=4, vocab_size=512, gate_path=None, gate_in_head=False
     )
     lane = VllmLane("base", arguments, eos_token_ids=[0], hashes=PromptHashes())
-    json.dump({"drafts": drafts(lane), "texts": texts(lane), "grammars": grammars(lane)}, sys.stdout)
+    json.dump({"drafts": drafts(lane), "texts": texts(lane)}, sys.stdout)
     lane.shutdown()
 
 
@@ -94,17 +94,6 @@ def texts(lane: Any) -> list[int]:
     lane._scheduler.schedule = schedule
     run(lane, LaneWork(remove=["sits", "other-0", "other-1", "other-2"]))
     return counts
-
-
-def grammars(lane: Any) -> dict[str, Any]:
-    """How often grammars are checked."""
-    good, bad = StructuredOutputs(regex="[ab]{9}"), StructuredOutputs(json='{"type": "integer", "multipleOf": 3}')
-    refusals = [
-        lane.refusal(GenerationRequest(f"{number}", [1], SamplingSpec(structured_outputs=grammar)))
-        for grammar in (good, bad)
-        for number in range(8)
-    ]
-    return {"refusals": refusals, "checks": lane._checked_grammar.cache_info().misses}
 
 
 if __name__ == "__main__":

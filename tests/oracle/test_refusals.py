@@ -138,7 +138,7 @@ def test_grammars_have_one_back_end_in_all_lanes(random_pair: pairs.Served) -> N
         parser = EngineArgs(**arguments(reasoning_parser="qwen3")).create_structured_outputs_config()
         with pytest.raises(CollmError, match=r"^base\.vllm\.structured_outputs_config: .*no_such_option"):
             arguments(structured_outputs_config={"no_such_option": 1})
-    assert (plain.backend, compact.backend, parser.backend) == ("xgrammar",) * 3
+    assert (plain.backend, compact.backend, parser.backend) == ("guidance",) * 3
     assert (plain.disable_any_whitespace, compact.disable_any_whitespace) == (False, True)
     assert parser.reasoning_parser == "qwen3"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
+import msgspec
 import pytest
 from tokenizers import Tokenizer
 
@@ -126,3 +128,73 @@ def test_what_is_wrong_beside_a_good_grammar_is_not_its_fault(plain_engine: Engi
     assert bad.finish_reason == "error"
     assert bad.error is not None
     assert bad.error.startswith("top_p")
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingSpec(min_tokens=8),
+        SamplingSpec(ignore_eos=True),
+        SamplingSpec(ignore_eos=True, min_tokens=8, stop_token_ids=(300,)),
+        SamplingSpec(min_tokens=8, stop_token_ids=(300, 301)),
+        SamplingSpec(stop_token_ids=(300,)),
+    ],
+)
+@pytest.mark.parametrize(
+    "structured",
+    [StructuredOutputs(choice=("ab",)), StructuredOutputs(grammar='root ::= "ab"'), StructuredOutputs(regex="ab")],
+    ids=["choice", "grammar", "regex"],
+)
+def test_a_complete_form_ends_the_answer_whatever_else_is_asked(
+    structured: StructuredOutputs,
+    sampling: SamplingSpec,
+    plain_engine: Engine,
+    random_pair: pairs.Served,
+    prompts: list[list[int]],
+) -> None:
+    spec = msgspec.structs.replace(sampling, max_tokens=20, seed=1, structured_outputs=structured)
+    (completion,) = plain_engine.generate([GenerationRequest("one", prompts[0], spec)])
+    assert completion.finish_reason == "stop"
+    assert completion.error is None
+    assert completion.tokens[-1] in (0, *sampling.stop_token_ids)
+    assert _text(random_pair, msgspec.structs.replace(completion, tokens=completion.tokens[:-1])) == "ab"
+
+
+def test_min_tokens_hold_as_far_as_the_form_lets_them(plain_engine: Engine, prompts: list[list[int]]) -> None:
+    spec = SamplingSpec(min_tokens=9, max_tokens=40, structured_outputs=StructuredOutputs(regex="[ab]{2,12}"))
+    for completion in plain_engine.generate(
+        GenerationRequest(f"{number}", prompt, msgspec.structs.replace(spec, seed=number))
+        for number, prompt in enumerate(prompts[:6])
+    ):
+        assert completion.finish_reason == "stop"
+        assert 9 <= len(completion.tokens) <= 13
+
+
+@pytest.mark.parametrize("also", [{"allowed_token_ids": (5, 6)}, {"bad_words": ((5,),)}])
+def test_what_could_leave_no_token_is_refused(also: dict[str, Any], plain_engine: Engine) -> None:
+    spec = SamplingSpec(structured_outputs=StructuredOutputs(regex="a"), **also)
+    (bad,) = plain_engine.generate([GenerationRequest("bad", [1], spec)])
+    assert bad.error is not None
+    assert bad.error.startswith("allowed_token_ids and bad_words cannot")
+
+
+def test_others_go_on_while_forms_are_read(plain_engine: Engine, prompts: list[list[int]]) -> None:
+    """One client's forms take seconds each; another's answers, with a form and without, do not wait for them."""
+
+    def slow(number: int) -> StructuredOutputs:
+        rules = " | ".join(f'"{number:x}{each:x}" root' for each in range(3000))
+        return StructuredOutputs(grammar=f'root ::= {rules} | "x"')
+
+    requests = [
+        GenerationRequest(f"slow-{number}", prompts[0], SamplingSpec(structured_outputs=slow(number)), client="greedy")
+        for number in range(6)
+    ]
+    free = SamplingSpec(temperature=0.0, max_tokens=20, ignore_eos=True)
+    boolean = SamplingSpec(structured_outputs=StructuredOutputs(json='{"type": "boolean"}'))
+    requests.append(GenerationRequest("free", prompts[1], free))
+    requests.append(GenerationRequest("form", prompts[1], boolean, client="another"))
+    order: list[str] = []
+    plain_engine.generate(requests, on_done=lambda completion: order.append(completion.request_id))
+    assert order.index("free") <= 2
+    assert order.index("form") <= 3
+    assert_empty(plain_engine)

@@ -1,0 +1,106 @@
+"""Forms are read by processes that can be killed; clients share them."""
+
+from __future__ import annotations
+
+import json
+import queue
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from engine.client import safe_environment
+from engine.grammar.checker import TOO_LONG, Checked, FormChecker
+from engine.grammar.worker import Setup
+from engine.types import GenerationRequest, SamplingSpec, StructuredOutputs
+from tests.packaging.sources import ROOT
+
+PATIENCE = 60.0
+EASY = StructuredOutputs(json='{"type": "boolean"}')
+
+
+def slow(number: int) -> StructuredOutputs:
+    """Takes longer than it may: the back end compares every two of its alternatives."""
+    rules = " | ".join(f'"{number:x}{each:x}" root' for each in range(3500))
+    return StructuredOutputs(grammar=f'root ::= {rules} | "x"')
+
+
+@pytest.fixture
+def results() -> queue.SimpleQueue[Checked]:
+    return queue.SimpleQueue()
+
+
+@pytest.fixture
+def checker_of(results: queue.SimpleQueue[Checked]) -> Iterator[Callable[..., FormChecker]]:
+    made = []
+
+    def make(seconds: int = 1, memory: int = 1 << 30) -> FormChecker:
+        tokenizer = (ROOT / "models" / "demo" / "base" / "tokenizer.json").read_text()
+        setup = Setup(tokenizer, 4096, 0, any_whitespace=True, seconds=seconds, memory=memory)
+        made.append(FormChecker(setup, results.put, environment=safe_environment()))
+        return made[-1]
+
+    yield make
+    for checker in made:
+        checker.close()
+
+
+def request(name: str, form: StructuredOutputs, client: str = "") -> GenerationRequest:
+    return GenerationRequest(name, [1], SamplingSpec(structured_outputs=form), client=client)
+
+
+def test_a_form_is_compiled_once_for_all_who_have_it(
+    checker_of: Callable[..., FormChecker], results: queue.SimpleQueue[Checked]
+) -> None:
+    checker = checker_of()
+    for number in range(5):
+        assert checker.submit(request(f"{number}", EASY)) is None
+    checked = results.get(timeout=PATIENCE)
+    assert [each.request_id for each in checked.requests] == [f"{number}" for number in range(5)]
+    again = checker.submit(request("again", EASY))
+    assert again is not None
+    assert again.template is checked.template is not None
+    assert not checker.pending
+
+
+def test_a_form_that_takes_too_much_is_refused_and_the_next_is_read(
+    checker_of: Callable[..., FormChecker], results: queue.SimpleQueue[Checked]
+) -> None:
+    checker = checker_of(memory=1 << 20)
+    many = {"type": "object", "properties": {f"name{number}": {} for number in range(2500)}}
+    checker.submit(request("many", StructuredOutputs(json=json.dumps(many))))
+    assert results.get(timeout=PATIENCE).problem in (TOO_LONG, "the form takes too much memory")
+    checker.submit(request("easy", EASY))
+    assert results.get(timeout=PATIENCE).problem is None
+
+
+def test_another_client_does_not_wait_for_one_that_keeps_the_workers_busy(
+    checker_of: Callable[..., FormChecker], results: queue.SimpleQueue[Checked]
+) -> None:
+    checker = checker_of(seconds=600)
+    checker.submit(request("warm", StructuredOutputs(json="{}")))
+    results.get(timeout=PATIENCE)
+    for number in range(20):
+        checker.submit(request(f"slow-{number}", slow(number), client="greedy"))
+    checker.submit(request("easy", EASY, client="other"))
+    order = []
+    while "easy" not in order:
+        order += [each.request_id for each in results.get(timeout=PATIENCE).requests]
+    # Its own worker was free, or the next one that became free: never behind the greedy client's line.
+    assert len(order) <= 3
+
+
+def test_a_form_that_nobody_waits_for_any_more_is_dropped(
+    checker_of: Callable[..., FormChecker], results: queue.SimpleQueue[Checked]
+) -> None:
+    checker = checker_of(seconds=600)
+    checker.submit(request("warm", EASY))
+    results.get(timeout=PATIENCE)
+    checker.submit(request("gone", slow(0), client="one"))
+    time.sleep(0.2)
+    checker.submit(request("gone too", slow(1), client="one"))
+    checker.abort("gone")
+    checker.abort("gone too")
+    assert not checker.pending
+    checker.submit(request("next", StructuredOutputs(regex="[ab]+"), client="one"))
+    assert [each.request_id for each in results.get(timeout=PATIENCE).requests] == ["next"]
