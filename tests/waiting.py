@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-GENEROUS_SECONDS = 60.0
+GENEROUS_SECONDS = 180.0
 
 
 def eventually(condition: Callable[[], bool], seconds: float = GENEROUS_SECONDS) -> None:

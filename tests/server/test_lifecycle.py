@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from tests.server.fakes import byte_level_tokenizer, check_error, events
+from tests.waiting import GENEROUS_SECONDS
 
 ROOT = Path(__file__).parents[2]
 LONG = {"model": "collm-demo", "prompt": "Hello", "max_tokens": 100_000, "ignore_eos": True}
@@ -33,7 +34,7 @@ class Process:
     async def said(self, pattern: str) -> str:
         """Read the output until a line matches; returns the match's first group, or the line."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(GENEROUS_SECONDS):
             while line := (await self.process.stdout.readline()).decode():
                 self.lines.append(line.rstrip())
                 if match := re.search(pattern, line):
@@ -41,14 +42,17 @@ class Process:
         raise AssertionError(f"never said {pattern!r}: {self.lines}")
 
     async def ended(self) -> int:
-        return await asyncio.wait_for(self.process.wait(), 30)
+        return await asyncio.wait_for(self.process.wait(), GENEROUS_SECONDS)
 
     def client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(base_url=self.url, timeout=30)
+        return httpx.AsyncClient(base_url=self.url, timeout=GENEROUS_SECONDS)
 
     def children(self) -> list[int]:
         pid = self.process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        try:
+            return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        except FileNotFoundError:  # it has ended meanwhile
+            return []
 
 
 Start = Callable[..., Awaitable[Process]]
@@ -120,7 +124,7 @@ async def test_it_says_how_to_try_it_and_drains_on_sigterm(start: Start) -> None
     server = await start(step_seconds=0.002)
     example = await server.said("try: (curl .*)")
     assert server.url in example
-    answer = subprocess.run(example, shell=True, capture_output=True, text=True, timeout=30, check=True).stdout
+    answer = subprocess.run(example, shell=True, capture_output=True, text=True, timeout=60, check=True).stdout
     assert '"text_completion"' in answer
     (engine,) = server.children()
     async with server.client() as client:

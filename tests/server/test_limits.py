@@ -49,7 +49,7 @@ class Wire:
                 for part in parts:
                     writer.write(part)
                     await writer.drain()
-            return await asyncio.wait_for(read_response(reader), 10)
+            return await asyncio.wait_for(read_response(reader), 60)
         finally:
             writer.close()
 
