@@ -4,6 +4,7 @@ CollmError
 ├── ConfigError            a configuration that cannot be served; the message names the field
 ├── CheckpointError        a checkpoint that cannot be read; the message names the file
 ├── GateError              a gate artifact that is damaged or does not fit its models
+├── CompositionError       a composed checkpoint that is damaged or does not fit its members
 ├── EngineStartupError     the engine process refused to start; the message is one clear line
 ├── EngineDeadError        the engine process is gone; nothing more can be served by it
 └── RequestError           one request failed; the others go on
@@ -24,6 +25,10 @@ class CheckpointError(CollmError, ValueError):
 
 class GateError(CollmError, ValueError):
     """A gate artifact that is damaged, or that does not fit the models beside it."""
+
+
+class CompositionError(CollmError, ValueError):
+    """A composed checkpoint that is damaged, or whose members are not those that it was made for."""
 
 
 class EngineStartupError(CollmError):

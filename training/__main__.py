@@ -21,6 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["convert"]:
         return _convert(given[1:])
+    if given[:1] == ["compose"]:
+        from training.compose.__main__ import main as compose
+
+        return compose(given[1:])
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     commands_of = {name: stage.help for name, stage in STAGES.items()} | {"pipeline": PIPELINE}
@@ -31,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.gate.epochs=5"
         )
     commands.add_parser("convert", help="base and gate to and from the reference format")
+    commands.add_parser(
+        "compose", help="compose checkpoints by cross-attention (CALM): python -m training compose --help"
+    )
     options = parser.parse_args(given)
     return run_command(lambda: run_stage(options.stage, options.config, options.set))
 

@@ -6,13 +6,14 @@ Shapes: B examples, T tokens, V vocabulary, d hidden size.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from engine.checkpoints import Checkpoint, copy_companions, make_readable, tokenizer_folder
+from engine.composed.artifact import is_composed
 from engine.errors import CheckpointError
 from engine.vocabulary import Member, SharedVocabulary, difference, missing_rows
 from training.errors import ModelError
@@ -50,11 +51,20 @@ def device_of(compute: ComputeSettings) -> torch.device:
 def load_causal(path: Path, dtype: str = "float32", device: torch.device = _CPU) -> PreTrainedModel:
     """A causal language model from safetensors weights, in evaluation mode, without gradients.
 
+    A composed checkpoint gives a :class:`~training.compose.composed.ComposedModel`, which does for what scoring and
+    training a gate ask of a model.
+
     Raises:
         ModelError: the folder holds no such model.
+        CompositionError: a composed checkpoint is damaged, or does not fit its members.
     """
     quiet()
     _check_weights(path)
+    if is_composed(path):
+        from training.compose.composed import load_composed
+
+        composed: Any = load_composed(path, lambda member: load_causal(member, dtype, device))
+        return cast("PreTrainedModel", composed)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
@@ -117,6 +127,12 @@ def check_models(settings: Settings) -> None:
     """
     models = {"base": settings.base.model} | {f"expert {expert.name}": expert.model for expert in settings.experts}
     checkpoints = {label: Checkpoint(path) for label, path in models.items()}
+    learns = settings.train.mode == "joint" or "finetuned" in settings.train.methods
+    if learns and is_composed(settings.base.model):
+        raise ModelError(
+            f"base.model: {settings.base.model} is a composed checkpoint, whose weights are its members': "
+            'train the gate alone (train.mode = "gate", without the method "finetuned")'
+        )
     try:
         for checkpoint in checkpoints.values():
             _ = checkpoint.config, checkpoint.vocabulary

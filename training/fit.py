@@ -44,13 +44,19 @@ class Plan:
 
 
 def fit(
-    groups: list[Group], loss_parts: Callable[[int], Iterable[torch.Tensor]], plan: Plan, folder: Path, label: str
+    groups: list[Group],
+    loss_parts: Callable[[int], Iterable[torch.Tensor]],
+    plan: Plan,
+    folder: Path,
+    label: str,
+    ends: Callable[[int], bool] = lambda step: False,
 ) -> None:
     """Train the groups' parameters in place with AdamW, going on from the checkpoint in ``folder`` if there is one.
 
     Args:
         loss_parts: gives the parts of a step's loss, to be summed. It must depend on the step's number and the
             parameters alone, so that going on from a checkpoint repeats what would have happened without one.
+        ends: asked before each step, with its number, whether training has come to its end.
 
     Raises:
         DivergedError: the loss or a gradient is not finite; names the step. The last checkpoint stays, and is of a
@@ -65,6 +71,8 @@ def fit(
     done = _load(file, named, optimizer) if file.exists() else 0
     bar = tqdm(range(done, plan.steps), desc=label, unit="step", mininterval=1, initial=done, total=plan.steps)
     for step in bar:
+        if ends(step):
+            break
         factor = min((step + 1) / warm_up, (plan.steps - step) / max(1, plan.steps - warm_up))
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = settings.learning_rate * factor

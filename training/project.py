@@ -16,7 +16,7 @@ from training.engine_options import check_engine_options
 from training.errors import SettingsError
 from training.files import ContentHashes, hash_of_all
 from training.graph import mode_of
-from training.settings import Method, Settings, Split
+from training.settings import DataSettings, Method, Settings, Split
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,7 @@ class Project:
             given = getattr(self.settings.data, split)
             if given is None:
                 raise SettingsError(f"data.{split}: is needed for this stage")
-            examples = read_examples(Path(given), self.settings.data)
-            kept, tokens = tokenize(examples, self.tokenizer, self.settings.data.max_tokens)
-            if len(kept) < len(examples):
-                print(f"{given}: {len(examples) - len(kept)} examples longer than data.max_tokens are left out")
-            self._splits[split] = SplitData(kept, tokens, _fingerprint(kept, tokens))
+            self._splits[split] = read_split(given, self.settings.data, self.tokenizer)
         return self._splits[split]
 
     @cached_property
@@ -135,6 +131,19 @@ class Project:
             return self.user_base
         run = self.run(method, seed)
         return BaseRef(run / "base", run.name)
+
+
+def read_split(path: str, settings: DataSettings, tokenizer: Any) -> SplitData:
+    """The examples in a file or folder that are not too long.
+
+    Raises:
+        DataError: an example cannot be used.
+    """
+    examples = read_examples(Path(path), settings)
+    kept, tokens = tokenize(examples, tokenizer, settings.max_tokens)
+    if len(kept) < len(examples):
+        print(f"{path}: {len(examples) - len(kept)} examples longer than data.max_tokens are left out")
+    return SplitData(kept, tokens, _fingerprint(kept, tokens))
 
 
 def _fingerprint(examples: Sequence[Example], tokens: Sequence[TokenExample]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,15 +17,18 @@ from training.errors import SettingsError
 
 FEATURES = ("entropy", "margin", *(f"logprob_{rank}" for rank in range(1, 6)))
 """``engine.gates.FEATURES``, which is not imported: wrong settings are found before torch is loaded."""
+_S = TypeVar("_S", bound="Section")
 Method = Literal["collm", "weak", "finetuned"]
 Split = Literal["train", "validation", "test"]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A table of settings."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class BaseSettings(_Section):
+class BaseSettings(Section):
     """The base model."""
 
     model: str = Field(min_length=1)
@@ -39,7 +42,7 @@ class ExpertSettings(BaseSettings):
     """Its name in the gate, in the server's configuration and as the source of its tokens."""
 
 
-class DataSettings(_Section):
+class DataSettings(Section):
     """Prompts and gold completions. A path is a JSONL file, or a folder that ``datasets`` saved to disk."""
 
     train: str
@@ -60,7 +63,7 @@ class DataSettings(_Section):
     """Longer examples, prompt and completion together, are left out and counted."""
 
 
-class ComputeSettings(_Section):
+class ComputeSettings(Section):
     """Where and how the models run in PyTorch. (The serving engine has settings of its own.)"""
 
     device: str = "auto"
@@ -71,7 +74,7 @@ class ComputeSettings(_Section):
     """Threads on a CPU; None is PyTorch's choice."""
 
 
-class ScoreSettings(_Section):
+class ScoreSettings(Section):
     """Teacher-forced scoring, cached on disk."""
 
     batch_size: int = Field(default=16, ge=1)
@@ -80,7 +83,7 @@ class ScoreSettings(_Section):
     """Examples a file; what an interruption can cost at most."""
 
 
-class GateSettings(_Section):
+class GateSettings(Section):
     """What the gate is, and how its inputs are scaled while it learns."""
 
     kind: Literal["linear", "mlp"] = "linear"
@@ -104,7 +107,7 @@ class GateSettings(_Section):
         return names
 
 
-class InitSettings(_Section):
+class InitSettings(Section):
     """Weak supervision of the gate, the base frozen: where all training starts."""
 
     positive_weight: float = Field(default=8.0, gt=0)
@@ -116,7 +119,7 @@ class InitSettings(_Section):
     batch_tokens: int = Field(default=65536, ge=1)
 
 
-class GateOnlySettings(_Section):
+class GateOnlySettings(Section):
     """train.mode = "gate": the gate on cached hidden states, the base frozen."""
 
     learning_rate: float = Field(default=1e-2, gt=0)
@@ -128,7 +131,7 @@ class GateOnlySettings(_Section):
     reference's loss. With a frozen base a cost keeps the gate from deferring wherever the expert is a little surer."""
 
 
-class LoraSettings(_Section):
+class LoraSettings(Section):
     """Low-rank adapters instead of full training of the base; merged into it when saved. Needs ``peft``."""
 
     rank: int = Field(default=16, ge=1)
@@ -138,7 +141,7 @@ class LoraSettings(_Section):
     """Names of modules as peft takes them."""
 
 
-class JointSettings(_Section):
+class JointSettings(Section):
     """train.mode = "joint", and the fine-tuned base: the base's weights learn too."""
 
     learning_rate: float = Field(default=2e-5, gt=0)
@@ -157,7 +160,7 @@ class JointSettings(_Section):
     lora: LoraSettings | None = None
 
 
-class TrainSettings(_Section):
+class TrainSettings(Section):
     """Which runs are trained, and how."""
 
     mode: Literal["gate", "joint"] = "gate"
@@ -175,7 +178,7 @@ class TrainSettings(_Section):
     joint: JointSettings = JointSettings()
 
 
-class CalibrateSettings(_Section):
+class CalibrateSettings(Section):
     """The choice of the threshold, by decoding on the serving engine."""
 
     rates: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0)
@@ -191,7 +194,7 @@ class CalibrateSettings(_Section):
     """Only so many questions, spread evenly."""
 
 
-class EvaluateSettings(_Section):
+class EvaluateSettings(Section):
     """The table and the plot."""
 
     rates: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
@@ -202,7 +205,7 @@ class EvaluateSettings(_Section):
     """An answer may have so many tokens more than the gold completion."""
 
 
-class LaneSettings(_Section):
+class LaneSettings(Section):
     """A lane of the serving engine. Names and meanings are those of engine.config's ``LaneConfig``."""
 
     executor: Literal["uni", "mp", "ray"] | None = None
@@ -231,7 +234,7 @@ class EngineSettings(LaneSettings):
         return {field: value for field, value in found.items() if value not in (None, {})}
 
 
-class Settings(_Section):
+class Settings(Section):
     """A training project."""
 
     out: Path
@@ -287,6 +290,11 @@ def _check_lane(name: str, lane: dict[str, Any]) -> None:
 
 
 def load_settings(file: Path, overrides: Sequence[str] = ()) -> Settings:
+    """The settings of a training project; see :func:`read_settings`."""
+    return read_settings(Settings, file, overrides)
+
+
+def read_settings(kind: type[_S], file: Path, overrides: Sequence[str]) -> _S:
     """Read a TOML file. ``overrides`` are "section.key=value", values in TOML's notation (bare words are strings).
 
     Raises:
@@ -301,7 +309,7 @@ def load_settings(file: Path, overrides: Sequence[str] = ()) -> Settings:
     for override in overrides:
         _override(content, override)
     try:
-        return Settings.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
         found = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {_plain(e['msg'])}" for e in error.errors()]
         raise SettingsError(f"{file}: " + "; ".join(found)) from error

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from engine.checkpoints import Checkpoint
+from engine.composed.artifact import Composition, is_composed
 from engine.config import EngineConfig
-from engine.errors import CheckpointError, ConfigError, GateError
+from engine.errors import CheckpointError, CompositionError, ConfigError, GateError
 from engine.gate import GateArtifact
 from engine.types import GateInfo, PolicyName
 from engine.vllm_hooks.memory import memory_shares
@@ -64,8 +65,10 @@ def make_plan(config: EngineConfig) -> Plan:
     for label, name, lane in zip(labels, config.lane_names, config.lanes, strict=True):
         try:
             checkpoint = Checkpoint.find(lane.model, lane.vllm, _read_with_vllm)
+            if is_composed(checkpoint.directory):
+                Composition.load(checkpoint.directory).check()
             members.append(Member(name, checkpoint.vocabulary, checkpoint.rows, checkpoint.ends))
-        except CheckpointError as error:
+        except (CheckpointError, CompositionError) as error:
             raise ConfigError(f"{label}.model: {error}") from error
         checkpoints.append(checkpoint)
     base, experts = checkpoints[0], checkpoints[1:]

@@ -151,7 +151,13 @@ def _is_large(model: str) -> bool:
     directory = Path(model)
     if not directory.is_dir():
         return True  # from a hub
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors")) >= LARGE_BYTES
+    folders = [directory]
+    composition = directory / "composition.json"
+    if composition.is_file():
+        # A composed checkpoint holds little itself; what it computes is in its members.
+        fields = json.loads(composition.read_text(encoding="utf-8"))
+        folders += [directory / member["path"] for member in (fields["anchor"], *fields["augmenting"])]
+    return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors")) >= LARGE_BYTES
 
 
 def check_names(options: Iterable[str], known: Sequence[str], label: str) -> None:

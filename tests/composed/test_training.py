@@ -1,0 +1,217 @@
+"""Training a composition: only its connections learn, and what is saved computes what was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.composed.artifact import Composition, Connection, Heads, make_member
+from engine.errors import CollmError
+from tests.composed import one_lane
+from tests.composed.checkpoints import PLANS, save_member
+from tests.composed.reference import Reference
+from tests.packaging.sources import ROOT
+from training.checkpoints import check_models, load_causal
+from training.compose.__main__ import run_stage
+from training.compose.learn import new_model, planned
+from training.compose.settings import ComposeSettings
+from training.compose.stages import folded, table
+from training.settings import Settings, read_settings
+
+WORDS = ("red", "green", "blue", "black")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A configuration of two tiny members, with data that the connections can learn."""
+    save_member(tmp_path / "anchor", "llama", layers=3, width=64, seed=1, initializer_range=0.05)
+    save_member(tmp_path / "facts", "qwen2", layers=2, width=64, seed=2, initializer_range=0.05)
+    lines = [{"prompt": f"{n} is", "completion": WORDS[n % 4]} for n in range(32)]
+    for split, chosen in {"train": lines, "validation": lines[:8], "test": lines[:4]}.items():
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    (tmp_path / "compose.toml").write_text(f"""
+out = "{tmp_path}/out"
+anchor.model = "{tmp_path}/anchor"
+augmenting = [{{ name = "facts", model = "{tmp_path}/facts" }}]
+data.train = "{tmp_path}/train.jsonl"
+data.validation = "{tmp_path}/validation.jsonl"
+data.test = "{tmp_path}/test.jsonl"
+connect = {{ normalize = true }}
+compute = {{ threads = 1 }}
+train = {{ epochs = 6, batch_size = 8, learning_rate = 1e-2, evaluate_every = 4 }}
+evaluate = {{ controls = ["random", "lora"] }}
+engine = {{ backend = "standin" }}
+""")
+    return tmp_path / "compose.toml"
+
+
+def plan_and_members(folder: Path) -> tuple[Composition, Any, dict[str, Any]]:
+    found = Composition.load(folder)
+    return found, load_causal(found.anchor.path), {m.name: load_causal(m.path) for m in found.augmenting}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_before_training_it_is_the_anchor(name: str, composed: Callable[[str], Path]) -> None:
+    """Bit for bit, in every logit."""
+    found, anchor, augmenting = plan_and_members(composed(name))
+    tokens = torch.tensor([one_lane.prompts()[0]])
+    with torch.no_grad():
+        want = anchor(input_ids=tokens, use_cache=False).logits
+        assert torch.equal(new_model(found, anchor, augmenting, seed=0)(input_ids=tokens).logits, want)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_future_tokens_change_nothing(name: str, composed: Callable[[str], Path]) -> None:
+    """In training too: what the composition learns from a text it can do when it writes one."""
+    found, anchor, augmenting = plan_and_members(composed(name))
+    model = new_model(found, anchor, augmenting, seed=0)
+    with torch.no_grad():
+        for connection in model.connections:
+            torch.nn.init.normal_(connection.output.weight, std=0.3)
+        text = one_lane.prompts()[-1][:30]
+        changed = [*text[:15], *reversed(text[15:])]
+        first, second = (model(input_ids=torch.tensor([ids])).logits[0] for ids in (text, changed))
+    assert torch.equal(first[:15], second[:15])
+    assert not torch.equal(first[15:], second[15:])
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_is_read_back_is_the_oracle(name: str, composed: Callable[[str], Path]) -> None:
+    """Scoring, and the training of a gate, see the model that is served."""
+    text = one_lane.prompts()[2]
+    with torch.no_grad():
+        got = load_causal(composed(name))(input_ids=torch.tensor([text]), use_cache=False).logits[0]
+    assert torch.allclose(got, Reference(composed(name)).logits(text), atol=1e-3)
+
+
+def test_folding_changes_nothing(composed: Callable[[str], Path], tmp_path: Path) -> None:
+    found, anchor, augmenting = plan_and_members(composed("llama reads qwen2"))
+    model = new_model(found, anchor, augmenting, seed=0)
+    for connection in model.connections:
+        torch.nn.init.normal_(connection.output.weight, std=0.02)
+    found.save(tmp_path / "model", folded(model))
+    text = one_lane.prompts()[2]
+    with torch.no_grad():
+        trained = model(input_ids=torch.tensor([text])).logits[0]
+    assert torch.allclose(trained, Reference(tmp_path / "model").logits(text), atol=1e-3)
+
+
+def test_pipeline(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = {name: load_causal(project.parent / name).state_dict() for name in ("anchor", "facts")}
+    files = {file: file.read_bytes() for name in members for file in (project.parent / name).iterdir()}
+    run_stage("pipeline", project, [])
+    runs = project.parent / "out" / "train"
+    losses = json.loads((runs / "composed-0" / "looks.json").read_text())
+    assert min(losses.values()) < 0.8 * losses["0"], "the connections have learned nothing"
+    found = Composition.load(runs / "composed-0" / "model")
+    found.check()
+    assert found.connections == (Connection("facts", 1, 1), Connection("facts", 2, 2))
+    # Members are frozen: on disk, and in what the composition computes with.
+    assert {file: file.read_bytes() for file in files} == files
+    loaded: Any = load_causal(runs / "composed-0" / "model")
+    for name, state in members.items():
+        model = loaded.anchor if name == "anchor" else loaded.augmenting[0]
+        assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    random = Composition.load(runs / "random-0" / "model")
+    assert random.augmenting[0].path == runs / "random-0" / "random-facts"
+    assert (runs / "lora-0" / "model" / "model.safetensors").is_file()
+    parameters = {
+        name: json.loads((runs / f"{name}-0" / "done.json").read_text())["parameters"] for name in ("composed", "lora")
+    }
+    assert parameters["lora"] == pytest.approx(parameters["composed"], rel=0.5)
+    rows = json.loads((project.parent / "out" / "evaluate" / "table.json").read_text())
+    assert set(rows) == {"composed", "random", "lora", "anchor alone", "facts alone"}
+    assert table(rows) in capsys.readouterr().out
+    # Everything is there: nothing is trained again.
+    before = (runs / "composed-0" / "done.json").stat().st_mtime_ns
+    run_stage("pipeline", project, [])
+    assert (runs / "composed-0" / "done.json").stat().st_mtime_ns == before
+
+
+def test_an_interrupted_training_goes_on(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["train.checkpoint_every=3", "evaluate.controls=[]"]
+    run_stage("train", project, overrides)
+    runs = project.parent / "out" / "train"
+    whole = (runs / "composed-0" / "model" / "composition.safetensors").read_bytes()
+    again = [*overrides, f"out={project.parent}/again"]
+    from training.compose import learn
+
+    logp, calls = learn._logp, iter(range(10**6))
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        if next(calls) == 15:
+            raise KeyboardInterrupt
+        return logp(*arguments)
+
+    monkeypatch.setattr(learn, "_logp", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("train", project, again)
+    assert (project.parent / "again" / "train" / "composed-0" / "checkpoint.safetensors").is_file()
+    run_stage("train", project, again)
+    assert (
+        project.parent / "again" / "train" / "composed-0" / "model" / "composition.safetensors"
+    ).read_bytes() == whole
+
+
+def test_training_stops_when_nothing_gets_better(project: Path) -> None:
+    overrides = ["train.learning_rate=1e-12", "train.patience=2", "train.evaluate_every=1", "evaluate.controls=[]"]
+    run_stage("train", project, overrides)
+    looks = json.loads((project.parent / "out" / "train" / "composed-0" / "looks.json").read_text())
+    assert len(looks) < 24
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("connect.heads=3", "connect.heads: 3 does not divide the anchor's hidden size, 64"),
+        ("connect.connections=[{augmenting='facts', layer=9, into=1}]", "connections.layer: 9 is not in 1..2"),
+        ("connect.connections=[{augmenting='who', layer=1, into=1}]", "there is no augmenting model 'who'"),
+        ("train.rate=1", "train.rate: no such setting"),
+        ("anchor.model=nowhere", "nowhere"),
+    ],
+)
+def test_wrong_settings(project: Path, override: str, message: str) -> None:
+    with pytest.raises(CollmError) as caught:
+        run_stage("train", project, [override])
+    assert message in str(caught.value)
+
+
+def test_connections_by_hand(project: Path) -> None:
+    members = [make_member(name, project.parent / name) for name in ("anchor", "facts")]
+    settings = ComposeSettings.model_validate(
+        {
+            "out": "out",
+            "anchor": {"model": "a"},
+            "augmenting": [{"name": "facts", "model": "f"}],
+            "data": {"train": "t", "validation": "v"},
+            "connect": {"connections": [{"augmenting": "facts", "layer": 2, "into": 3}], "heads": 4, "kv_heads": 1},
+        }
+    )
+    found = planned(settings, members[0], members[1:])
+    assert found.connections == (Connection("facts", 2, 3),)
+    assert found.heads == Heads(4, 1, 16)
+
+
+def test_a_composed_base_is_not_trained_with_its_gate(composed: Callable[[str], Path]) -> None:
+    folder = composed("llama reads qwen2")
+    settings: dict[str, Any] = {
+        "out": "out",
+        "base": {"model": str(folder)},
+        "experts": [{"name": "other", "model": str(folder.parent / "other")}],
+        "data": {"train": "t", "validation": "v"},
+    }
+    check_models(Settings.model_validate(settings))
+    with pytest.raises(CollmError, match="is a composed checkpoint"):
+        check_models(Settings.model_validate(settings | {"train": {"mode": "joint"}}))
+
+
+def test_the_shipped_configuration_is_valid() -> None:
+    settings = read_settings(ComposeSettings, ROOT / "deploy" / "training" / "compose-demo.toml", [])
+    members = {model.name: make_member(model.name, ROOT / model.model) for model in settings.augmenting}
+    found = planned(settings, make_member("anchor", ROOT / settings.anchor.model), list(members.values()))
+    found.check_fields(settings.out)
