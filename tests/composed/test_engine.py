@@ -1,11 +1,15 @@
-"""Composed checkpoints in the engine: as base and as expert of a pair."""
+"""Composed checkpoints in the engine: as base and expert of a pair, and refused by name where need be."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from engine.checkpoints import model_identity
@@ -15,6 +19,7 @@ from engine.gate import GateArtifact, gate_logits
 from engine.types import GenerationRequest, SamplingSpec
 from tests.composed import one_lane
 from tests.composed.reference import Reference
+from tests.packaging.sources import ROOT
 
 BASE, EXPERT = "llama reads qwen2", "qwen2 reads llama"
 OPTIONS: dict[str, Any] = {"dtype": "float32", "max_model_len": 160}
@@ -63,3 +68,42 @@ def test_base_and_expert_of_a_pair(composed: Callable[[str], Path], tmp_path: Pa
     with Engine(config) as engine:
         completions = engine.generate(requests(prompts))
     assert [(one.tokens, one.sources) for one in completions] == expected
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "pipeline": (BASE, {"pipeline_parallel_size": 2}, "pipeline_parallel_size: a composed model cannot be split"),
+    "lora": (BASE, {"enable_lora": True}, "enable_lora: not for composed models"),
+    "context": (BASE, {"max_model_len": 2048}, "max_model_len"),
+    "heads": (EXPERT, {"tensor_parallel_size": 2}, "2 does not divide the composition's kv_heads, 1"),
+    "embeddings": (BASE, {"enable_prompt_embeds": True}, "enable_prompt_embeds: a composed model reads token ids"),
+}
+
+_TRY = """
+import json, logging, sys
+from vllm.engine.arg_utils import EngineArgs
+logging.disable()
+found = {}
+for name, arguments in json.loads(sys.argv[1]).items():
+    try:
+        EngineArgs(dtype="float32", distributed_executor_backend="mp", **arguments).create_engine_config()
+    except Exception as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals(composed: Callable[[str], Path]) -> dict[str, str]:
+    """What vLLM says while it makes its configuration, before any weight is read; a process for all of them."""
+    asked = {name: {"model": str(composed(which)), **options} for name, (which, options, _) in REFUSED.items()}
+    result = subprocess.run(
+        [sys.executable, "-c", _TRY, json.dumps(asked)], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    found: dict[str, str] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name: str, refusals: dict[str, str]) -> None:
+    assert REFUSED[name][2] in refusals[name]
