@@ -88,6 +88,7 @@ class Scheduler:
             sequence.finish("error", error=message, code=at_fault)
             self._changed[sequence] = None
         else:
+            sequence.note_collaboration(decoding.in_force())
             cost = PROMPT_TOKEN_COST * len(request.prompt)
             self._waiting.push(request.request_id, decoding, client=request.client, cost=cost)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from engine.types import Delta, ErrorCode, FinishReason, GenerationRequest, Token, TokenLogprobs
+from engine.types import Collaboration, Delta, ErrorCode, FinishReason, GenerationRequest, Token, TokenLogprobs
 
 
 class Sequence:
@@ -69,6 +69,10 @@ class Sequence:
             if delta.logprobs is None:
                 delta.logprobs = []
             delta.logprobs.append(token.logprobs)
+
+    def note_collaboration(self, collaboration: Collaboration) -> None:
+        """Tell with the next delta what is in force."""
+        self._delta.collaboration = collaboration
 
     def note_prompt_logprobs(self, prompt_logprobs: list[TokenLogprobs]) -> None:
         """Keep the prompt's log-probabilities for the next delta."""

@@ -187,6 +187,8 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         stop_token: the token id that ended the request, if one did.
         error: what went wrong, when finish_reason is "error".
         code: the same for programs.
+        collaboration: with the first delta, unless the request was refused: what is in force, with every default
+            that applies filled in (policy, threshold, experts).
         refused: the error is the request's own fault; nothing was written. It begins with ``GRAMMAR_AT_FAULT`` where
             the fault is the grammar's.
         timeline: with the last delta, if asked for: seconds of the machine's monotonic clock at which the request was
@@ -205,6 +207,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     refused: bool = False
     timeline: list[float] | None = None
     code: ErrorCode | None = None
+    collaboration: Collaboration | None = None
 
     def merge(self, later: Delta) -> None:
         """Take in the next delta of the same request."""
@@ -217,6 +220,8 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
             self.logprobs += later.logprobs
         if self.prompt_logprobs is None:
             self.prompt_logprobs = later.prompt_logprobs
+        if self.collaboration is None:
+            self.collaboration = later.collaboration
         self.finish_reason = later.finish_reason
         self.stop_token = later.stop_token
         self.error = later.error

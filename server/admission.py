@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from engine.types import Delta
+from engine.types import Collaboration, Delta
 from server.errors import invalid, overloaded
 from server.text.pieces import Piece
 
@@ -33,6 +33,9 @@ class Places:
 
     def begun(self) -> None:
         """See :class:`~server.choice.ChoiceObserver`."""
+
+    def accepted(self, collaboration: Collaboration) -> None:
+        """Nothing to note."""
 
     def wrote(self, piece: Piece) -> None:
         """See :class:`~server.choice.ChoiceObserver`."""

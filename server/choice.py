@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engine.types import Delta, EngineInfo, GenerationRequest
+from engine.types import Collaboration, Delta, EngineInfo, GenerationRequest
 from server.metrics import RequestMeter
 from server.text.pieces import Piece, PieceBuilder
 
@@ -16,6 +16,10 @@ class ChoiceObserver(Protocol):
 
     def begun(self) -> None:
         """The choice is about to be written."""
+        ...
+
+    def accepted(self, collaboration: Collaboration) -> None:
+        """The engine has taken it, and this is in force, with every default filled in."""
         ...
 
     def wrote(self, piece: Piece) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from engine.errors import CollmError, EngineDeadError, RequestError
+from engine.types import ErrorCode
 
 UNSUPPORTED_VALUE = "unsupported_value"
 """Pydantic's type of error for a value that :class:`server.protocol.base.Only` refuses."""
@@ -106,10 +107,10 @@ def engine_failure(error: CollmError) -> ApiError:
     return ApiError(500, "Internal error.", code="internal_error")
 
 
-def request_failure(message: str | None) -> ApiError:
+def request_failure(message: str | None, cause: ErrorCode | None = None) -> ApiError:
     """A request that the engine ended with an error; its messages are safe to show."""
     text = message or "The request failed."
-    if "timeout" in text.lower() or "timed out" in text.lower():
+    if cause is ErrorCode.STEP_TIMEOUT:
         return ApiError(504, text, code="step_timeout")
     return ApiError(500, text, code="request_failed")
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from engine.errors import CollmError, EngineDeadError
-from engine.types import GRAMMAR_AT_FAULT, Delta
+from engine.types import Delta, ErrorCode
 from server.choice import Choice
 from server.engine_port import Engine
 from server.errors import ApiError, engine_failure, invalid, request_failure
@@ -77,10 +77,13 @@ def _piece_of(choice: Choice, delta: Delta) -> Piece | None:
     Raises:
         ApiError: the engine failed or refused the request.
     """
+    if delta.collaboration is not None:
+        for observer in choice.observers:
+            observer.accepted(delta.collaboration)
     if delta.refused:
         raise _refusal(delta, choice)
     if delta.finish_reason in ("error", "aborted"):
-        raise request_failure(delta.error)
+        raise request_failure(delta.error, delta.code)
     if choice.prompt_only:
         return Piece(prompt_logprobs=delta.prompt_logprobs or [], finish_reason="length")
     choice.meter.arrived(len(delta.tokens))
@@ -96,7 +99,7 @@ def _noted(choice: Choice, piece: Piece) -> Piece:
 
 def _refusal(delta: Delta, choice: Choice) -> ApiError:
     message = delta.error or "The engine refused the request."
-    if message.startswith(GRAMMAR_AT_FAULT):
+    if delta.code is ErrorCode.INVALID_GRAMMAR:
         return invalid(message, choice.grammar_param, "invalid_structured_output")
     return invalid(message)
 

@@ -16,7 +16,7 @@ import msgspec
 
 from engine.lanes.interface import Extension, LaneRequest, Sample
 from engine.sequence import Sequence
-from engine.types import ErrorCode, SamplingSpec, Token
+from engine.types import Collaboration, ErrorCode, SamplingSpec, Token
 
 NEVER_TOLD = -1
 
@@ -103,6 +103,10 @@ class Decoding(ABC):
     @abstractmethod
     def on_lane_lost(self, lane: int) -> Iterable[Decision]:
         """The lane that is waited for does not come back from its step."""
+
+    def in_force(self) -> Collaboration:
+        """What the request asked for, with the defaults that apply filled in."""
+        return self.answer.request.collaboration
 
     def on_end(self) -> None:
         """The request has ended, for whatever reason."""

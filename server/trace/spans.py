@@ -27,7 +27,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import Message, Scope
 
-from engine.types import BASE, Delta, EngineInfo, GenerationRequest
+from engine.types import BASE, Collaboration, Delta, EngineInfo, GenerationRequest
 from server import __version__
 from server.choice import ChoiceObserver
 from server.errors import ApiError
@@ -47,7 +47,6 @@ FLUSH_S = 3.0
 QUEUE = 1 << 15
 """Spans that may wait to be sent, unless OTEL_BSP_MAX_QUEUE_SIZE says how many; a choice may have over a hundred."""
 
-_WITH_THRESHOLD = ("threshold", "confidence")
 _SEVERITY = ("stop", "length", "aborted", "error")
 
 Attributes = dict[str, Any]
@@ -142,8 +141,7 @@ class RequestTrace:
 
     def described(self, response_id: str, request: GenerationRequest, info: EngineInfo) -> None:
         """What was asked for; ``request`` is any of the response's choices."""
-        collaboration, sampling = request.collaboration, request.sampling
-        member, models = collaboration.member, self.traces.models
+        member, sampling, models = request.collaboration.member, request.sampling, self.traces.models
         self.joint = member is None and len(info.lanes) > 1
         attributes: Attributes = {
             "gen_ai.request.model": models.name if member is None else f"{models.name}/{models.lane_names[member]}",
@@ -152,17 +150,13 @@ class RequestTrace:
             "gen_ai.request.temperature": sampling.temperature,
             "gen_ai.request.top_p": sampling.top_p,
         }
-        if self.joint:
-            gate = info.gate
-            policy = collaboration.policy or (gate.policy if gate is not None else None)
-            threshold = collaboration.threshold
-            if threshold is None and gate is not None and policy == "threshold":
-                threshold = gate.threshold
-            if policy not in _WITH_THRESHOLD:
-                threshold = None
-            given = {"collm.policy": policy, "collm.threshold": threshold}
-            attributes |= {name: value for name, value in given.items() if value is not None}
         self.span.set_attributes(attributes)
+
+    def accepted(self, collaboration: Collaboration) -> None:
+        """What is in force for one of the choices, which is the same for all."""
+        if self.joint:
+            given = {"collm.policy": collaboration.policy, "collm.threshold": collaboration.threshold}
+            self.span.set_attributes({name: value for name, value in given.items() if value is not None})
 
     def choice(self, index: int, prompt_index: int, request: GenerationRequest | None) -> ChoiceObserver:
         """See :class:`~server.choice.RequestObserver`."""
@@ -232,6 +226,10 @@ class ChoiceTrace:
     def begun(self) -> None:
         """The choice is handed to the engine."""
         self._begun = time.monotonic()
+
+    def accepted(self, collaboration: Collaboration) -> None:
+        """The engine has taken it."""
+        self._trace.accepted(collaboration)
 
     def wrote(self, piece: Piece) -> None:
         """A piece came."""

@@ -233,6 +233,33 @@ def test_confidence_has_a_threshold_of_its_own(top_probability: float, threshold
     assert delta.deferrals == pytest.approx([1 - top_probability])
 
 
+@pytest.mark.parametrize(
+    ("fields", "policy", "threshold", "experts"),
+    [
+        ({}, "threshold", 0.1, (1, 2)),
+        ({"threshold": 0.4, "experts": (2,)}, "threshold", 0.4, (2,)),
+        ({"policy": "confidence"}, "confidence", 0.5, (1, 2)),
+        ({"policy": "sample", "threshold": 0.4}, "sample", None, (1, 2)),
+        ({"member": 1}, None, None, None),
+    ],
+)
+def test_the_first_delta_tells_what_is_in_force(
+    fields: dict[str, Any], policy: str | None, threshold: float | None, experts: tuple[int, ...] | None
+) -> None:
+    rig = Rig(experts=2, threshold=0.1)
+    rig.add(request("a", **fields))
+    for _ in range(3):
+        for lane in range(3):
+            rig.step(lane)
+    told = only(rig.scheduler.take_deltas()).collaboration
+    assert told is not None
+    assert (told.policy, told.threshold, told.experts) == (policy, threshold, experts)
+    while rig.scheduler.running:
+        for lane in range(3):
+            rig.step(lane)
+    assert all(delta.collaboration is None for delta in rig.scheduler.take_deltas())
+
+
 def test_only_the_base_is_asked_for_its_top_probability() -> None:
     it = scheduler()
     it.add(request("a", policy="confidence"))

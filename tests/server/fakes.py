@@ -7,10 +7,12 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from engine.errors import EngineDeadError
 from engine.types import (
+    Collaboration,
     Delta,
     EngineInfo,
     EngineStats,
@@ -112,15 +114,25 @@ class FakeEngine:
                     finished = delta.finish_reason is not None
                     yield delta
             else:
-                for delta in deltas:
+                for number, delta in enumerate(deltas):
                     if not self.alive:
                         raise EngineDeadError("killed")
                     finished = delta.finish_reason is not None
+                    if number == 0:
+                        delta.collaboration = self._in_force(request)
                     yield delta
                     await asyncio.sleep(0)
         finally:
             if not finished:
                 self.closed_early.append(request.request_id)
+
+    def _in_force(self, request: GenerationRequest) -> Collaboration:
+        asked = request.collaboration
+        policy = asked.policy or (self.info.gate.policy if self.info.gate else "never")
+        threshold = None
+        if policy == "threshold" and self.info.gate is not None:
+            threshold = self.info.gate.threshold if asked.threshold is None else asked.threshold
+        return msgspec.structs.replace(asked, policy=policy, threshold=threshold)
 
     def on_batch(self, callback: Callable[[list[Delta], EngineStats], None]) -> None:
         self.callbacks.append(callback)

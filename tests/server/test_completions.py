@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.types import GRAMMAR_AT_FAULT, Collaboration, Delta, GenerationRequest
+from engine.types import Collaboration, Delta, ErrorCode, GenerationRequest
 from server.metrics import OUTCOMES
 from server.sampling import derived_seed
 from server.text.tokenizer import TextTokenizer
@@ -291,29 +291,30 @@ async def test_one_failing_choice_fails_the_request_and_aborts_the_others(build:
     assert house.service.admission.in_flight == 0
 
 
-def refuses(message: str) -> Script:
+def refuses(message: str, code: ErrorCode = ErrorCode.INVALID_REQUEST) -> Script:
     """A script of an engine that wants none of these requests."""
 
     def script(request: GenerationRequest) -> list[Delta]:
-        return [Delta(request.request_id, finish_reason="error", error=message, refused=True)]
+        return [Delta(request.request_id, finish_reason="error", error=message, refused=True, code=code)]
 
     return script
 
 
 @pytest.mark.parametrize(
-    ("message", "fields", "param"),
+    ("code", "fields", "param"),
     [
-        (f"{GRAMMAR_AT_FAULT}no such thing", {"structured_outputs": {"regex": "("}}, "structured_outputs"),
-        (f"{GRAMMAR_AT_FAULT}no such thing", {"response_format": {"type": "json_object"}}, "response_format"),
-        ("something else", {"structured_outputs": {"regex": "a"}}, None),
-        ("something else", {}, None),
+        (ErrorCode.INVALID_GRAMMAR, {"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        (ErrorCode.INVALID_GRAMMAR, {"response_format": {"type": "json_object"}}, "response_format"),
+        (ErrorCode.INVALID_REQUEST, {"structured_outputs": {"regex": "a"}}, None),
+        (ErrorCode.INVALID_REQUEST, {}, None),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_refusal_blames_the_grammar_only_for_its_own_faults(
-    build: Build, message: str, fields: dict[str, Any], param: str | None, stream: bool
+    build: Build, code: ErrorCode, fields: dict[str, Any], param: str | None, stream: bool
 ) -> None:
-    house = await build(refuses(message))
+    message = "no such thing"
+    house = await build(refuses(message, code))
     for response in (await house.complete(stream=stream, **fields), await house.chat(stream=stream, **fields)):
         error = check_error(response, 400)
         assert (error["message"], error["param"]) == (message, param)

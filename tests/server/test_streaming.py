@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from engine.errors import EngineDeadError
-from engine.types import Delta, GenerationRequest
+from engine.types import Delta, ErrorCode, GenerationRequest
 from server.text.tokenizer import TextTokenizer
 from tests.server.conftest import Build, House
 from tests.server.fakes import A, check_error, deltas_of, events, waits_forever, writes
@@ -102,7 +102,8 @@ async def test_several_choices_and_prompts_in_one_stream(build: Build) -> None:
 
 async def test_an_error_before_the_first_event_has_its_own_status(build: Build) -> None:
     def script(request: GenerationRequest) -> list[Delta]:
-        return [Delta(request.request_id, finish_reason="error", error="expert step timed out after 5 s")]
+        late = "the expert is late"
+        return [Delta(request.request_id, finish_reason="error", error=late, code=ErrorCode.STEP_TIMEOUT)]
 
     house = await build(script)
     error = check_error(await house.complete(stream=True), 504)

@@ -56,6 +56,7 @@ class Policy(msgspec.Struct, frozen=True):
         needs: "gate": only served where the pair has a gate. "top_probability": the base's lane reports its top
             probability for this request's rows. None: needs nothing.
         draws: whether it looks at ``Position.draw``.
+        has_threshold: whether it looks at ``Position.threshold``.
         decide: returns the lane that writes the next token; 0 is the base.
     """
 
@@ -63,6 +64,7 @@ class Policy(msgspec.Struct, frozen=True):
     needs: Literal["gate", "top_probability"] | None
     decide: Callable[[Position], int]
     draws: bool = False
+    has_threshold: bool = False
 
 
 def read_gate(logits: Sequence[float], experts: Sequence[int]) -> tuple[float, list[tuple[int, float]]]:
@@ -133,11 +135,11 @@ def _random(position: Position) -> int:
 POLICIES: dict[PolicyName, Policy] = {
     policy.name: policy
     for policy in (
-        Policy("threshold", needs="gate", decide=_threshold),
+        Policy("threshold", needs="gate", decide=_threshold, has_threshold=True),
         Policy("sample", needs="gate", decide=_sample, draws=True),
         Policy("always", needs=None, decide=_always),
         Policy("never", needs=None, decide=_never),
         Policy("random", needs=None, decide=_random, draws=True),
-        Policy("confidence", needs="top_probability", decide=_confidence),
+        Policy("confidence", needs="top_probability", decide=_confidence, has_threshold=True),
     )
 }

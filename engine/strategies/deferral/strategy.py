@@ -22,7 +22,7 @@ from engine.strategies.base import LOST, Ask, Counters, Decision, End, Rejected,
 from engine.strategies.deferral.pacing import Agreement
 from engine.strategies.deferral.policies import NOT_FINITE, POLICIES, Policy, Position, read_gate
 from engine.strategies.deferral.window import LONGEST_WINDOW, Draft, window_limit
-from engine.types import BASE, ErrorCode, PolicyName, RunAhead, SamplingSpec, Token
+from engine.types import BASE, Collaboration, ErrorCode, PolicyName, RunAhead, SamplingSpec, Token
 
 CONFIDENCE_THRESHOLD = 0.5
 """Default threshold of the ``confidence`` policy; a gate artifact's threshold is on another scale."""
@@ -64,7 +64,9 @@ class Deferral:
         self.expert_failure = expert_failure
         self.draft_pays = draft_pays
         self.agreement = [Agreement() for _ in range(lanes)]
+        # One object each: decisions are made for every token.
         self.asks = [Ask(lane) for lane in range(lanes)]
+        self.waits = [Wait(lane) for lane in range(lanes)]
         self._has_gate = has_gate
         self._policy: PolicyName = policy
         self._threshold = threshold
@@ -142,6 +144,15 @@ class DeferralDecoding(SharedText):
         self.uniform_weights = [(lane, 1.0 / len(experts)) for lane in experts]
         self.window: list[Draft] = []
         self.expert_tokens = 0
+
+    def in_force(self) -> Collaboration:
+        """The policy, the experts, and the threshold where the policy has one."""
+        return msgspec.structs.replace(
+            self.answer.request.collaboration,
+            policy=self.policy.name,
+            threshold=self.threshold if self.policy.has_threshold else None,
+            experts=self.experts,
+        )
 
     # -- lanes ------------------------------------------------------------------------------------------------
 
@@ -245,6 +256,9 @@ class DeferralDecoding(SharedText):
             # Nobody questions it: by far the most tokens never are drafts.
             return (Token(sample.token, BASE, deferral, sample.logprobs), self.shared.asks[BASE])
         self.window.append(Draft(sample.token, writer, deferral, sample.logprobs, fault))
+        if writer != BASE and len(self.window) == 1:
+            shared = self.shared
+            return (shared.waits[writer], shared.asks[BASE]) if self._drafts_on() else (shared.waits[writer],)
         return self._on_draft()
 
     def _on_draft(self) -> Iterator[Decision]:
@@ -286,7 +300,7 @@ class DeferralDecoding(SharedText):
         limit = self.answer.request.collaboration.max_expert_tokens
         return limit is None or self.expert_tokens + self.deferred < limit
 
-    def _on_expert_sample(self, sample: Sample) -> Iterator[Decision]:
+    def _on_expert_sample(self, sample: Sample) -> Iterable[Decision]:
         """The expert has decided the next position."""
         lane, counters = self.writer, self.shared.counters
         draft = self.window[0]
@@ -299,7 +313,15 @@ class DeferralDecoding(SharedText):
             counters.runahead_discarded += len(self.window) - 1
             self._cut()
         self.expert_tokens += 1
-        yield Token(sample.token, lane, draft.deferral, sample.logprobs)
+        token = Token(sample.token, lane, draft.deferral, sample.logprobs)
+        if self.window:
+            return self._write_and_commit(token)
+        if self.known[BASE] > len(self.answer.tokens):
+            return (token,)  # the base is already looking at the next position
+        return (token, self.shared.asks[BASE])
+
+    def _write_and_commit(self, token: Token) -> Iterator[Decision]:
+        yield token
         yield from self._commit_drafts()
 
     def on_lane_lost(self, lane: int) -> Iterator[Decision]:
@@ -309,8 +331,7 @@ class DeferralDecoding(SharedText):
             yield LOST
             return
         draft = self._pop()
-        yield Token(draft.token, BASE, draft.deferral, draft.logprobs)
-        yield from self._commit_drafts()
+        yield from self._write_and_commit(Token(draft.token, BASE, draft.deferral, draft.logprobs))
 
     # -- the window -------------------------------------------------------------------------------------------
 
@@ -346,7 +367,7 @@ class DeferralDecoding(SharedText):
                 return
             yield Token(draft.token, BASE, draft.deferral, draft.logprobs)
         if self.window:
-            yield Wait(self.window[0].writer)
+            yield self.shared.waits[self.window[0].writer]
         elif self.known[BASE] < len(self.answer.tokens):
             yield self.shared.asks[BASE]
         # Else the base is already looking at the next position.
