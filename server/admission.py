@@ -35,7 +35,7 @@ class Places:
         """See :class:`~server.choice.ChoiceObserver`."""
 
     def accepted(self, collaboration: Collaboration) -> None:
-        """Nothing to note."""
+        """See :class:`~server.choice.ChoiceObserver`."""
 
     def wrote(self, piece: Piece) -> None:
         """See :class:`~server.choice.ChoiceObserver`."""
