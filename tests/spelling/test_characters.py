@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
@@ -186,6 +186,8 @@ def test_it_is_the_published_loop_symbol_for_symbol(
         pieces=6,
         **options,  # type: ignore[arg-type]
     )
+    # The token that ends texts is one of the byte tokens here, and what only it could spell cannot be followed.
+    assume(all(SPELLERS[name].vocabulary.exact(bytes([b])) for name in names for b in b"".join(expected[0])))
     _, *got = sing(
         names,
         models,

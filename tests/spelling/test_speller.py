@@ -89,7 +89,8 @@ def test_the_spelling_is_the_tokenizers_own(name: str, text: str) -> None:
     tokenizer = tokenizer_of(name)
     tokens = tokenizer.encode(text, add_special_tokens=False).ids
     special = {token for token, entry in tokenizer.get_added_tokens_decoder().items() if entry.special}
-    if special.isdisjoint(tokens):
+    # A literal "▁" becomes a space in SentencePiece: that is a change, and ours keeps the bytes.
+    if special.isdisjoint(tokens) and vocabulary_of(name).text_of(tokens) == text.encode():
         assert speller_of(name).spell(text.encode()) == tokens
 
 
