@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -98,11 +99,10 @@ def naive(
                 joint = {s: sum(f.get(s, 0.0) * w for f, w in zip(symbols, voices, strict=True)) for s in range(258)}
             barred = END if not piece and (endless or len(written) < least) else None
             if piece and len(models) > 1:
-                try:
-                    (text + piece).decode()
-                except UnicodeDecodeError as error:
-                    if error.reason == "unexpected end of data":
-                        barred = EXACT
+                decoder = codecs.getincrementaldecoder("utf-8")("replace")
+                decoder.decode(text + piece)
+                if decoder.getstate()[0]:  # bytes that wait for the rest of their character
+                    barred = EXACT
             if barred is not None and any(chance for symbol, chance in joint.items() if symbol != barred):
                 joint[barred] = 0.0
             if temperature == 0:
