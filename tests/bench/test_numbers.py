@@ -87,8 +87,8 @@ def found(**speeds: list[float]) -> Found:
     for key, values in speeds.items():
         name, _, deferral = key.rpartition("_")
         cell = Cell(32, float(deferral) / 10)
-        turns = [(Outcome(1.0, round(value), [0.1], [0.1], 1), None) for value in values]
-        result.turns[name.replace("_", " "), cell] = list(turns)
+        rounds = [(Outcome(1.0, round(value), [0.1], [0.1], 1), None) for value in values]
+        result.outcomes[name.replace("_", " "), cell] = list(rounds)
     return result
 
 
