@@ -99,8 +99,8 @@ def test_bars_are_ratios_within_a_round() -> None:
         server_10=[50, 60],
         stock_expert_10=[100, 200],
         server_3=[120, 240],
-        reference_way_3=[10, 10],
     )
+    measured.outcomes[compare.PER_TOKEN_HTTP, Cell(32, 0.3)] = found(x_3=[10, 10]).outcomes["x", Cell(32, 0.3)]
     cells = [Cell(32, rate) for rate in (0.0, 0.3, 1.0)]
     bars = {bar.name: bar for bar in compare.bars("tiny", cells, measured)}
     assert [bar.values for bar in bars.values()] == [(1.0, 1.5), (12.0, 24.0), (1.0, 0.6)]
