@@ -14,6 +14,11 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 MAX_DOCUMENTS = 256
 MAX_TEMPLATE_VARIABLES = 64
+MAX_DOCUMENT_LENGTH = 2**20
+
+Document = Annotated[
+    dict[str, Annotated[str, Field(max_length=MAX_DOCUMENT_LENGTH)]], Field(max_length=MAX_TEMPLATE_VARIABLES)
+]
 
 
 class TextPart(Strict):
@@ -90,7 +95,7 @@ class ChatRequest(GenerationFields):
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)] | None = None
     """Further variables for the chat template, e.g. ``enable_thinking``."""
 
-    documents: Annotated[list[dict[str, str]], Field(max_length=MAX_DOCUMENTS)] | None = None
+    documents: Annotated[list[Document], Field(max_length=MAX_DOCUMENTS)] | None = None
     """Passed to the chat template."""
 
     # First of those that are refused: where there are tools, the others only belong to them.

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from engine.types import MOST_DRAFTS, PolicyName, StructuredOutputs
 from server.disconnect import ClientGone
 from server.errors import ApiError, FieldError, from_validation
-from server.protocol.base import Only, Strict, TokenId, Unsupported
+from server.protocol.base import ModelName, Only, Strict, TokenId, Unsupported
 from server.protocol.structured import MAX_GRAMMAR_LENGTH, ResponseFormat, StructuredOutputsOptions, engine_grammar
 
 MAX_STOP_LENGTH = 1024
@@ -29,6 +29,7 @@ MAX_LOGPROBS = 20
 """Most probable tokens per position, as in vLLM's default."""
 
 MAX_METADATA = 16
+MAX_EXPERTS = 64
 
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
@@ -55,7 +56,7 @@ class CollaborationOptions(Strict):
     max_expert_tokens: int | None = Field(default=None, ge=0, le=2**31 - 1)
     """After so many expert tokens the base writes alone. Default: no limit."""
 
-    experts: list[str] | None = None
+    experts: Annotated[list[ModelName], Field(max_length=MAX_EXPERTS)] | None = None
     """Names of the experts that may write. Default: all."""
 
     run_ahead: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=MOST_DRAFTS)] | None = None
@@ -84,12 +85,12 @@ class GenerationFields(Strict):
     messages_by_field: ClassVar[dict[str, str]] = {
         "stop": f"must be a string or an array of strings, each with 1 to {MAX_STOP_LENGTH} characters",
         "metadata": f"must map at most {MAX_METADATA} names of 1 to 64 characters to strings of at most 512",
-        "logit_bias": "must map token ids to numbers from -100 to 100",
+        "logit_bias": f"must map at most {MAX_TOKEN_IDS} token ids to numbers from -100 to 100",
         "run_ahead": f"must be 'auto', 'off', or an integer from 1 to {MOST_DRAFTS}",
         "json": f"must be a JSON schema: an object, or text of 1 to {MAX_GRAMMAR_LENGTH} characters",
     }
 
-    model: str
+    model: ModelName
     """The joint model's name, or NAME/base or NAME/EXPERT for a member alone."""
 
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -135,7 +136,9 @@ class GenerationFields(Strict):
     repetition_penalty: float | None = Field(default=None, gt=0)
     """1 is none. Default: 1."""
 
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_TOKEN_IDS)] | None
+    ) = None
     """Token id (as a string) to the value that is added to its logit."""
 
     stream: bool | None = None

@@ -29,7 +29,7 @@ class JsonSchema(Strict):
     schema_: Schema | None = Field(default=None, alias="schema")
     """The schema. Default: any JSON object."""
 
-    description: str | None = None
+    description: Annotated[str, Field(max_length=MAX_GRAMMAR_LENGTH)] | None = None
     """For the client's own books."""
 
     strict: bool | None = None

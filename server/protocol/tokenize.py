@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from server.protocol.base import Strict, TokenId
+from server.protocol.base import ModelName, Strict, TokenId
 
 MAX_TEXT_LENGTH = 2**20
 """Characters of a text; longer than any context of today, and still a matter of a second."""
@@ -24,7 +24,7 @@ class TokenizeRequest(Strict):
     prompt: Annotated[str, Field(max_length=MAX_TEXT_LENGTH)]
     """The text; may be empty."""
 
-    model: str | None = None
+    model: ModelName | None = None
     """All models share one tokenizer; a name must be a served one all the same."""
 
     add_special_tokens: bool | None = None
@@ -40,5 +40,5 @@ class DetokenizeRequest(Strict):
     tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
     """The token ids; may be empty."""
 
-    model: str | None = None
+    model: ModelName | None = None
     """All models share one tokenizer; a name must be a served one all the same."""
