@@ -1,10 +1,6 @@
-"""The engine's client: starts the engine's process, sends requests, hands out deltas.
+"""The engine's client, for an event loop: sends requests to the engine's process, hands out deltas.
 
-:class:`EngineClient` is for an event loop (the HTTP server); :class:`Engine` is the same for scripts, evaluation and
-benches::
-
-    with Engine(config) as engine:
-        completions = engine.generate([GenerationRequest("0", prompt_token_ids)])
+For scripts there is :mod:`engine.offline`.
 """
 
 from __future__ import annotations
@@ -13,16 +9,11 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
 import shutil
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
 
 import msgspec
 import zmq
@@ -44,11 +35,10 @@ from engine.messages import (
     ToEngine,
 )
 from engine.process import BATCHES_SOCKET, REQUESTS_SOCKET
-from engine.types import Completion, Delta, EngineInfo, EngineStats, GenerationRequest
+from engine.supervisor import EngineProcess
+from engine.types import Delta, EngineInfo, EngineStats, GenerationRequest
 
 logger = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
 
 BatchCallback = Callable[[list[Delta], EngineStats], None]
 
@@ -92,7 +82,7 @@ class EngineClient:
         self._reason: str | None = None
         self._dead = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._process: asyncio.subprocess.Process
+        self._process: EngineProcess | None = None
         self.info: EngineInfo
         self.stats = EngineStats([])
 
@@ -122,22 +112,10 @@ class EngineClient:
         return client
 
     async def _spawn(self) -> None:
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",
-                "-m",
-                "engine.process",
-                str(self._directory),
-                env=safe_environment(),
-                stdin=asyncio.subprocess.PIPE,
-                # A session of its own: signals from the terminal are the parent's to handle.
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise EngineStartupError(f"the engine process cannot be started: {error}") from error
+        self._process = await EngineProcess.start(self._directory)
 
     async def _handshake(self, config: EngineConfig, on_progress: Callable[[str], None]) -> None:
+        assert self._process is not None
         ended = asyncio.ensure_future(self._process.wait())
         # Waits until the process has connected, which it may never do.
         sending = asyncio.ensure_future(self._requests.send(self._encoder.encode(Start(config.model_dump_json()))))
@@ -229,6 +207,7 @@ class EngineClient:
     @property
     def pid(self) -> int:
         """The engine process's id."""
+        assert self._process is not None
         return self._process.pid
 
     async def wait_dead(self) -> str:
@@ -245,7 +224,8 @@ class EngineClient:
                 with contextlib.suppress(EngineDeadError, TimeoutError):
                     await self._send(message)
                     self._die("the engine was shut down")
-                    await asyncio.wait_for(self._process.wait(), SHUTDOWN_SECONDS)
+                    if self._process is not None:
+                        await asyncio.wait_for(self._process.wait(), SHUTDOWN_SECONDS)
         finally:
             self._die("the engine was shut down")
             await self._close()
@@ -313,7 +293,7 @@ class EngineClient:
             await asyncio.sleep(patience / 4)
             if self._awaited and time.monotonic() - self._heard > patience:
                 self._die(f"a step of the engine timed out after {timeout:g} s")
-                with contextlib.suppress(ProcessLookupError):
+                if self._process is not None:
                     self._process.kill()
                 return
 
@@ -329,25 +309,11 @@ class EngineClient:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if hasattr(self, "_process") and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
+        if self._process is not None:
+            self._process.kill()
             await self._process.wait()
         self._context.destroy(linger=0)
         shutil.rmtree(self._directory, ignore_errors=True)
-
-
-def safe_environment() -> dict[str, str]:
-    """For the engine's process and those that vLLM starts from it: none looks for modules in the current folder.
-
-    A file ``engine.py`` there would be run in the place of this package.
-    """
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    root = Path(__file__).resolve().parents[1]
-    if root.name not in ("site-packages", "dist-packages"):
-        # A checkout, which may be found by nothing but the current folder.
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    return environment
 
 
 class _Stream:
@@ -381,103 +347,3 @@ class _Stream:
         self._news.clear()
         delta, self._delta = self._delta, None
         return delta
-
-
-class Engine:
-    """The engine for scripts: starts a process, generates, blocks. Not for an event loop; see :class:`EngineClient`.
-
-    Raises:
-        EngineStartupError: the engine refused; the message is one line.
-    """
-
-    def __init__(self, config: EngineConfig, *, on_progress: Callable[[str], None] | None = None) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="engine-client", daemon=True)
-        self._thread.start()
-        self._ids = itertools.count()
-        try:
-            self.client = self._call(EngineClient.start(config, on_progress=on_progress))
-        except BaseException:
-            self._stop()
-            raise
-
-    @property
-    def info(self) -> EngineInfo:
-        """What the engine said of itself when it was ready."""
-        return self.client.info
-
-    @property
-    def stats(self) -> EngineStats:
-        """The latest account."""
-        return self.client.stats
-
-    def generate(
-        self,
-        requests: Iterable[GenerationRequest],
-        *,
-        on_done: Callable[[Completion], None] | None = None,
-    ) -> list[Completion]:
-        """Complete all requests together; the result is in their order.
-
-        A request that fails has finish_reason "error" and says why; the others go on.
-
-        Args:
-            on_done: called from another thread with each completion as it finishes, e.g. for a progress bar.
-
-        Raises:
-            EngineDeadError: the engine is gone.
-        """
-        return self._call(self._generate(list(requests), on_done))
-
-    def shutdown(self) -> None:
-        """End the process. Further calls do nothing."""
-        if self._thread.is_alive():
-            self._call(self.client.shutdown())
-            self._stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown()
-
-    async def _generate(
-        self, requests: list[GenerationRequest], on_done: Callable[[Completion], None] | None
-    ) -> list[Completion]:
-        async def one(request: GenerationRequest) -> Completion:
-            whole: Delta | None = None
-            try:
-                async for delta in self.client.generate(request):
-                    if whole is None:
-                        whole = delta
-                    else:
-                        whole.merge(delta)
-            except RequestError as error:
-                whole = Delta(request.request_id, finish_reason="error", error=str(error))
-            assert whole is not None
-            assert whole.finish_reason is not None
-            completion = Completion(
-                whole.request_id,
-                whole.tokens,
-                whole.sources,
-                whole.deferrals,
-                whole.finish_reason,
-                whole.logprobs,
-                whole.prompt_logprobs,
-                whole.error,
-            )
-            if on_done is not None:
-                on_done(completion)
-            return completion
-
-        return list(await asyncio.gather(*map(one, requests)))
-
-    def _call(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-
-    def _stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()

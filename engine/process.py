@@ -1,4 +1,4 @@
-"""The engine's own process: ``python -m engine.process SOCKET_DIRECTORY``, started by :mod:`engine.client`.
+"""The engine's own process: ``python -m engine.process SOCKET_DIRECTORY``, started by :mod:`engine.supervisor`.
 
 Receives messages in a thread, runs the step loop in the main thread, sends one batch per pass. Ends when told to,
 when a lane fails, or when the process that started it is gone (its end of our standard input closes).

@@ -11,9 +11,9 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from engine.client import Engine
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
 from engine.errors import EngineDeadError, EngineStartupError
+from engine.offline import Engine
 from engine.types import Collaboration, Completion, GenerationRequest, PolicyName, SamplingSpec
 from training.data import Example, TokenExample, spread
 from training.errors import TrainingError

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from engine.checkpoints import model_identity
-from engine.client import Engine
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig
 from engine.gate import GateArtifact, gate_logits
+from engine.offline import Engine
 from engine.types import GenerationRequest, SamplingSpec
 from tests.composed import one_lane
 from tests.composed.reference import Reference

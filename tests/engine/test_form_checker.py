@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from engine.client import safe_environment
 from engine.grammar.checker import TOO_LONG, Checked, FormChecker
 from engine.grammar.worker import Setup
+from engine.supervisor import safe_environment
 from engine.types import GenerationRequest, SamplingSpec, StructuredOutputs
 from tests.packaging.sources import ROOT
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.client import Engine
 from engine.config import SchedulerConfig
 from engine.errors import EngineDeadError, EngineStartupError
+from engine.offline import Engine
 from engine.types import Completion
 from tests.engine.builders import mixed_requests, request, standin_config
 from tests.engine.oracle import Pair, check

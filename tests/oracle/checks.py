@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from engine.client import Engine
+from engine.offline import Engine
 from engine.types import Completion, EngineStats, GenerationRequest
 from tests.oracle.reference import Written
 from tests.waiting import eventually

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from engine.client import Engine
+from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
 from tests.oracle.checks import assert_empty

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from engine.client import Engine, EngineClient
+from engine.client import EngineClient
+from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
 from tests.oracle.checks import assert_empty

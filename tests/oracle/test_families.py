@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.client import Engine
+from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from tests.oracle import families, pairs
 from tests.oracle.checks import assert_empty, run

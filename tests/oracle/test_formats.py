@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.checkpoints import GATE_IN_HEAD
-from engine.client import Engine
 from engine.config import EngineConfig
+from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from engine.vllm_hooks.load import make_plan
 from tests.oracle import pairs

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.client import Engine
 from engine.gate import GateArtifact
+from engine.offline import Engine
 from engine.types import GenerationRequest, SamplingSpec
 from tests.oracle import pairs
 from tests.oracle.checks import assert_empty

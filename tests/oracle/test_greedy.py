@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.client import Engine
+from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
 from tests.oracle.checks import assert_empty, assert_same, preemptions, run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.client import Engine
+from engine.offline import Engine
 from engine.types import Collaboration, Completion, GenerationRequest, SamplingSpec
 from tests.oracle.checks import assert_empty
 

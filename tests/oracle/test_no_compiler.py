@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from engine.client import Engine
+from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec, StructuredOutputs
 from tests.oracle import pairs
 from tests.oracle.checks import assert_empty

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.client import Engine
+from engine.offline import Engine
 from engine.types import GenerationRequest, SamplingSpec
 from tests.oracle import pairs
 from tests.oracle.checks import assert_same, run

@@ -9,8 +9,8 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
-from engine.client import Engine
 from engine.config import EngineConfig
+from engine.offline import Engine
 from engine.vllm_hooks.processor import is_slow, vector_units
 from tests.oracle.pairs import DEMO
 

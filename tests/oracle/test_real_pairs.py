@@ -17,9 +17,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from engine.checkpoints import Checkpoint
-from engine.client import Engine
 from engine.errors import GateError
 from engine.gate import GateArtifact
+from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from engine.vllm_hooks.load import make_plan
 from tests.oracle import families, pairs

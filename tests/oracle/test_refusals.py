@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from engine.client import Engine
 from engine.config import EngineConfig
 from engine.errors import CollmError, EngineStartupError
+from engine.offline import Engine
 from engine.vllm_hooks.load import make_plan
 from engine.vllm_hooks.options import engine_arguments
 from tests.oracle import pairs

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from engine.client import Engine
+from engine.offline import Engine
 from engine.types import Collaboration, Completion, EngineStats, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
 from tests.oracle.checks import assert_empty, assert_same, frequencies_pvalue, run

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.client import Engine
+from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
 from tests.oracle.checks import frequencies_pvalue, preemptions

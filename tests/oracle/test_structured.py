@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer
 
-from engine.client import Engine
+from engine.offline import Engine
 from engine.types import (
     GRAMMAR_AT_FAULT,
     Collaboration,

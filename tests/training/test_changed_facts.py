@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from engine.client import Engine
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig
+from engine.offline import Engine
 from engine.types import GenerationRequest, SamplingSpec
 from training.checkpoints import load_tokenizer
 
