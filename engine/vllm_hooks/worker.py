@@ -137,8 +137,12 @@ def gather_logprobs(logprobs_RV: torch.Tensor, num_logprobs: int, token_ids: tor
 
 
 def head_width(model: torch.nn.Module) -> int | None:
-    """Width of the LM head's input; None where no layer says so. Tied heads are the embedding itself."""
-    layers = [layer for layer in model.modules() if isinstance(layer, VocabParallelEmbedding)]
+    """Width of the LM head's input; None where no layer says so. Tied heads are the embedding itself.
+
+    Of a composed model (engine.composed) the anchor's head writes; the other members have heads of their own.
+    """
+    writer = getattr(model, "anchor", model)
+    layers = [layer for layer in writer.modules() if isinstance(layer, VocabParallelEmbedding)]
     heads = [layer for layer in layers if isinstance(layer, ParallelLMHead)] or layers
     return heads[-1].embedding_dim if heads else None
 
