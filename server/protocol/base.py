@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError, core_schema
 from server.errors import UNSUPPORTED_VALUE
 
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-ModelName = Annotated[str, Field(max_length=1024)]
+ModelName = Annotated[str, Field(max_length=16 * 1024)]
 Unsupported = Annotated[None, Field(description="Not supported; anything but null answers 400.")]
 
 

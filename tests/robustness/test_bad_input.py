@@ -73,7 +73,7 @@ TABLE: list[Row] = [
     *(fields(9, "temperature", temperature=value) for value in (-1, 3, 2.0001, "1", True, [])),
     *(fields(9, "top_p", top_p=value) for value in (0, 1.5, -0.1, "x", False)),
     *(fields(9, "n", n=value) for value in (0, 10**6, 129, -1, 1.5, "2", True)),
-    *(fields(9, "logprobs", logprobs=value) for value in (21, 6, -2, "a", True, 1.5)),
+    *(fields(9, "logprobs", logprobs=value) for value in (21, 10**6, -2, "a", True, 1.5)),
     *(fields(9, "seed", seed=value) for value in (2**63, -(2**63) - 1, 10**40, "1", 0.5, True)),
     *(fields(9, "top_k", top_k=value) for value in (-2, 1.5, "1", 2**40)),
     *(fields(9, "min_p", min_p=value) for value in (-0.1, 1.1)),
@@ -81,7 +81,7 @@ TABLE: list[Row] = [
     *(fields(9, "frequency_penalty", frequency_penalty=value) for value in (-2.1, 2.1)),
     *(fields(9, "repetition_penalty", repetition_penalty=value) for value in (0, -1)),
     # 10: stop, stream_options, logit_bias
-    *(fields(10, "stop", stop=value) for value in (list("abcde"), "", [], [""], ["a", ""], 3, [3], "x" * 5000)),
+    *(fields(10, "stop", stop=value) for value in (list("abcdefghijklmnopq"), "", [""], ["a", ""], 3, [3], "x" * 5000)),
     fields(10, "stop_token_ids", stop_token_ids=[-1]),
     fields(10, "stop_token_ids", stop_token_ids=[1024]),
     fields(10, "stream_options", stream_options={"include_usage": True}),
@@ -127,13 +127,13 @@ TABLE: list[Row] = [
             "chat_template_kwargs": {"chat_template": "x"},
             "kv_transfer_params": {"remote_host": "house"},
             "logits_processors": ["os.system"],
-            "allowed_token_ids": [1],
+            "allowed_token_ids": [],
             "vllm_xargs": {"a": 1},
             "cache_salt": "x",
         }.items()
     ),
     # 12: refused before the stream's headers are sent
-    fields(12, "logprobs", logprobs=6, stream=True),
+    fields(12, "logprobs", logprobs=21, stream=True),
     fields(12, "logprobs", logprobs=10**9, stream=True),
     fields(12, "prompt", prompt=[10**6], stream=True),
     fields(12, "collaboration.experts", collaboration={"experts": ["nobody"]}, stream=True),
@@ -179,7 +179,7 @@ def test_chat_has_the_same_limits(live: FaultServer) -> None:
         ("max_completion_tokens", {"max_completion_tokens": 0}),
         ("n", {"n": 10**6}),
         ("chat_template", {"chat_template": "{{ cycler.__init__.__globals__ }}"}),
-        ("add_generation_prompt", {"add_generation_prompt": False}),
+        ("add_generation_prompt", {"add_generation_prompt": True, "continue_final_message": True}),
         ("collaboration.policy", {"collaboration": {"policy": "magic"}}),
     ]
     with live.http() as http:
