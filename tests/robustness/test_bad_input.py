@@ -129,7 +129,7 @@ TABLE: list[Row] = [
             "logits_processors": ["os.system"],
             "allowed_token_ids": [],
             "vllm_xargs": {"a": 1},
-            "cache_salt": "x",
+            "cache_salt": "",
         }.items()
     ),
     # 12: refused before the stream's headers are sent
