@@ -29,6 +29,7 @@ from engine.checkpoints import (
     copy_companions,
     make_readable,
     model_identity,
+    read_json,
     read_vocabulary,
     tokenizer_folder,
 )
@@ -409,14 +410,9 @@ def _check_tensors(file: Path, found: Mapping[str, tuple[int, ...]], wanted: Map
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CompositionError(f"{file}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise CompositionError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CompositionError(f"{file}: holds no JSON object")
-    return content
+        return read_json(file)
+    except CheckpointError as error:
+        raise CompositionError(str(error)) from error
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
