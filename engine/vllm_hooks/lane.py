@@ -43,6 +43,8 @@ from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from vllm.config import VllmConfig
+
     from engine.grammar.worker import Setup
 
 _NO_READINGS = Readings(None, None, [], None)
@@ -82,12 +84,10 @@ class VllmLane:
         config = EngineArgs(**arguments).create_engine_config(usage_context=_USAGE)
         self.notes: list[str] = []
         """What who starts the lane should know, one line each."""
-        if current_platform.is_cpu() and config.model_config.has_inner_state and arguments["enable_prefix_caching"]:
-            # vLLM's CPU back end dies when a prompt's recurrent state is to be cached in small blocks.
-            config = EngineArgs(**arguments | {"enable_prefix_caching": False}).create_engine_config(
-                usage_context=_USAGE
-            )
-            self.notes.append(f"{name}: no prefix caching: the model has recurrent state, and computes on a CPU")
+        if current_platform.is_cpu():
+            changes = self._suit_cpu(name, arguments, config)
+            if changes:
+                config = EngineArgs(**arguments | changes).create_engine_config(usage_context=_USAGE)
         if config.use_v2_model_runner:
             raise ConfigError("these options make vLLM use its V2 model runner, which lanes do not drive")
         executor = Executor.get_class(config)
@@ -277,6 +277,23 @@ class VllmLane:
         self._core.shutdown()
 
     # -- inside -----------------------------------------------------------------------------------------------
+
+    def _suit_cpu(self, name: str, arguments: dict[str, Any], config: VllmConfig) -> dict[str, Any]:
+        """What of the arguments must be otherwise for this model on this processor; says so in ``notes``."""
+        model = config.model_config
+        changes: dict[str, Any] = {}
+        if model.has_inner_state and arguments["enable_prefix_caching"]:
+            # vLLM's CPU back end dies when a prompt's recurrent state is to be cached in small blocks.
+            changes["enable_prefix_caching"] = False
+            self.notes.append(f"{name}: no prefix caching: the model has recurrent state, and computes on a CPU")
+        if arguments.get("dtype", "auto") == "auto" and model.quantization is None and processor.is_slow(model.dtype):
+            changes["dtype"] = "float32"
+            saved = str(model.dtype).removeprefix("torch.")
+            self.notes.append(
+                f"{name}: computes in float32, many times faster than {saved} on this processor "
+                f"({processor.vector_units()}); its weights take twice the memory"
+            )
+        return changes
 
     def _complaint(self, spec: SamplingSpec) -> str | None:
         try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,17 +36,25 @@ def test_half_precision_is_slow_without_avx512(
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="only a CPU lane is judged")
 @pytest.mark.skipif(platform.machine() not in X86, reason="other architectures are not judged")
-def test_the_start_names_a_slow_data_type_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_data_type_is_taken_only_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    half = tmp_path / "half"
+    shutil.copytree(DEMO / "base", half)
+    fields = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**fields, "dtype": "bfloat16", "torch_dtype": "bfloat16"}))
 
-    def lane(name: str, dtype: str) -> dict[str, Any]:
-        return {"model": str(DEMO / name), "kv_cache_memory_bytes": 1 << 24, "vllm": {"dtype": dtype}}
+    def lane(model: Path, **vllm: str) -> dict[str, Any]:
+        return {"model": str(model), "kv_cache_memory_bytes": 1 << 24, "vllm": vllm}
 
-    config = {"base": lane("base", "float32"), "experts": [{"name": "codes", **lane("codes", "bfloat16")}]}
+    config = {"base": lane(half), "experts": [{"name": "codes", **lane(DEMO / "codes", dtype="bfloat16")}]}
     lines: list[str] = []
     with Engine(EngineConfig.model_validate(config), on_progress=lines.append):
         pass
-    assert [line for line in lines if "slower" in line] == [
+    assert [line for line in lines if "slower" in line or "faster" in line] == [
+        "base: computes in float32, many times faster than bfloat16 on this processor (AVX2);"
+        " its weights take twice the memory",
         "codes computes in bfloat16, which this processor (AVX2) does many times slower than float32:"
         ' set experts.codes.vllm.dtype to "float32" unless memory is short'
     ]
