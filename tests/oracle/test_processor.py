@@ -36,9 +36,7 @@ def test_half_precision_is_slow_without_avx512(
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="only a CPU lane is judged")
 @pytest.mark.skipif(platform.machine() not in X86, reason="other architectures are not judged")
-def test_a_slow_data_type_is_taken_only_where_it_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_slow_data_type_is_taken_only_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     half = tmp_path / "half"
     shutil.copytree(DEMO / "base", half)
@@ -56,5 +54,5 @@ def test_a_slow_data_type_is_taken_only_where_it_was_asked_for(
         "base: computes in float32, many times faster than bfloat16 on this processor (AVX2);"
         " its weights take twice the memory",
         "codes computes in bfloat16, which this processor (AVX2) does many times slower than float32:"
-        ' set experts.codes.vllm.dtype to "float32" unless memory is short'
+        ' set experts.codes.vllm.dtype to "float32" unless memory is short',
     ]
