@@ -47,6 +47,42 @@ def probabilities(pair: Pair, hidden: torch.Tensor) -> list[float]:
     return [value / sum(raised) for value in raised]
 
 
+def adjusted(
+    logits: torch.Tensor,
+    prompt: list[int],
+    written: list[int],
+    *,
+    ends: tuple[int, ...],
+    min_tokens: int = 0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    repetition_penalty: float = 1.0,
+    logit_bias: dict[int, float] | None = None,
+    allowed_token_ids: tuple[int, ...] | None = None,
+    bad_words: tuple[tuple[int, ...], ...] = (),
+) -> torch.Tensor:
+    """Logits [V] after all that also greedy decoding heeds; ``ends`` cannot be written before ``min_tokens``."""
+    logits = logits.clone()
+    for token, value in (logit_bias or {}).items():
+        logits[token] += value
+    if allowed_token_ids is not None:
+        mask = torch.full_like(logits, -torch.inf)
+        mask[list(allowed_token_ids)] = 0.0
+        logits = logits + mask
+    for *before, last in bad_words:
+        # Only what was written counts, not the prompt (vLLM's documentation of bad_words).
+        if before == written[len(written) - len(before) :]:
+            logits[last] = -torch.inf
+    if len(written) < min_tokens:
+        logits[list(ends)] = -torch.inf
+    # Repetition counts prompt and output, presence and frequency only the output (vLLM's documentation).
+    for token in {*prompt, *written}:
+        logits[token] = logits[token] / repetition_penalty if logits[token] > 0 else logits[token] * repetition_penalty
+    for token, count in Counter(written).items():
+        logits[token] -= frequency_penalty * count + presence_penalty
+    return logits
+
+
 @torch.inference_mode()
 def greedy(
     pair: Pair,
@@ -82,26 +118,19 @@ def greedy(
         if defer:
             source = max(range(1, len(share)), key=lambda k: share[k])
             _, logits = hidden_and_logits(pair.experts[source - 1], tokens)
-        logits = logits.clone()
-        for token, value in (logit_bias or {}).items():
-            logits[token] += value
-        if allowed_token_ids is not None:
-            mask = torch.full_like(logits, -torch.inf)
-            mask[list(allowed_token_ids)] = 0.0
-            logits = logits + mask
-        for *before, last in bad_words:
-            # Only what was written counts, not the prompt (vLLM's documentation of bad_words).
-            if before == out.tokens[len(out.tokens) - len(before) :]:
-                logits[last] = -torch.inf
-        if len(out.tokens) < min_tokens:
-            logits[[pair.eos, *stop_token_ids]] = -torch.inf
-        # Repetition counts prompt and output, presence and frequency only the output (vLLM's documentation).
-        for token in set(tokens):
-            logits[token] = (
-                logits[token] / repetition_penalty if logits[token] > 0 else logits[token] * repetition_penalty
-            )
-        for token, count in Counter(out.tokens).items():
-            logits[token] -= frequency_penalty * count + presence_penalty
+        logits = adjusted(
+            logits,
+            prompt,
+            out.tokens,
+            ends=(pair.eos, *stop_token_ids),
+            min_tokens=min_tokens,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            repetition_penalty=repetition_penalty,
+            logit_bias=logit_bias,
+            allowed_token_ids=allowed_token_ids,
+            bad_words=bad_words,
+        )
         token = int(logits.argmax())
         out.tokens.append(token)
         out.sources.append(source)
