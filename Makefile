@@ -19,6 +19,8 @@ TORCH_INDEX ?=
 CONFIG ?= deploy/config/demo.toml
 HOST ?= 127.0.0.1
 PORT ?= 8000
+# Processes that `make test` runs the tests in; 0: in its own, e.g. for ARGS=--pdb.
+JOBS ?= 2
 # More arguments for the tool that a target runs, e.g. make test ARGS="-k policies".
 ARGS ?=
 
@@ -34,7 +36,7 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo
 	@echo "  DEVICE=$(DEVICE)  PYTHON=$(PYTHON)  VENV=$(VENV)  CONFIG=$(CONFIG)  HOST=$(HOST)  PORT=$(PORT)"
-	@echo "  TORCH_INDEX=$(TORCH_INDEX)  ARGS=$(ARGS)"
+	@echo "  TORCH_INDEX=$(TORCH_INDEX)  JOBS=$(JOBS)  ARGS=$(ARGS)"
 
 .PHONY: install
 install: $(INSTALLED) ## Install all that serving and training need, as locked, into VENV
@@ -73,13 +75,16 @@ demo: $(INSTALLED) ## Retrain the demo pair and its gate into models/demo (22 mi
 bench: $(DEV) ## Measure the server's performance
 	$(BIN)/python -m bench $(ARGS)
 
+# Tests that share an engine or a live server stay in one process (tests/groups.py), so more than 2 bring little.
+SPREAD = -n $(JOBS)
+
 .PHONY: test
-test: $(DEV) ## Run the tests (but the slow ones and those that need a browser)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(DEV) ## Run the tests in JOBS processes (but the slow ones and those that need a browser)
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(DEV) ## Run the tests that take minutes
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow $(SPREAD) $(ARGS)
 
 .PHONY: test-browser
 test-browser: $(DEV) ## Run the tests that drive a real browser (Debian's chromium, chromium-driver)

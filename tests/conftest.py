@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.live import LiveServer, serving_demo
+
+pytest_plugins = ["tests.groups", "tests.summary"]
 
 # How long an example takes says more of the machine's other work than of the code; pytest's timeout bounds each test.
 # In CI the same examples every time.
@@ -34,22 +34,3 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """One server of the demo pair for whoever is content with any: command line, pages, SDK, browser."""
     with serving_demo(tmp_path_factory.mktemp("demo")) as server:
         yield server
-
-
-_seconds: Counter[str] = Counter()
-_tests: Counter[str] = Counter()
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add a test's set-up, call and tear-down to its folder's time; who shares an engine first pays for its start."""
-    folder = "/".join(Path(report.nodeid.partition("::")[0]).parts[:2])
-    _seconds[folder] += report.duration
-    _tests[folder] += report.when == "call"
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how long each folder took."""
-    if len(_seconds) > 1:
-        terminalreporter.section("time per folder")
-        for folder, seconds in _seconds.most_common():
-            terminalreporter.write_line(f"{seconds:7.1f} s  {_tests[folder]:5} tests  {folder}")

@@ -105,7 +105,7 @@ def counted(found: Prometheus, model: str) -> Account:
 
 
 @pytest.fixture(scope="module", params=["stand-ins", "demo pair"])
-def live(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Live]:
+def scraped(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Live]:
     need("prometheus")
     folder = tmp_path_factory.mktemp("live")
     arguments = demo_pair() if request.param == "demo pair" else standin_pair(folder)
@@ -158,81 +158,81 @@ def shown(found: Prometheus, expr: str) -> list[float]:
 
 
 @pytest.mark.parametrize("query", panel_queries(), ids=lambda query: query.where)
-def test_panel_has_data(live: Live, query: ShippedQuery) -> None:
-    expr = live.filled(query.expr)
+def test_panel_has_data(scraped: Live, query: ShippedQuery) -> None:
+    expr = scraped.filled(query.expr)
     assert "$" not in expr.replace('$"', "")
-    found = shown(live.prometheus, expr)
+    found = shown(scraped.prometheus, expr)
     unit_interval = re.search(r"/ ?(on \(\w+\) group_left \(\) )?\(", query.expr) or "histogram_quantile" in query.expr
     if unit_interval and "_seconds" not in query.expr:
         assert all(0 <= value <= 1 for value in found)
 
 
 @pytest.mark.parametrize("variable", ["job", "model", "instance", "threshold"])
-def test_variable_has_values(live: Live, variable: str) -> None:
+def test_variable_has_values(scraped: Live, variable: str) -> None:
     [definition] = [item["definition"] for item in dashboard()["templating"]["list"] if item["name"] == variable]
     match = re.fullmatch(r"label_values\((.+), (\w+)\)", definition)
     assert match is not None
-    expr, label = live.filled(match[1]), match[2]
-    assert {labels.get(label) for labels, _ in live.prometheus.query(expr)} - {None, ""}
+    expr, label = scraped.filled(match[1]), match[2]
+    assert {labels.get(label) for labels, _ in scraped.prometheus.query(expr)} - {None, ""}
 
 
-def test_annotations_are_taken(live: Live) -> None:
+def test_annotations_are_taken(scraped: Live) -> None:
     for annotation in dashboard()["annotations"]["list"]:
-        live.prometheus.query(live.filled(annotation["expr"]))
+        scraped.prometheus.query(scraped.filled(annotation["expr"]))
 
 
-def test_queries_of_the_page_have_data(live: Live) -> None:
+def test_queries_of_the_page_have_data(scraped: Live) -> None:
     page = (ROOT / "docs/observability.md").read_text("utf-8")
     [block] = re.findall(r"^```promql\n(.*?)^```$", page, re.M | re.S)
     queries = [line for line in block.splitlines() if line and not line.startswith("#")]
     assert len(queries) >= 3
     for query in queries:
-        shown(live.prometheus, query)
+        shown(scraped.prometheus, query)
 
 
-def test_rules_are_healthy(live: Live) -> None:
-    loaded = live.prometheus.rules()
+def test_rules_are_healthy(scraped: Live) -> None:
+    loaded = scraped.prometheus.rules()
     assert len(loaded) == len(rules())
-    wait_until("all rules have run", lambda: all(rule["health"] != "unknown" for rule in live.prometheus.rules()))
-    bad = [(rule["name"], rule["lastError"]) for rule in live.prometheus.rules() if rule["health"] != "ok"]
+    wait_until("all rules have run", lambda: all(rule["health"] != "unknown" for rule in scraped.prometheus.rules()))
+    bad = [(rule["name"], rule["lastError"]) for rule in scraped.prometheus.rules() if rule["health"] != "ok"]
     assert bad == []
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_recording_rule_has_data(live: Live, name: str) -> None:
-    shown(live.prometheus, name)
+def test_recording_rule_has_data(scraped: Live, name: str) -> None:
+    shown(scraped.prometheus, name)
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
-def test_alert_looks_at_what_is_there(live: Live, alert: dict[str, str]) -> None:
+def test_alert_looks_at_what_is_there(scraped: Live, alert: dict[str, str]) -> None:
     """A healthy server fires nothing, so it is what the alert compares that must be there."""
-    live.prometheus.query(alert["expr"])
+    scraped.prometheus.query(alert["expr"])
     for selector in selectors(alert["expr"]):
-        shown(live.prometheus, selector.text)
+        shown(scraped.prometheus, selector.text)
 
 
-def test_counts_are_those_that_clients_were_told(live: Live) -> None:
-    assert live.account.expert_tokens > 0
-    assert live.counted == live.account
-    told = live.account.expert_tokens / (live.account.base_tokens + live.account.expert_tokens)
-    assert live.rate == pytest.approx(told, abs=1e-6)
+def test_counts_are_those_that_clients_were_told(scraped: Live) -> None:
+    assert scraped.account.expert_tokens > 0
+    assert scraped.counted == scraped.account
+    told = scraped.account.expert_tokens / (scraped.account.base_tokens + scraped.account.expert_tokens)
+    assert scraped.rate == pytest.approx(told, abs=1e-6)
 
 
-def test_members_alone_are_not_deferral(live: Live) -> None:
+def test_members_alone_are_not_deferral(scraped: Live) -> None:
     """The expert served alone writes everything, and is in no deferral rate."""
-    assert live.prometheus.query(f'collm_tokens_total{{model_name="{live.model}/codes", source="codes"}} > 0')
-    found = live.prometheus.query("instance_model:collm_deferral:ratio_rate15m")
-    assert [labels["model_name"] for labels, _ in found] == [live.model]
+    assert scraped.prometheus.query(f'collm_tokens_total{{model_name="{scraped.model}/codes", source="codes"}} > 0')
+    found = scraped.prometheus.query("instance_model:collm_deferral:ratio_rate15m")
+    assert [labels["model_name"] for labels, _ in found] == [scraped.model]
     assert 0.1 < found[0][1] < 0.9
 
 
-def test_load_was_of_every_kind(live: Live) -> None:
-    assert {0, 200, 400, 429} <= set(live.load.statuses)
-    assert set(live.load.statuses) <= {0, 200, 400, 429}
+def test_load_was_of_every_kind(scraped: Live) -> None:
+    assert {0, 200, 400, 429} <= set(scraped.load.statuses)
+    assert set(scraped.load.statuses) <= {0, 200, 400, 429}
 
 
-def test_metrics_are_well_formed(live: Live) -> None:
-    text = httpx.get(f"{live.address}/metrics", timeout=20).text
+def test_metrics_are_well_formed(scraped: Live) -> None:
+    text = httpx.get(f"{scraped.address}/metrics", timeout=20).text
     command = [need("promtool"), "check", "metrics"]
     result = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout + result.stderr) == (0, "")

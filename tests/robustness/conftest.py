@@ -1,4 +1,4 @@
-"""One live demo server for whatever does no lasting harm, one with hardly any room, and the figures of a run."""
+"""One live demo server for whatever does no lasting harm, and one with hardly any room."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from tests.robustness.servers import FaultServer, kv_bytes, serving
 
 KEYS = ["faults-key", "other-key", "third-key"]
 KEY, OTHER_KEY, THIRD_KEY = KEYS
-_figures: list[str] = []
 
 
 @pytest.fixture(scope="session")
@@ -48,15 +47,3 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
         server__access_log=False,
     ) as server:
         yield server
-
-
-def figure(line: str) -> None:
-    """Note something measured; it is shown at the end of the run and held against nobody."""
-    _figures.append(line)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _figures:
-        terminalreporter.section("measured")
-        for line in _figures:
-            terminalreporter.write_line(line)

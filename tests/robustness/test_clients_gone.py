@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.robustness import raw
-from tests.robustness.conftest import figure
 from tests.robustness.servers import LONG, MODEL, PROMPTS, FaultServer
+from tests.summary import figure
 from tests.waiting import eventually
 
 ATTEMPTS = 20

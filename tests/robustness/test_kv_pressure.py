@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.robustness.conftest import figure
 from tests.robustness.servers import MODEL, PROMPTS, FaultServer, in_background
+from tests.summary import figure
 
 OPTIONS: list[dict[str, Any]] = [
     {"collaboration": {"policy": "random", "rate": 0.5}},

@@ -12,8 +12,9 @@ import pytest
 
 from tests.live import samples
 from tests.robustness import raw
-from tests.robustness.conftest import OTHER_KEY, THIRD_KEY, figure
+from tests.robustness.conftest import OTHER_KEY, THIRD_KEY
 from tests.robustness.servers import LONG, MODEL, PROMPTS, FaultServer, check_error_body, in_background
+from tests.summary import figure
 from tests.waiting import eventually
 
 

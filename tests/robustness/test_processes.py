@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.robustness.conftest import figure
 from tests.robustness.servers import LONG, MODEL, PROMPTS, FaultServer, Outcome, in_background, serving
+from tests.summary import figure
 from tests.waiting import eventually
 
 GENEROUS = 20.0
