@@ -8,7 +8,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
 
-import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -23,6 +22,8 @@ from server.protocol.responses import encode
 from server.rendering.common import Renderer, UsageCounter
 
 DONE = b"data: [DONE]\n\n"
+_LINE_ENDS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029"]
+"""Characters at which some take a line to end, and their escapes; JSON escapes the others, which are ASCII, anyway."""
 
 logger = logging.getLogger(__name__)
 
@@ -95,23 +96,32 @@ async def _run(call: Call[Body], count: int, param: str, prepare: Prepare[Body])
                     usage = counter.usage() if body.continuous_usage else None
                     for chunk in renderer.chunks(choice, piece, usage):
                         begun = True
-                        yield frame(chunk)
+                        yield frame(encode(chunk))
         except Exception as error:
             if not begun:
                 raise
             if not isinstance(error, ApiError):
                 logger.exception("a stream failed")
                 error = ApiError(500, "Internal error.", code="internal_error")
-            yield b"data: " + error.body() + b"\n\n"
+            yield frame(error.body())
             return
         if body.include_usage:
-            yield frame(renderer.usage_chunk(counter.usage()))
+            yield frame(encode(renderer.usage_chunk(counter.usage())))
         yield DONE
 
 
-def frame(chunk: msgspec.Struct) -> bytes:
-    """One server-sent event."""
-    return b"data: " + encode(chunk) + b"\n\n"
+def frame(data: bytes) -> bytes:
+    """One server-sent event.
+
+    Args:
+        data: JSON in UTF-8.
+    """
+    if not data.isascii():
+        # The standard ends lines at CR and LF alone, but many readers split as str.splitlines does (httpx among them).
+        # Beyond ASCII, JSON has nothing but the characters of strings, and those may be escaped.
+        for character, escape in _LINE_ENDS:
+            data = data.replace(character, escape)
+    return b"data: " + data + b"\n\n"
 
 
 class EventStream(Response):

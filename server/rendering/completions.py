@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 
 from msgspec import UNSET, UnsetType
 
@@ -101,14 +100,14 @@ class CompletionRenderer:
 
     def _logprobs(self, piece: Piece, prompt: EchoedPrompt | None, *, first: bool) -> LegacyLogprobs:
         result = LegacyLogprobs([], [], [], [])
-        offset = piece.offset
+        offsets = piece.offsets
         if prompt is not None:
             if first:
                 # Nothing is known of the first prompt token: there is no position before it.
                 entries = [None, *(piece.prompt_logprobs or ())]
                 self._append(result, prompt.tokens, prompt.offsets, entries)
-            offset += len(prompt.text)
-        *offsets, _ = accumulate(map(len, piece.token_texts), initial=offset)
+            begin = len(prompt.text)
+            offsets = [begin + offset for offset in offsets]
         self._append(result, piece.tokens, offsets, piece.logprobs or [])
         return result
 

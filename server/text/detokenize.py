@@ -34,6 +34,15 @@ class Detokenizer(Protocol):
         """What is left at the end: "" or the replacement of an incomplete character."""
         ...
 
+    def lead(self, token: int, text: str, *, final: bool) -> int:
+        """How much of a token's text stands for characters that tokens before it began and it does not finish.
+
+        Args:
+            token: the one that was pushed last.
+            text: what that gave, with what is left if it is the ``final`` one.
+        """
+        ...
+
 
 class TableDetokenizer:
     """For decoders that give each token the same bytes wherever it stands; see :mod:`engine.spelling.decoding`.
@@ -75,6 +84,11 @@ class TableDetokenizer:
         """See :class:`Detokenizer`."""
         return self._decoder.decode(b"", final=True)
 
+    def lead(self, token: int, text: str, *, final: bool) -> int:
+        """See :class:`Detokenizer`."""
+        own = codecs.getincrementaldecoder("utf-8")(errors=self._decoder.errors).decode(self._token_bytes(token), final)
+        return max(0, len(text) - len(own))
+
     def _begin(self, token: int) -> str:
         text = self._decoder.decode(self._first_bytes(token))
         while self._to_strip and text.startswith(self._stripped):
@@ -114,6 +128,12 @@ class WindowDetokenizer:
     def flush(self) -> str:
         """See :class:`Detokenizer`."""
         return self._take(incomplete=False) if self._held else ""
+
+    def lead(self, token: int, text: str, *, final: bool) -> int:  # noqa: ARG002
+        """See :class:`Detokenizer`."""
+        own = self._decode([token])
+        before = text.removesuffix(own)
+        return len(before) if text.endswith(own) and not before.strip("\ufffd") else 0
 
     def _unfinished(self, count: int) -> bool:
         return self._decode(self._known[:count]).endswith("\ufffd")

@@ -36,10 +36,16 @@ def echoed(tokenizer: TextTokenizer, given: str | list[int], tokens: list[int]) 
         tokens: the same as token ids.
     """
     detokenizer = tokenizer.detokenizer()
-    texts = [detokenizer.push(token) for token in tokens]
+    texts: list[str] = []
+    leads: list[int] = []
+    for token in tokens:
+        text = detokenizer.push(token)
+        texts.append(text)
+        leads.append(detokenizer.lead(token, text, final=False) if text.startswith("\ufffd") else 0)
     if isinstance(given, str):
         return EchoedPrompt(given, tokens, _offsets(tokenizer, given, tokens, texts))
-    *offsets, _ = accumulate(map(len, texts), initial=0)
+    *begins, _ = accumulate(map(len, texts), initial=0)
+    offsets = [begin + lead for begin, lead in zip(begins, leads, strict=True)]
     return EchoedPrompt("".join(texts), tokens, offsets, detokenizer.flush())
 
 

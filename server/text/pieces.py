@@ -21,7 +21,7 @@ class Piece:
     Attributes:
         text: equals the joined ``token_texts``.
         token_texts: what each token added to the text; "" for special tokens and for the beginning of a character.
-        offset: characters of the choice's text before this piece.
+        offsets: where each token begins in the choice's text, in characters.
         prompt_logprobs: with the first piece if asked for, one entry for each prompt token but the first.
     """
 
@@ -32,7 +32,7 @@ class Piece:
     deferrals: list[float | None] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
-    offset: int = 0
+    offsets: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
     def extend(self, other: Piece) -> None:
@@ -42,6 +42,7 @@ class Piece:
         self.tokens += other.tokens
         self.sources += other.sources
         self.deferrals += other.deferrals
+        self.offsets += other.offsets
         if other.logprobs is not None:
             self.logprobs = (self.logprobs or []) + other.logprobs
         if other.prompt_logprobs is not None:
@@ -67,7 +68,7 @@ class PieceBuilder:
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._written = 0
-        self._released = 0
+        self._length = 0
         self._pending = Piece()
         self._pending_chars = 0
         self.finished = False
@@ -88,9 +89,14 @@ class PieceBuilder:
             text = "" if hidden else self._detokenizer.push(token)
             if final:
                 text += self._detokenizer.flush()
+            begin = self._length
+            if text.startswith("\ufffd"):
+                begin += len(text) if hidden else self._detokenizer.lead(token, text, final=final)
             used += 1
             self._written += 1
             pending.token_texts.append(text)
+            pending.offsets.append(begin)
+            self._length += len(text)
             self._pending_chars += len(text)
             if self._matcher is not None and text:
                 match = self._matcher.feed(text, armed=self._written >= self._min_tokens)
@@ -116,12 +122,14 @@ class PieceBuilder:
 
     def _cut(self, surplus: int) -> None:
         """Take characters off the end of the pending text."""
-        texts = self._pending.token_texts
+        texts, offsets = self._pending.token_texts, self._pending.offsets
+        self._length -= surplus
         index = len(texts) - 1
         while surplus > 0:
             taken = min(surplus, len(texts[index]))
             if taken:
                 texts[index] = texts[index][: len(texts[index]) - taken]
+            offsets[index] = min(offsets[index], self._length)
             surplus -= taken
             index -= 1
 
@@ -129,7 +137,6 @@ class PieceBuilder:
         self.finished = True
         piece = self._pending
         piece.text = "".join(piece.token_texts)
-        piece.offset = self._released
         piece.finish_reason = reason
         return piece
 
@@ -155,8 +162,6 @@ class PieceBuilder:
                 return None
             piece, self._pending = _split(pending, count)
         piece.text = "".join(piece.token_texts)
-        piece.offset = self._released
-        self._released += len(piece.text)
         self._pending_chars -= len(piece.text)
         return piece
 
@@ -173,6 +178,7 @@ def _split(piece: Piece, count: int) -> tuple[Piece, Piece]:
             piece.deferrals[:count],
             None if logprobs is None else logprobs[:count],
             piece.prompt_logprobs,
+            piece.offsets[:count],
         ),
         Piece(
             "",
@@ -181,5 +187,6 @@ def _split(piece: Piece, count: int) -> tuple[Piece, Piece]:
             piece.sources[count:],
             piece.deferrals[count:],
             None if logprobs is None else logprobs[count:],
+            offsets=piece.offsets[count:],
         ),
     )

@@ -11,7 +11,7 @@ from server.metrics import OUTCOMES
 from server.sampling import derived_seed
 from server.text.tokenizer import TextTokenizer
 from tests.server.conftest import Build, House
-from tests.server.fakes import A, Script, check_error, deltas_of, writes
+from tests.server.fakes import A, Script, check_error, deltas_of, events, writes
 
 
 def ids(tokenizer: TextTokenizer, text: str) -> list[int]:
@@ -354,3 +354,59 @@ async def test_offsets_of_echoed_token_ids_skip_special_tokens_as_their_text_doe
     logprobs = choice["logprobs"]
     for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         assert token == "<|user|>" or choice["text"][offset:].startswith(token)
+
+
+BROKEN = [b"a", b"\xe6\x97", b"b", b"\xe6", b"\xe6\x97\xa5", b"\xef\xbf\xbd", b"c", b"\xe6"]
+"""One token per byte: beginnings of characters that nothing finishes, one that is finished, and U+FFFD itself."""
+
+
+@pytest.mark.parametrize("per_delta", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("pieces", "extra", "text", "offsets"),
+    [
+        (BROKEN, {}, "a\ufffdb\ufffd日\ufffdc\ufffd", [0, 1, 1, 2, 3, 4, 4, 4, 5, 5, 5, 6, 7]),
+        ([b"\xe6", b"b", b"c"], {"stop": "c"}, "\ufffdb", [0, 1, 2]),
+        ([b"a", b"\xe6", b"b"], {"stop": "\ufffdb"}, "a", [0, 1, 1]),
+        ([b"a", b"\xe6", b"b"], {"stop": "b", "include_stop_str_in_output": True}, "a\ufffdb", [0, 1, 2]),
+    ],
+    ids=["all", "stopped after", "stopped within", "stop included"],
+)
+async def test_offsets_after_characters_that_nothing_finishes(
+    build: Build,
+    tokenizer: TextTokenizer,
+    per_delta: int,
+    pieces: list[bytes],
+    extra: dict[str, Any],
+    text: str,
+    offsets: list[int],
+) -> None:
+    by_bytes = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
+    tokens = [by_bytes[bytes([byte])] for piece in pieces for byte in piece]
+    house = await build(writes(tokens, per_delta=per_delta))
+    fields = {"max_tokens": 100, "logprobs": 0, **extra}
+    choice = (await house.complete(**fields)).json()["choices"][0]
+    assert choice["text"] == text
+    assert choice["logprobs"]["text_offset"] == offsets
+    *chunks, _ = events((await house.complete(stream=True, **fields)).text)
+    streamed = [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks]
+    assert [offset for each in streamed for offset in each] == offsets
+    if not extra:
+        echo = {"prompt": tokens, "echo": True, "max_tokens": 0, "logprobs": 0}
+        choice = (await house.complete(**echo)).json()["choices"][0]
+        assert choice["text"] == text
+        assert choice["logprobs"]["text_offset"] == offsets
+
+
+async def test_offsets_after_a_character_that_the_prompt_began(build: Build, tokenizer: TextTokenizer) -> None:
+    by_bytes = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
+    house = await build(writes([by_bytes[b"b"], by_bytes[b"c"]]))
+    prompt = [by_bytes[b"a"], by_bytes[b"\xe6"]]
+    choice = (await house.complete(prompt=prompt, max_tokens=2, echo=True, logprobs=0)).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("a\ufffdbc", [0, 1, 2, 3])
+
+
+async def test_an_end_of_text_after_a_character_that_nothing_finishes(build: Build, tokenizer: TextTokenizer) -> None:
+    by_bytes = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocab_size)}
+    house = await build(writes([by_bytes[b"\xe6"], 0], finish="stop", stop_token=0))
+    choice = (await house.complete(max_tokens=2, logprobs=0)).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("\ufffd", [0, 1])

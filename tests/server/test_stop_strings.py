@@ -30,6 +30,9 @@ class Words:
     def flush(self) -> str:
         return ""
 
+    def lead(self, token: int, text: str, *, final: bool) -> int:
+        return 0
+
 
 def brute_force(text: str, stops: list[str]) -> tuple[int, int] | None:
     """Start and end of the stop string that counts: of all occurrences the first to end, the longest of those."""
@@ -60,8 +63,10 @@ def check_pieces(pieces: list[Piece]) -> str:
     for piece in pieces:
         assert piece.text == "".join(piece.token_texts)
         assert len(piece.tokens) == len(piece.sources) == len(piece.deferrals) == len(piece.token_texts)
-        assert piece.offset == offset
-        offset += len(piece.text)
+        assert len(piece.offsets) == len(piece.tokens)
+        for begin, text in zip(piece.offsets, piece.token_texts, strict=True):
+            assert begin == offset or (text.startswith("\ufffd") and offset < begin <= offset + len(text))
+            offset += len(text)
     assert [piece.finish_reason is not None for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     return "".join(piece.text for piece in pieces)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -205,3 +206,35 @@ async def test_the_openai_client_streams(house: House) -> None:
     assert usage is not None
     assert usage.completion_tokens == 4
     assert sum(len(c.choices[0].collaboration["sources"]) for c in chunks[:-1]) == 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("route", ["completions", "chat"])
+async def test_no_character_of_an_event_ends_a_line_for_anybody(
+    build: Build, tokenizer: TextTokenizer, route: str
+) -> None:
+    """httpx's iter_lines, as str.splitlines, ends lines at more characters than the standard of event streams does."""
+    text = "one\u2028two\u2029three\x85four\x0b\x0c\x1c\x1d\x1e\r\n日"
+    message = "what\u2028failed\x85here"
+
+    async def script(request: GenerationRequest) -> AsyncIterator[Delta]:
+        for delta in deltas_of(request, tokenizer._encode(text, False)):
+            delta.finish_reason = None
+            yield delta
+        yield Delta(request.request_id, finish_reason="error", error=message, code=ErrorCode.LANE_FAILURE)
+
+    house = await build(script)
+    fields = {"stream": True, "logprobs": 1 if route == "completions" else True, "collaboration": {"report": True}}
+    send = house.complete if route == "completions" else house.chat
+    response = await send(max_tokens=100, **fields)
+    lines = list(response.iter_lines())
+    assert lines == response.text.split("\n")[:-1]
+    *chunks, failure = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    assert failure["error"]["message"] == message
+    written = "".join(
+        choice["text"] if route == "completions" else choice["delta"].get("content", "")
+        for chunk in chunks
+        for choice in chunk["choices"]
+    )
+    assert written == text
+    reported = [token for chunk in chunks for choice in chunk["choices"] for token in choice["collaboration"]["tokens"]]
+    assert "".join(reported) == text
