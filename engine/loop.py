@@ -221,8 +221,8 @@ class StepLoop:
         report = future.result()
         self._step_seconds += report.seconds
         scheduler = self._scheduler
-        for request_id, message, refused in report.failures:
-            scheduler.fail(request_id, message, refused=refused)
+        for failure in report.failures:
+            scheduler.fail(failure)
         gained = scheduler.land(number, report.samples)
         if usual and self._pacer is not None:
             self._pacer.observe(number, report.tokens, report.rows, report.seconds, gained)

@@ -104,6 +104,7 @@ class Engine:
                 whole.logprobs,
                 whole.prompt_logprobs,
                 whole.error,
+                whole.code,
             )
             if on_done is not None:
                 on_done(completion)

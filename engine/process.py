@@ -22,7 +22,7 @@ import zmq
 from engine.config import EngineConfig
 from engine.errors import CollmError
 from engine.grammar.checker import Checked, FormChecker, Templates
-from engine.lanes.interface import Lane
+from engine.lanes.interface import Lane, Refusal
 from engine.lanes.standin import StandinLane
 from engine.loop import StepLoop
 from engine.messages import (
@@ -41,7 +41,7 @@ from engine.messages import (
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies
 from engine.strategies.deferral.pacing import Pacer
-from engine.types import GRAMMAR_AT_FAULT, EngineInfo, GateInfo, GenerationRequest
+from engine.types import EngineInfo, ErrorCode, GateInfo, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class EngineProcess:
                 self._templates.hold(request.request_id, checked.template)
                 scheduler.add(request)
             else:
-                scheduler.add(request, GRAMMAR_AT_FAULT + checked.problem)
+                scheduler.add(request, Refusal(checked.problem, ErrorCode.INVALID_GRAMMAR))
 
     def _receive(self) -> None:
         with self._context.socket(zmq.PAIR) as stop, self._requests as requests:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 
 from engine.fair_queue import PROMPT_TOKEN_COST, WRITTEN_TOKEN_COST, FairQueue
 from engine.lane_book import LaneBook
-from engine.lanes.interface import LaneWork, Sample
+from engine.lanes.interface import Failure, LaneWork, Refusal, Sample
 from engine.sequence import Sequence
 from engine.strategies.base import LOST, Ask, Counters, Decision, Decoding, End, Outlook, Rejected, Strategy, Wait
-from engine.types import BASE, GRAMMAR_AT_FAULT, Delta, ErrorCode, FinishReason, GenerationRequest, Token
+from engine.types import BASE, Delta, ErrorCode, FinishReason, GenerationRequest, Token
 
 
 class Scheduler:
@@ -44,7 +44,7 @@ class Scheduler:
         vocab_size: int = 1 << 31,
         eos_token_ids: Iterable[int],
         strategy: Strategy,
-        reject_reason: Callable[[GenerationRequest], str | None] = lambda _: None,
+        reject_reason: Callable[[GenerationRequest], Refusal | None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_num_seqs = max_num_seqs
@@ -63,7 +63,7 @@ class Scheduler:
 
     # -- requests ---------------------------------------------------------------------------------------------
 
-    def add(self, request: GenerationRequest, problem: str | None = None) -> None:
+    def add(self, request: GenerationRequest, problem: Refusal | None = None) -> None:
         """Queue a request. One that cannot be served ends at once with an error delta, the others are not touched.
 
         Args:
@@ -78,14 +78,10 @@ class Scheduler:
         )
         try:
             if problem is not None:
-                raise Rejected(problem)
+                raise Rejected(*problem)
             decoding = self._begin(sequence)
         except Rejected as rejected:
-            message = str(rejected)
-            at_fault = ErrorCode.INVALID_REQUEST
-            if message.startswith(GRAMMAR_AT_FAULT):
-                at_fault = ErrorCode.INVALID_GRAMMAR
-            sequence.finish("error", error=message, code=at_fault)
+            sequence.finish("error", error=str(rejected), code=rejected.code)
             self._changed[sequence] = None
         else:
             sequence.note_collaboration(decoding.in_force())
@@ -104,7 +100,7 @@ class Scheduler:
             raise Rejected("max_tokens must be at least 1")
         decoding = self._strategy.begin(sequence)
         if (reason := self._reject_reason(request)) is not None:
-            raise Rejected(reason)
+            raise Rejected(*reason)
         return decoding
 
     def abort(self, request_id: str) -> None:
@@ -113,12 +109,11 @@ class Scheduler:
         if decoding is not None:
             self._end(decoding, "aborted")
 
-    def fail(self, request_id: str, message: str, *, refused: bool) -> None:
+    def fail(self, failure: Failure) -> None:
         """End a request that a lane cannot go on with. Unknown ids are ignored: it may have finished meanwhile."""
-        decoding = self._running.get(request_id)
+        decoding = self._running.get(failure.request_id)
         if decoding is not None:
-            code = ErrorCode.INVALID_GRAMMAR if refused else ErrorCode.LANE_FAILURE
-            self._end(decoding, "error", because=End(message, code))
+            self._end(decoding, "error", because=End(failure.message, failure.code))
 
     # -- lanes ------------------------------------------------------------------------------------------------
 

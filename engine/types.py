@@ -29,7 +29,7 @@ class ErrorCode(Enum):
     INVALID_REQUEST = "invalid_request"
     """It cannot be served as it is; nothing was written."""
     INVALID_GRAMMAR = "invalid_grammar"
-    """Its grammar cannot be served; nothing was written."""
+    """Its grammar cannot be followed, or not any further: its masks take too long."""
     STEP_TIMEOUT = "step_timeout"
     """A lane that it waited for did not come back from its step in time."""
     BAD_READING = "bad_reading"
@@ -153,10 +153,6 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int
 
 
-GRAMMAR_AT_FAULT = "structured_outputs: "
-"""How the error of a refused request begins where it is its grammar that cannot be served."""
-
-
 class Token(msgspec.Struct, gc=False):
     """One token that is written.
 
@@ -189,8 +185,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         code: the same for programs.
         collaboration: with the first delta, unless the request was refused: what is in force, with every default
             that applies filled in (policy, threshold, experts).
-        refused: the error is the request's own fault; nothing was written. It begins with ``GRAMMAR_AT_FAULT`` where
-            the fault is the grammar's.
+        refused: the error is the request's own fault.
         timeline: with the last delta, if asked for: seconds of the machine's monotonic clock at which the request was
             admitted, then for each deferral when it was parked and when its expert token came.
     """
@@ -241,6 +236,7 @@ class Completion(msgspec.Struct):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
+    code: ErrorCode | None = None
 
 
 class GateInfo(msgspec.Struct, frozen=True):

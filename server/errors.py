@@ -163,8 +163,46 @@ def from_validation(problems: list[Any], messages: Mapping[str, str]) -> ApiErro
         if part in messages:
             path = _path(location[:end])
             return invalid(f"'{path}' {messages[part]}.", path, "invalid_value")
-    message = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-    return invalid(f"'{_path(location)}' {message}.", _path(location), "invalid_value")
+    return invalid(f"'{_path(location)}' {_demand(problem)}.", _path(location), "invalid_value")
+
+
+_DEMANDS = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be an object",
+    "finite_number": "must be a finite number",
+    "float_type": "must be a number",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_from_float": "must be an integer",
+    "int_parsing_size": "must be an integer of at most 19 digits",
+    "int_type": "must be an integer",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be an array",
+    "model_type": "must be an object",
+    "string_pattern_mismatch": "must match the regular expression {pattern}",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_type": "must be a string",
+    "too_long": "must have at most {max_length} entries",
+    "too_short": "must have at least {min_length} entries",
+}
+"""What a field must be, by pydantic's type of error: its own words are a Python programmer's."""
+
+
+def _demand(problem: Any) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "literal_error":
+        return f"must be {str(context['expected']).replace('True', 'true').replace('False', 'false')}"
+    if kind not in _DEMANDS:
+        return str(problem["msg"])
+    if kind.endswith("_short") and context.get("min_length") == 1:
+        return "must not be empty"
+    return _DEMANDS[kind].format(**{name: _whole(value) for name, value in context.items()})
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _path(location: tuple[int | str, ...]) -> str:

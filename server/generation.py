@@ -100,7 +100,7 @@ def _noted(choice: Choice, piece: Piece) -> Piece:
 def _refusal(delta: Delta, choice: Choice) -> ApiError:
     message = delta.error or "The engine refused the request."
     if delta.code is ErrorCode.INVALID_GRAMMAR:
-        return invalid(message, choice.grammar_param, "invalid_structured_output")
+        return invalid(f"'{choice.grammar_param}': {message}.", choice.grammar_param, "invalid_structured_output")
     return invalid(message)
 
 

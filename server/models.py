@@ -66,6 +66,8 @@ class ModelTable:
             policy = self._default_policy
         self._check_gate(policy, options, info)
         effective = policy or (info.gate.policy if info.gate is not None else None)
+        if effective is not None:
+            self._check_heeded(effective, options)
         rate = DEFAULT_RATE if options.rate is None else options.rate
         return Collaboration(
             policy=policy,
@@ -86,6 +88,18 @@ class ModelTable:
                 f"{asked} needs a gate and this pair has none; 'collaboration.policy' may be one of: {free}.",
                 "collaboration.policy",
             )
+
+    def _check_heeded(self, policy: PolicyName, options: CollaborationOptions) -> None:
+        """Refuse what the policy does not look at: the answer would not be the one that was asked for."""
+        thresholds: list[str] = [name for name, each in POLICIES.items() if each.has_threshold]
+        policies = {"threshold": thresholds, "rate": ["random"]}
+        for field, heeding in policies.items():
+            if getattr(options, field) is not None and policy not in heeding:
+                raise invalid(
+                    f"'collaboration.{field}' means nothing to the policy '{policy}', only to {' and '.join(heeding)}.",
+                    f"collaboration.{field}",
+                    "invalid_value",
+                )
 
     def _lanes_of(self, experts: list[str] | None) -> tuple[int, ...] | None:
         if experts is None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from engine.grammar.ebnf import translated
-from engine.grammar.errors import FormError
+from engine.grammar.errors import FormError, shown
 from engine.grammar.regex import canonical, escaped
-from engine.grammar.schema import normalised
+from engine.grammar.schema import Schema, normalised
 from engine.types import StructuredOutputs
 
 MAX_CHARACTERS = 64 * 1024
@@ -32,15 +33,8 @@ def grammar_of(form: StructuredOutputs, *, any_whitespace: bool = True) -> str:
     if _size(form) > MAX_CHARACTERS:
         raise FormError(f"the form has more than {MAX_CHARACTERS} characters in all")
     if form.json is not None or form.json_object:
-        schema = normalised(_parsed(form.json)) if form.json is not None else {"type": "object"}
-        if isinstance(schema, bool):
-            schema = {}
-        return str(
-            LLMatcher.grammar_from_json_schema(
-                json.dumps(schema),
-                overrides={"whitespace_flexible": any_whitespace, "lenient": False, "coerce_one_of": False},
-            )
-        )
+        schema = normalised(parsed(form.json)) if form.json is not None else {"type": "object"}
+        return json_grammar(schema, any_whitespace=any_whitespace)
     if form.grammar is not None:
         if _is_lark(form.grammar):
             if "%json" in form.grammar:
@@ -60,23 +54,55 @@ def grammar_of(form: StructuredOutputs, *, any_whitespace: bool = True) -> str:
     return str(LLMatcher.grammar_from_regex(regex))
 
 
+def json_grammar(schema: Schema, *, any_whitespace: bool) -> str:
+    """The grammar of a schema that has been normalised."""
+    from llguidance import LLMatcher
+
+    return str(
+        LLMatcher.grammar_from_json_schema(
+            json.dumps({} if isinstance(schema, bool) else schema),
+            overrides={"whitespace_flexible": any_whitespace, "lenient": False, "coerce_one_of": False},
+        )
+    )
+
+
 def _size(form: StructuredOutputs) -> int:
     texts = (form.json, form.regex, form.grammar, *(form.choice or ()))
     return sum(len(text) for text in texts if text is not None)
 
 
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
+    """A schema's JSON.
+
+    Raises:
+        FormError: it is none, or has a text or a number that other readers of JSON do not have.
+    """
+
     def refused(constant: str) -> Any:
         raise FormError(f"the schema has {constant}, which is no JSON")
 
+    def number(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise FormError(f"the schema has the number {shown(digits, 20)}, which is too large")
+        return value
+
+    def whole_number(digits: str) -> int:
+        number(digits)
+        return int(digits)
+
     try:
-        return json.loads(text, parse_constant=refused)
+        schema = json.loads(text, parse_constant=refused, parse_float=number, parse_int=whole_number)
+        json.dumps(schema, ensure_ascii=False).encode()
     except FormError:
         raise
+    except UnicodeEncodeError:
+        raise FormError("the schema has half of a surrogate pair in a text") from None
     except ValueError as error:
         raise FormError(f"the schema is no JSON: {error}") from None
     except RecursionError:
         raise FormError("the schema is nested too deeply") from None
+    return schema
 
 
 def _is_lark(grammar: str) -> bool:

@@ -140,7 +140,8 @@ class _Writer:
 
     def _item(self, operator: Any, argument: Any, flags: int) -> str:
         if operator is sre.LITERAL:
-            return f"[{self._literal(argument, flags)}]" if flags & re.I else _char(argument)
+            text = self._literal(argument, flags)
+            return f"[{text}]" if flags & re.I else text
         if operator is sre.NOT_LITERAL:
             return f"[^{self._literal(argument, flags, negated=True)}]"
         if operator is sre.ANY:

@@ -32,6 +32,9 @@ from engine.grammar.regex import canonical, other_than
 MAX_PARTS = 20_000
 """Subschemas, once branches are written out."""
 
+MAX_MULTIPLE = 10**6
+"""Of ``multipleOf``: the back end counts remainders."""
+
 FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"))
 """String formats that are followed; others are annotations."""
 
@@ -63,6 +66,7 @@ TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
 
 _COMBINING = ("$ref", "allOf", "anyOf", "oneOf")
 _VALUES = ("const", "enum", "format", "maxLength", "minLength", "multipleOf", "pattern", "type")
+_OF_STRINGS = ("allOf", "format", "maxLength", "minLength", "pattern")
 _BOUNDS = ("exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum")
 _ARRAYS = ("items", "maxItems", "minItems", "prefixItems")
 _OBJECTS = (
@@ -78,20 +82,25 @@ _HEEDED = frozenset((*_VALUES, *_BOUNDS, *_ARRAYS, *_OBJECTS))
 Schema = dict[str, Any] | bool
 
 
-def normalised(schema: Any) -> Schema:
+def normalised(schema: Any, strings: list[tuple[str, Schema]] | None = None) -> Schema:
     """The schema as the back end takes it; what it allows is allowed by the original.
 
     Args:
         schema: parsed JSON.
+        strings: gets every part that asks several things of a string at once (a pattern, a format, a length), with its
+            path. What the back end can say of such a part it says of the whole schema.
 
     Raises:
         FormError: what cannot be followed to the letter.
     """
     writer = _Writer(schema)
     try:
-        return writer.write()
+        written = writer.write()
     except RecursionError:
         raise FormError("the schema is nested too deeply") from None
+    if strings is not None:
+        strings += writer.strings
+    return written
 
 
 class _Writer:
@@ -100,6 +109,7 @@ class _Writer:
         self._names: dict[str, str] = {}
         self._definitions: dict[str, Schema] = {}
         self._parts = 0
+        self.strings: list[tuple[str, Schema]] = []
 
     def write(self) -> Schema:
         written = self._schema(self._root, "#")
@@ -206,6 +216,9 @@ class _Writer:
             written["pattern"] = patterns[0]
             if patterns[1:]:
                 written["allOf"] = [{"pattern": pattern} for pattern in patterns[1:]]
+        asked: dict[str, Any] = {key: written[key] for key in _OF_STRINGS if key in written}
+        if len(asked) > 1:
+            self.strings.append((path, {"type": "string", **asked}))
         self._numbers(node, written, path)
         for key in ("minItems", "maxItems", "minProperties", "maxProperties"):
             if key in node:
@@ -242,6 +255,8 @@ class _Writer:
                 written[target] = int(value) if value == int(value) else value
         if "multipleOf" in node and node["multipleOf"] != int(node["multipleOf"]):
             raise FormError(f"multipleOf at {path} is no whole number, which is not supported")
+        if node.get("multipleOf", 0) > MAX_MULTIPLE:
+            raise FormError(f"multipleOf at {path} is greater than {MAX_MULTIPLE}, which is not supported")
 
     # -- objects ----------------------------------------------------------------------------------------------
 
@@ -386,8 +401,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _count(value: Any) -> str | None:
-    good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return None if good else "must be a whole number of at least 0"
+    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    return None if good else f"must be a whole number from 0 to {2**31 - 1}"
 
 
 def _number(value: Any) -> str | None:
@@ -429,10 +444,17 @@ def _schema(value: Any) -> str | None:
 
 
 def _values(value: Any) -> str | None:
-    return None if isinstance(value, list) and value else "must be a list of at least one value"
+    return _value(value) if isinstance(value, list) and value else "must be a list of at least one value"
 
 
-def _anything(value: Any) -> str | None:
+def _value(value: Any) -> str | None:
+    """The back end writes numbers as floats do."""
+    pending = [value]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, int | float) and abs(part) > 2**53:
+            return "has a number beyond 2**53, which is not supported"
+        pending += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
     return None
 
 
@@ -446,7 +468,7 @@ _CHECKS: dict[str, Callable[[Any], str | None]] = {
     "additionalProperties": _schema,
     "allOf": _schemas,
     "anyOf": _schemas,
-    "const": _anything,
+    "const": _value,
     "enum": _values,
     "exclusiveMaximum": _number,
     "exclusiveMinimum": _number,

@@ -7,6 +7,7 @@ memory this process fails to allocate, beyond its processor time the operating s
 from __future__ import annotations
 
 import os
+import re
 import resource
 import signal
 import struct
@@ -17,10 +18,13 @@ from typing import IO, TYPE_CHECKING
 import msgspec
 
 from engine.grammar.errors import FormError
-from engine.grammar.forms import grammar_of
+from engine.grammar.forms import grammar_of, json_grammar, parsed
+from engine.grammar.schema import Schema, normalised
 from engine.types import StructuredOutputs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llguidance import LLParserLimits, LLTokenizer
 
 LENGTH = struct.Struct(">I")
@@ -83,32 +87,59 @@ def examine(form: StructuredOutputs, setup: Setup, tokenizer: LLTokenizer, limit
     """Read a form, compile it, and see that an answer can begin."""
     from llguidance import LLMatcher
 
-    try:
-        grammar = grammar_of(form, any_whitespace=setup.any_whitespace)
+    def complaint(grammar: str) -> str | None:
         matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()
-        if matcher.is_error():
-            return Verdict(problem=_plain(matcher.get_error()))
+        return str(matcher.get_error()) if matcher.is_error() else None
+
+    try:
+        grammar = grammar_of(form, any_whitespace=setup.any_whitespace)
+        error = complaint(grammar)
+        if error is None:
+            return Verdict(grammar=grammar)
+        if error.startswith(_UNDECIDED) and form.json is not None:
+            return Verdict(problem=_one_line(_undecided(form.json, complaint)))
+        return Verdict(problem=_plain(error, form))
     except FormError as error:
         return Verdict(problem=_one_line(str(error)))
-    except RecursionError:
-        return Verdict(problem="the form is nested too deeply")
-    except MemoryError:
-        return Verdict(problem="the form takes too much memory")
-    except ValueError as error:
-        return Verdict(problem=_plain(str(error)))
-    return Verdict(grammar=grammar)
+    except (RecursionError, MemoryError) as error:
+        return Verdict(problem=_TOO_MUCH[type(error)])
+    except (ValueError, OverflowError) as error:
+        return Verdict(problem=_plain(str(error), form))
 
 
-def _plain(error: str) -> str:
-    """The back end's words without its inside."""
-    first = error.strip().splitlines()[0] if error.strip() else "cannot be compiled"
-    if first.startswith("Unsatisfiable") or first.startswith("NoExtension"):
+_TOO_MUCH = {RecursionError: "the form is nested too deeply", MemoryError: "the form takes too much memory"}
+_UNDECIDED = "Unable to determine if regex is empty"
+_LARK = re.compile(r"(?:at )?(\d+)\((\d+)\): (.*)")
+
+
+def _undecided(schema: str, complaint: Callable[[str], str | None]) -> str:
+    """The part of a schema of which the back end cannot say whether anything satisfies it."""
+    strings: list[tuple[str, Schema]] = []
+    normalised(parsed(schema), strings)
+    for path, part in strings:
+        if (complaint(json_grammar(part, any_whitespace=True)) or "").startswith(_UNDECIDED):
+            return f"the pattern, format or lengths at {path} are too complex together"
+    return "a string's pattern, format or lengths are too complex together"
+
+
+def _plain(error: str, form: StructuredOutputs) -> str:
+    """What the back end says, in words that are no secret of its own; its own go to the log."""
+    lines = error.strip().splitlines() or [""]
+    if lines[0].startswith(("Unsatisfiable", "NoExtension")):
         return "nothing satisfies the form"
-    if first.startswith("panic"):
+    if lines[0].startswith(("panic", "grammar size")):
         return "the form is too large for the back end"
-    return _one_line(first)
+    if form.grammar is not None and (place := _LARK.match(lines[0])):
+        # A user's own Lark grammar. A regular expression's error is shown in several lines, its reason last.
+        reason = place[3].partition(" (in regex)")[0]
+        why = next((line.removeprefix("error: ") for line in lines[1:] if line.startswith("error: ")), None)
+        return _one_line(
+            f"the grammar cannot be read in line {place[1]}, column {place[2]}: {reason}{f': {why}' if why else ''}"
+        )
+    print(f"a form cannot be compiled: {_one_line(error)}", file=sys.stderr, flush=True)
+    return "the form cannot be compiled"
 
 
 def _one_line(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from engine.grammar.worker import Setup
-from engine.types import GenerationRequest, LaneInfo, LaneStats, SamplingSpec, TokenLogprobs
+from engine.types import ErrorCode, GenerationRequest, LaneInfo, LaneStats, SamplingSpec, TokenLogprobs
 
 
 class LaneRequest(NamedTuple):
@@ -90,12 +90,19 @@ class Sample(msgspec.Struct, gc=False):
     prompt_logprobs: list[TokenLogprobs] | None = None
 
 
+class Refusal(NamedTuple):
+    """Why a request cannot be served; one line."""
+
+    message: str
+    code: ErrorCode = ErrorCode.INVALID_REQUEST
+
+
 class Failure(NamedTuple):
-    """A request that a lane cannot go on with; ``refused`` if that is the request's own fault."""
+    """A request that a lane cannot go on with."""
 
     request_id: str
     message: str
-    refused: bool
+    code: ErrorCode
 
 
 @dataclass(slots=True)
@@ -126,7 +133,7 @@ class Lane(Protocol):
         """Name, checkpoint and sizes."""
         ...
 
-    def refusal(self, request: GenerationRequest) -> str | None:
+    def refusal(self, request: GenerationRequest) -> Refusal | None:
         """Why this lane could not take a request, if it could not. Whatever passes here must not fail later."""
         ...
 

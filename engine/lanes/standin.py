@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from engine.lanes.interface import LaneReport, LaneRequest, LaneWork, Sample
+from engine.lanes.interface import LaneReport, LaneRequest, LaneWork, Refusal, Sample
 from engine.types import GenerationRequest, LaneInfo, LaneStats, TokenLogprobs
 
 
@@ -82,10 +82,10 @@ class StandinLane:
         """Name, checkpoint and sizes."""
         return self._info
 
-    def refusal(self, request: GenerationRequest) -> str | None:
+    def refusal(self, request: GenerationRequest) -> Refusal | None:
         """Only token ids outside the vocabulary are refused."""
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
-            return f"prompt has a token id outside [0, {self._vocab_size})"
+            return Refusal(f"prompt has a token id outside [0, {self._vocab_size})")
         return None
 
     def form_setup(self) -> None:

@@ -48,7 +48,11 @@ Decision = Token | Ask | Wait | End
 
 
 class Rejected(Exception):
-    """A strategy cannot serve a request; the message says why, for whoever sent it."""
+    """A request cannot be served; the message says why, for whoever sent it."""
+
+    def __init__(self, message: str, code: ErrorCode = ErrorCode.INVALID_REQUEST) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class Counters(msgspec.Struct):

@@ -23,9 +23,9 @@ from vllm.v1.request import Request
 
 from engine.errors import ConfigError
 from engine.grammar.checker import Templates
-from engine.lanes.interface import Failure, LaneReport, LaneWork, Sample
+from engine.lanes.interface import Failure, LaneReport, LaneWork, Refusal, Sample
 from engine.types import (
-    GRAMMAR_AT_FAULT,
+    ErrorCode,
     GenerationRequest,
     LaneInfo,
     LaneStats,
@@ -150,22 +150,24 @@ class VllmLane:
             return None
         return setup_of(self._tokenizer, self._vocab_size, self._eos, any_whitespace=self._any_whitespace)
 
-    def refusal(self, request: GenerationRequest) -> str | None:
+    def refusal(self, request: GenerationRequest) -> Refusal | None:
         """What vLLM itself has against the sampling parameters, or a token id that the model does not have."""
         if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
-            return f"prompt has a token id outside [0, {self._vocab_size})"
+            return Refusal(f"prompt has a token id outside [0, {self._vocab_size})")
         spec = request.sampling
         if spec.structured_outputs is not None:
             if spec.allowed_token_ids is not None or spec.bad_words:
-                return "allowed_token_ids and bad_words cannot be combined with structured outputs"
+                return Refusal("allowed_token_ids and bad_words cannot be combined with structured outputs")
             if not self._eos:
-                return "structured outputs need a model with an end-of-text token"
+                return Refusal("structured outputs need a model with an end-of-text token")
         problem = self._complaint(spec)
-        if problem is None or spec.structured_outputs is None or self._reads_forms_itself:
-            return problem
-        # vLLM looks at everything at once: what it does not mind without the grammar is the grammar's fault.
-        without = self._complaint(msgspec.structs.replace(spec, structured_outputs=None))
-        return without or GRAMMAR_AT_FAULT + problem
+        if problem is None:
+            return None
+        if spec.structured_outputs is not None and not self._reads_forms_itself:
+            # vLLM looks at everything at once: what it does not mind without the grammar is the grammar's fault.
+            without = self._complaint(msgspec.structs.replace(spec, structured_outputs=None))
+            return Refusal(problem, ErrorCode.INVALID_GRAMMAR) if without is None else Refusal(without)
+        return Refusal(problem)
 
     def apply(self, work: LaneWork) -> None:
         """Take in what changed."""

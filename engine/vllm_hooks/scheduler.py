@@ -22,7 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from engine.lanes.interface import Extension, Failure, LaneRequest
-from engine.types import GRAMMAR_AT_FAULT
+from engine.types import ErrorCode
 from engine.vllm_hooks.state import keep_windows_for_cuts
 from engine.vllm_hooks.wire import EDITS, Edit, LaneEdits
 
@@ -131,8 +131,8 @@ class LaneScheduler(Scheduler):
                 continue
             del self._compiling[request_id]
             if isinstance(grammar, Exception):
-                message = f"{GRAMMAR_AT_FAULT}the grammar cannot be compiled: {grammar}"
-                self._failures.append(Failure(request_id, message, refused=True))
+                message = f"the grammar cannot be compiled: {grammar}"
+                self._failures.append(Failure(request_id, message, ErrorCode.INVALID_GRAMMAR))
             else:
                 self._enqueue(request, written)
         failures, self._failures = self._failures, []
@@ -145,16 +145,15 @@ class LaneScheduler(Scheduler):
             request = self.requests[request_id]
             problem = getattr(request.structured_output_request.grammar, "problem", None)
             if problem is not None:
-                refused = request.num_output_tokens == 0
-                failures.append(Failure(request_id, f"{GRAMMAR_AT_FAULT}{problem}", refused=refused))
+                failures.append(Failure(request_id, problem, ErrorCode.INVALID_GRAMMAR))
         return failures
 
     def _accept(self, request: Request, tokens: list[int]) -> None:
         """Advance the request's grammar by decided tokens."""
         if not self.structured_output_manager.accept_tokens(request, tokens):
             # Every lane masks what the grammar forbids, so this token should not exist.
-            message = "structured_outputs: a written token breaks the grammar"
-            self._failures.append(Failure(request.request_id, message, refused=False))
+            message = "a written token breaks the grammar"
+            self._failures.append(Failure(request.request_id, message, ErrorCode.LANE_FAILURE))
 
     def extend(self, extension: Extension) -> int:
         """Cut a request if need be, append tokens, and make it runnable again. Returns its catch-up tokens."""

@@ -35,7 +35,7 @@ class Only:
         """The value, if it asks for nothing; ``true`` is not 1 here, nor ``false`` 0."""
         if value is None or any(type(value) is type(other) and value == other for other in self.allowed):
             return value
-        shown = " or ".join(json.dumps(value) for value in self.allowed)
+        shown = " or ".join(json.dumps(value) for value in self.allowed if type(value) is not float)
         raise PydanticCustomError(
             UNSUPPORTED_VALUE, "is not supported by this server; it may only be {allowed}", {"allowed": shown}
         )

@@ -87,7 +87,8 @@ class GenerationFields(Strict):
         "metadata": f"must map at most {MAX_METADATA} names of 1 to 64 characters to strings of at most 512",
         "logit_bias": f"must map at most {MAX_TOKEN_IDS} token ids to numbers from -100 to 100",
         "run_ahead": f"must be 'auto', 'off', or an integer from 1 to {MOST_DRAFTS}",
-        "json": f"must be a JSON schema: an object, or text of 1 to {MAX_GRAMMAR_LENGTH} characters",
+        "json": f"must be a JSON schema: an object, true, or text of 1 to {MAX_GRAMMAR_LENGTH} characters",
+        "schema": "must be a JSON schema: an object, or true",
     }
 
     model: ModelName
@@ -239,7 +240,9 @@ class GenerationFields(Strict):
             raise FieldError("spaces_between_special_tokens", "must not be false where special tokens are shown")
         for field in ("allowed_token_ids", "bad_words"):
             if getattr(self, field) and self.grammar_param is not None:
-                raise FieldError(field, f"cannot be used together with {self.grammar_param}")
+                raise FieldError(field, f"cannot be used together with {str(self.grammar_param).partition('.')[0]}")
+        if self.truncate_prompt_tokens == 0:
+            raise FieldError("truncate_prompt_tokens", "must be -1, or at least 1")
         if self.truncation_side is not None and self.truncate_prompt_tokens is None:
             raise FieldError("truncation_side", "may only be given with truncate_prompt_tokens")
         return self
@@ -258,10 +261,12 @@ class GenerationFields(Strict):
 
     @property
     def grammar_param(self) -> str | None:
-        """The field that brought the grammar."""
+        """The field that brought the grammar, e.g. ``structured_outputs.regex``."""
         if self.structured_outputs is not None:
-            return "structured_outputs"
-        return "response_format" if self.response_format is not None else None
+            return f"structured_outputs.{self.structured_outputs.given}"
+        if self.response_format is None:
+            return None
+        return "response_format" if self.response_format.schema_ is None else "response_format.json_schema.schema"
 
     @property
     def stop_strings(self) -> list[str]:

@@ -17,7 +17,8 @@ MAX_GRAMMAR_LENGTH = 64 * 1024
 MAX_CHOICES = 1024
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_GRAMMAR_LENGTH)]
-Schema = dict[str, Any]
+Schema = dict[str, Any] | bool
+"""``true`` is any value, ``false`` none."""
 
 
 class JsonSchema(Strict):
@@ -51,6 +52,11 @@ class ResponseFormat(Strict):
             raise FieldError("response_format.json_schema", "must be given with type 'json_schema', and only then")
         return self
 
+    @property
+    def schema_(self) -> Schema | None:
+        """The schema, if there is one; else an answer of type "json_schema" is any JSON object."""
+        return None if self.json_schema is None else self.json_schema.schema_
+
 
 class StructuredOutputsOptions(Strict):
     """A grammar for the whole answer, whoever writes it; exactly one field. Names are vLLM's."""
@@ -75,10 +81,25 @@ class StructuredOutputsOptions(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        given = (self.json_, self.json_object, self.regex, self.choice, self.grammar)
-        if sum(value is not None for value in given) != 1:
+        if len(self._given) != 1:
             raise FieldError("structured_outputs", "must have exactly one of json, json_object, regex, choice, grammar")
         return self
+
+    @property
+    def given(self) -> str:
+        """The name of the field that is given."""
+        return self._given[0]
+
+    @property
+    def _given(self) -> list[str]:
+        forms = {
+            "json": self.json_,
+            "json_object": self.json_object,
+            "regex": self.regex,
+            "choice": self.choice,
+            "grammar": self.grammar,
+        }
+        return [name for name, value in forms.items() if value is not None]
 
 
 def engine_grammar(
@@ -105,10 +126,10 @@ def engine_grammar(
         )
     if response_format is None or response_format.type == "text":
         return None
-    json_schema = response_format.json_schema
-    if json_schema is None or json_schema.schema_ is None:
+    schema = response_format.schema_
+    if schema is None:
         return StructuredOutputs(json_object=True)
-    return StructuredOutputs(json=_text(json_schema.schema_, "response_format.json_schema.schema"))
+    return StructuredOutputs(json=_text(schema, "response_format.json_schema.schema"))
 
 
 def _text(schema: Schema | None, param: str) -> str | None:

@@ -129,7 +129,7 @@ class WindowDetokenizer:
         """See :class:`Detokenizer`."""
         return self._take(incomplete=False) if self._held else ""
 
-    def lead(self, token: int, text: str, *, final: bool) -> int:  # noqa: ARG002
+    def lead(self, token: int, text: str, *, final: bool) -> int:
         """See :class:`Detokenizer`."""
         own = self._decode([token])
         before = text.removesuffix(own)

@@ -157,6 +157,19 @@ def test_a_schema_is_followed(schema: Any, good: list[str], bad: list[str]) -> N
         ({"type": "strin"}, "type at # must be one or more of"),
         ({"properties": []}, "properties at # must be"),
         ({"minLength": -1}, "minLength at # must be"),
+        ({"minLength": 10**40}, "minLength at # must be"),
+        ({"const": {"id": [2**53 + 1]}}, "const at # has a number beyond 2**53"),
+        ({"properties": {"a": {"enum": [1, 1e30]}}}, "enum at #/properties/a has a number beyond 2**53"),
+        ({"type": "integer", "multipleOf": 10**20}, "multipleOf at # is greater than"),
+        (
+            {"properties": {"a": {"type": "string", "pattern": "^(a|b)*a(a|b){20}$", "minLength": 30}}},
+            "the pattern, format or lengths at #/properties/a are too complex together",
+        ),
+        (
+            {"anyOf": [{"type": "null"}, {"type": "string", "format": "email", "minLength": 300}]},
+            "the pattern, format or lengths at # are too complex together",
+        ),
+        ({"type": "string", "pattern": "\\ud83d"}, "pattern at #: the regular expression has half of a surrogate pair"),
         ({"type": "string", "minLength": 3, "maxLength": 2}, "nothing satisfies"),
         (False, "no finite answer"),
         ([], "must be an object or a boolean"),
@@ -208,6 +221,13 @@ def test_a_regular_expression_means_what_python_means(pattern: str, good: list[s
         (StructuredOutputs(regex=r"a\b"), "a word boundary"),
         (StructuredOutputs(regex=r"a^b"), "an anchor other than at its beginning or end"),
         (StructuredOutputs(regex="("), "cannot be read"),
+        (StructuredOutputs(regex="a\\ud83d"), "half of a surrogate pair"),
+        (StructuredOutputs(regex="[\\ud83d]"), "half of a surrogate pair"),
+        (StructuredOutputs(json='{"const": "\\ud83d"}'), "half of a surrogate pair in a text"),
+        (StructuredOutputs(json='{"const": 1e400}'), "the number '1e400', which is too large"),
+        (StructuredOutputs(json=f'{{"minimum": {"9" * 5000}}}'), "which is too large"),
+        (StructuredOutputs(grammar="start: /(/"), 'line 1, column 8: invalid regex "(": unclosed group'),
+        (StructuredOutputs(grammar="start: foo"), 'line 1, column 8: unknown name: "foo"'),
         (StructuredOutputs(regex="[^\\x{0}-\\x{10ffff}]"), "cannot be read"),
         (StructuredOutputs(grammar="root ::= root"), "rule 'root' has no finite text"),
         (StructuredOutputs(grammar='root ::= "a" root'), "rule 'root' has no finite text"),
@@ -229,6 +249,17 @@ def test_a_form_that_cannot_be_followed_is_refused(form: StructuredOutputs, says
     problem = problem_of(form)
     assert says in problem
     assert "\n" not in problem
+
+
+def test_what_nobody_has_put_in_plain_words_goes_to_the_log_alone(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("(And (SearchRegex /^x$/)\n internals")
+
+    monkeypatch.setattr("engine.grammar.worker.grammar_of", refuse)
+    assert problem_of(StructuredOutputs(regex="a")) == "the form cannot be compiled"
+    assert "SearchRegex" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

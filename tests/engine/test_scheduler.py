@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from engine.lanes import Extension, LaneWork
+from engine.lanes import Extension, LaneWork, Refusal
 from engine.scheduler import Scheduler
-from engine.types import Delta, GenerationRequest, TokenLogprobs
+from engine.types import Delta, ErrorCode, GenerationRequest, TokenLogprobs
 from tests.engine.builders import BASE_WRITES, EXPERT_WRITES, Rig, make_scheduler, mixed_requests, request, sample
 from tests.engine.oracle import Pair, check, complete
 
@@ -108,15 +108,20 @@ def test_what_cannot_be_served_is_refused(fields: dict[str, Any], problem: str) 
 def test_what_a_lane_refuses_is_refused() -> None:
     asked: list[str] = []
 
-    def refusal(new: GenerationRequest) -> str | None:
+    def refusal(new: GenerationRequest) -> Refusal | None:
         asked.append(new.request_id)
-        return "no room" if max(new.prompt) > 9 else None
+        return Refusal("no room", ErrorCode.INVALID_GRAMMAR) if max(new.prompt) > 9 else None
 
     it = scheduler(reject_reason=refusal)
     it.add(request("good"))
     it.add(request("bad", [10]))
     it.add(request("empty", []))
-    assert [delta.error for delta in it.take_deltas()] == ["no room", "prompt is empty"]
+    deltas = it.take_deltas()
+    assert [(delta.error, delta.code) for delta in deltas] == [
+        ("no room", ErrorCode.INVALID_GRAMMAR),
+        ("prompt is empty", ErrorCode.INVALID_REQUEST),
+    ]
+    assert all(delta.refused for delta in deltas)
     assert ids(it.plan(0)) == ["good"]
     assert asked == ["good", "bad"], "once, and not of what is refused anyway"
 

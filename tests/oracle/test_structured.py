@@ -12,9 +12,9 @@ from tokenizers import Tokenizer
 
 from engine.offline import Engine
 from engine.types import (
-    GRAMMAR_AT_FAULT,
     Collaboration,
     Completion,
+    ErrorCode,
     GenerationRequest,
     SamplingSpec,
     StructuredOutputs,
@@ -116,8 +116,8 @@ def test_a_bad_grammar_fails_alone(
         ]
     )
     assert bad.finish_reason == "error"
-    assert bad.error is not None
-    assert bad.error.startswith(GRAMMAR_AT_FAULT)
+    assert bad.error
+    assert bad.code is ErrorCode.INVALID_GRAMMAR
     assert len(good.tokens) == 4
     assert_empty(plain_engine)
 
@@ -128,6 +128,7 @@ def test_what_is_wrong_beside_a_good_grammar_is_not_its_fault(plain_engine: Engi
     assert bad.finish_reason == "error"
     assert bad.error is not None
     assert bad.error.startswith("top_p")
+    assert bad.code is ErrorCode.INVALID_REQUEST
 
 
 @pytest.mark.parametrize(

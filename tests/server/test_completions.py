@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
-from engine.types import Collaboration, Delta, ErrorCode, GenerationRequest
+from engine.types import Collaboration, Delta, ErrorCode, GenerationRequest, StructuredOutputs
 from server.metrics import OUTCOMES
 from server.sampling import derived_seed
 from server.text.tokenizer import TextTokenizer
@@ -300,10 +301,16 @@ def refuses(message: str, code: ErrorCode = ErrorCode.INVALID_REQUEST) -> Script
     return script
 
 
+def schema_of(schema: object) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
 @pytest.mark.parametrize(
     ("code", "fields", "param"),
     [
-        (ErrorCode.INVALID_GRAMMAR, {"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        (ErrorCode.INVALID_GRAMMAR, {"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
+        (ErrorCode.INVALID_GRAMMAR, {"structured_outputs": {"json": {"not": {}}}}, "structured_outputs.json"),
+        (ErrorCode.INVALID_GRAMMAR, schema_of({"not": {}}), "response_format.json_schema.schema"),
         (ErrorCode.INVALID_GRAMMAR, {"response_format": {"type": "json_object"}}, "response_format"),
         (ErrorCode.INVALID_REQUEST, {"structured_outputs": {"regex": "a"}}, None),
         (ErrorCode.INVALID_REQUEST, {}, None),
@@ -317,7 +324,17 @@ async def test_a_refusal_blames_the_grammar_only_for_its_own_faults(
     house = await build(refuses(message, code))
     for response in (await house.complete(stream=stream, **fields), await house.chat(stream=stream, **fields)):
         error = check_error(response, 400)
-        assert (error["message"], error["param"]) == (message, param)
+        expected = message if param is None else f"'{param}': {message}."
+        assert (error["message"], error["param"]) == (expected, param)
+        assert error["code"] == (None if param is None else "invalid_structured_output")
+
+
+@pytest.mark.parametrize("schema", [True, False, {}, {"type": "null"}])
+async def test_a_schema_is_taken_alike_in_both_places(house: House, schema: object) -> None:
+    assert (await house.complete(**schema_of(schema))).status_code == 200
+    assert (await house.chat(structured_outputs={"json": schema})).status_code == 200
+    first, second = (seen.sampling.structured_outputs for seen in house.engine.seen)
+    assert first == second == StructuredOutputs(json=json.dumps(schema, separators=(",", ":")))
 
 
 @pytest.mark.parametrize("stream", [False, True])
