@@ -145,16 +145,40 @@ class _PricedLane(StandinLane):
     def start(self) -> Future[LaneReport]:
         """One step; the virtual clock goes on by what it costs."""
         future = super().start()
-        report = future.result()
+        self._priced(future.result())
+        return future
+
+    def _priced(self, report: LaneReport) -> LaneReport:
         report.seconds = self._cost.seconds(report.tokens, report.rows)
         self._clock.now += report.seconds
         self.stepped += 1
         self.rows += report.rows
-        return future
+        return report
 
     def _write(self, tokens: Sequence[int]) -> int:
         agrees = zlib.crc32(array("I", tokens).tobytes(), 7) < self._agreement * (1 << 32)
         return next_token(BASE if agrees else self._lane, tokens, self._TOKENS)
+
+
+class _PricedHost(_PricedLane):
+    """A base whose steps compute an adapter's rows too: one step's fixed time for both."""
+
+    guest: _PricedLane
+
+    def has_work(self) -> bool:
+        """Its own, or the guest's."""
+        return super().has_work() or self.guest.has_work()
+
+    def start(self) -> Future[LaneReport]:
+        """One step for both."""
+        own = StandinLane.start(self).result()
+        theirs = StandinLane.start(self.guest).result() if self.guest.has_work() else LaneReport([], 0.0)
+        own.guests[1] = theirs.samples
+        own.tokens += theirs.tokens
+        own.rows += theirs.rows
+        future: Future[LaneReport] = Future()
+        future.set_result(self._priced(own))
+        return future
 
 
 def predict(
@@ -166,6 +190,7 @@ def predict(
     run_ahead: RunAhead | None = None,
     agreement: float = 0.0,
     member: int | None = None,
+    guest: bool = False,
 ) -> Predicted:
     """Run jobs in lockstep on the virtual clock, ``concurrency`` at a time, the next one when one has finished.
 
@@ -174,10 +199,18 @@ def predict(
         run_ahead: asked for with every job; None leaves it to ``settings``.
         agreement: how often base and expert write the same token, 0 to 1.
         member: lane that writes everything alone; None is the pair.
+        guest: the expert is an adapter of the base, computed in its steps; its own costs do not count.
     """
     clock = _Clock()
-    lanes = [_PricedLane(number, each, clock, agreement) for number, each in enumerate(cost.lanes)]
-    pacer = Pacer(len(lanes), gather=settings.gather, max_wait=settings.gather_max_wait_seconds, clock=clock)
+    kinds = (_PricedHost, _PricedLane) if guest else (_PricedLane, _PricedLane)
+    lanes = [
+        kind(number, each, clock, agreement) for number, (kind, each) in enumerate(zip(kinds, cost.lanes, strict=True))
+    ]
+    if isinstance(lanes[0], _PricedHost):
+        lanes[0].guest = lanes[1]
+    pacer = Pacer(
+        len(lanes), gather=settings.gather, max_wait=settings.gather_max_wait_seconds, guests=guest, clock=clock
+    )
     scheduler = Scheduler(
         lanes=len(lanes),
         max_num_seqs=concurrency,
@@ -189,7 +222,7 @@ def predict(
         clock=clock,
     )
     plain: list[Lane] = list(lanes)
-    loop = StepLoop(scheduler, plain, "lockstep", pacer)
+    loop = StepLoop(scheduler, plain, "lockstep", pacer, hosts=(0, 0) if guest else None)
     waiting = (engine_request(job, run_ahead, member) for job in jobs)
     for request in itertools.islice(waiting, concurrency):
         scheduler.add(request)

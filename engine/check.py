@@ -20,8 +20,17 @@ def report(config: EngineConfig) -> Iterator[str]:
     """
     prepare_environment(config.lanes)
     plan = make_plan(config)
-    for name, lane in zip(config.lane_names, config.lanes, strict=True):
-        yield _member(name, lane)
+    adapters = {each.number: each.adapter for each in plan.adapters}
+    for number, (name, lane) in enumerate(zip(config.lane_names, config.lanes, strict=True)):
+        host = config.hosts[number]
+        if host == number:
+            yield _member(name, lane)
+        if (adapter := adapters.get(number)) is not None:
+            where = "" if host == number else f" of {config.lane_names[host]}'s weights, in its steps"
+            yield (
+                f"{name}: {adapter.directory}: LoRA adapter{where}; "
+                f"rank {adapter.rank} on {', '.join(adapter.layers)}; {adapter.size / _MIB:,.1f} MiB of weights"
+            )
     yield f"vocabulary: one; prompts are made of the ids from 0 to {plan.vocab_size - 1}"
     yield from plan.notes()
     if plan.gate is None:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,10 @@ class Checkpoint:
         overrides = options.get("hf_overrides")
         return cls(directory, tokenizer_directory, overrides if isinstance(overrides, dict) else None, read_config)
 
+    def with_tokenizer(self, directory: Path) -> Checkpoint:
+        """The same model with the tokenizer of another folder."""
+        return Checkpoint(self.directory, directory, self._overrides, self._read_config)
+
     @cached_property
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -111,6 +115,16 @@ class Checkpoint:
             return int(text["vocab_size"]), int(width)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.directory / CONFIG} has no usable {error}") from error
+
+    @property
+    def depth(self) -> int | None:
+        """Layers; None where config.json does not say so in a common word."""
+        nested = self.config.get("text_config")
+        for fields in (self.config, nested if isinstance(nested, dict) else {}):
+            for key in ("num_hidden_layers", "n_layer"):
+                if isinstance(fields.get(key), int):
+                    return int(fields[key])
+        return None
 
     @property
     def rows(self) -> int:
@@ -255,8 +269,11 @@ def read_vocabulary(directory: Path) -> Vocabulary:
     return Vocabulary(ids | added, frozenset(added))
 
 
-def locate(name: str | Path, revision: str | None = None) -> Path:
+def locate(name: str | Path, revision: str | None = None, *, also: Sequence[str] = ()) -> Path:
     """The folder of a checkpoint or tokenizer; a name on a hub is fetched, all but its weights.
+
+    Args:
+        also: files to be fetched beside.
 
     Raises:
         CheckpointError: it is neither.
@@ -267,7 +284,7 @@ def locate(name: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.json", "*.jinja", "*.txt", "*.model"]
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *also]
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
     except HFValidationError as error:

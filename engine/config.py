@@ -10,7 +10,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from engine.types import MOST_DRAFTS, PolicyName
+from engine.types import BASE, MOST_DRAFTS, PolicyName
+
+OF_BASE = "(base)"
+"""Stands for the model of an expert that is an adapter of the base's weights."""
 
 
 class _Config(BaseModel):
@@ -22,6 +25,10 @@ class LaneConfig(_Config):
 
     model: str = Field(min_length=1)
     """Path of the checkpoint (or its name on a hub, where one can be reached)."""
+
+    adapter: str | None = Field(default=None, min_length=1)
+    """Folder of a LoRA adapter of the model (or its name on a hub). An expert that has an adapter and no ``model``
+    adapts the base's own weights and computes in the base's steps, so it has none of the options below."""
 
     backend: Literal["vllm", "standin"] = "vllm"
     """What computes. "standin" is the deterministic stand-in: no model, for testing the scheduler and clients."""
@@ -50,6 +57,8 @@ class LaneConfig(_Config):
             raise ValueError("devices must be different and not negative")
         if self.devices is not None and (self.executor != "mp" or len(self.devices) != self.tensor_parallel_size):
             raise ValueError("devices needs executor 'mp' and one device for each shard")
+        if self.adapter is not None and self.backend != "vllm":
+            raise ValueError("adapter: the stand-in has none")
         for ours in ("model", "tensor_parallel_size", "kv_cache_memory_bytes"):
             if ours in self.vllm:
                 raise ValueError(f"vllm.{ours} is set beside the table 'vllm', as '{ours}'")
@@ -61,6 +70,31 @@ class ExpertConfig(LaneConfig):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Name, unique among the experts; "base" is taken."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_weights_of_base(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("adapter") is not None and "model" not in fields:
+            return {**fields, "model": OF_BASE}
+        return fields
+
+    @model_validator(mode="after")
+    def _check_guest(self) -> Self:
+        if self.is_guest:
+            for name, field in LaneConfig.model_fields.items():
+                if name not in ("model", "adapter") and getattr(self, name) != field.get_default(
+                    call_default_factory=True
+                ):
+                    raise ValueError(
+                        f"{name}: an adapter of the base computes in the base's steps: set base.{name}, or give the"
+                        " expert a model of its own"
+                    )
+        return self
+
+    @property
+    def is_guest(self) -> bool:
+        """Whether it is an adapter of the base's weights, whose rows are computed in the base's steps."""
+        return self.model == OF_BASE
 
 
 class GateConfig(_Config):
@@ -143,7 +177,11 @@ class EngineConfig(_Config):
         if self.gate.path is not None and not self.experts:
             raise ValueError("gate.path: a gate needs at least one expert")
         if self.scheduler.coordination == "overlapped":
-            in_process = [lane for lane in self.lanes if lane.backend == "vllm" and lane.executor == "uni"]
+            in_process = [
+                lane
+                for number, lane in enumerate(self.lanes)
+                if self.hosts[number] == number and lane.backend == "vllm" and lane.executor == "uni"
+            ]
             if len(in_process) > 1:
                 raise ValueError(
                     "scheduler.coordination: 'overlapped' needs executor 'mp' or 'ray' for all lanes but one"
@@ -154,14 +192,27 @@ class EngineConfig(_Config):
     def on_separate_devices(self) -> bool:
         """Whether every expert has CUDA devices of its own, so that the lanes can step at the same time."""
         taken = list(self.base.devices or range(self.base.tensor_parallel_size))
-        for expert in self.experts:
+        own = [expert for expert in self.experts if not expert.is_guest]
+        for expert in own:
             taken += expert.devices or taken[:1]
-        return bool(self.experts) and len(taken) == len(set(taken))
+        return bool(own) and len(taken) == len(set(taken))
 
     @property
     def lanes(self) -> tuple[LaneConfig, ...]:
-        """Base first, then the experts: the order of lane numbers."""
-        return (self.base, *self.experts)
+        """Base first, then the experts: the order of lane numbers. Adapters of the base have the base's options."""
+        return (
+            self.base,
+            *(
+                self.base.model_copy(update={"adapter": expert.adapter}) if expert.is_guest else expert
+                for expert in self.experts
+            ),
+        )
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """For each lane the one in whose steps it computes: the base's for adapters of the base, else its own."""
+        own = enumerate(self.experts, start=1)
+        return (BASE, *(BASE if expert.is_guest else number for number, expert in own))
 
     @property
     def lane_names(self) -> tuple[str, ...]:

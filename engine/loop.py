@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Literal
 
@@ -29,6 +29,7 @@ class StepLoop:
     Args:
         scheduler: decides.
         lanes: compute; the scheduler's lane numbers index this list.
+        hosts: for each lane the one in whose steps it computes; None: each in its own.
         coordination: see the module's docstring.
         pacer: told of every step; says in lockstep when an expert's lane should wait. None never lets one wait.
         step_timeout: seconds after which an expert's step counts as lost until it ends; a base's ends the engine.
@@ -45,9 +46,16 @@ class StepLoop:
         pacer: StepPacer | None = None,
         step_timeout: float = 60.0,
         wake: Callable[[], None] = lambda: None,
+        hosts: Sequence[int] | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._lanes = lanes
+        own = range(len(lanes)) if hosts is None else hosts
+        # Lanes that step, each with those that it computes for: itself first, then its guests.
+        self._together = {host: [host] for number, host in enumerate(own) if number == host}
+        for number, host in enumerate(own):
+            if number != host:
+                self._together[host].append(number)
         self._overlapped = coordination == "overlapped"
         self._pacer = pacer
         self._step_timeout = step_timeout
@@ -135,7 +143,7 @@ class StepLoop:
     def _pass_lockstep(self) -> bool:
         active = self._land_completed()
         base_went_on = False
-        for number, lane in enumerate(self._lanes):
+        for number in self._together:
             if number in self._lost or not self._prepare(number):
                 continue
             active = True
@@ -143,7 +151,7 @@ class StepLoop:
                 base_went_on = True
             elif base_went_on and self._should_wait(number):
                 continue
-            future = lane.start()
+            future = self._lanes[number].start()
             try:
                 future.exception(self._step_timeout)
             except TimeoutError:
@@ -163,7 +171,7 @@ class StepLoop:
             active = True
         # In-process lanes last: they compute in this thread, while the others are under way.
         in_process: list[tuple[int, Future[LaneReport]]] = []
-        for number in reversed(range(len(self._lanes))):
+        for number in reversed(self._together):
             if number in self._under_way or not self._prepare(number):
                 continue
             active = True
@@ -178,11 +186,11 @@ class StepLoop:
         return active
 
     def _prepare(self, number: int) -> bool:
-        """Tell a lane what changed; False if it has nothing to do."""
-        lane = self._lanes[number]
-        if work := self._scheduler.plan(number):
-            lane.apply(work)
-        return lane.has_work()
+        """Tell a lane and its guests what changed; False if it has nothing to do."""
+        for each in self._together[number]:
+            if work := self._scheduler.plan(each):
+                self._lanes[each].apply(work)
+        return self._lanes[number].has_work()
 
     def _watch(self, number: int, future: Future[LaneReport]) -> None:
         self._under_way[number] = future
@@ -224,6 +232,8 @@ class StepLoop:
         for failure in report.failures:
             scheduler.fail(failure)
         gained = scheduler.land(number, report.samples)
+        for guest, samples in report.guests.items():
+            scheduler.land(guest, samples)
         if usual and self._pacer is not None:
             self._pacer.observe(number, report.tokens, report.rows, report.seconds, gained)
 

@@ -109,6 +109,7 @@ class EngineProcess:
             pacer,
             step_timeout=config.scheduler.step_timeout_seconds,
             wake=lambda: self._inbox.put(None),
+            hosts=config.hosts,
         )
         if (setup := lanes[0].form_setup()) is not None:
             self._forms = FormChecker(setup, self._inbox.put)
@@ -269,6 +270,7 @@ def build(
         len(lanes),
         gather=config.scheduler.gather,
         max_wait=config.scheduler.gather_max_wait_seconds,
+        guests=any(number != host for number, host in enumerate(config.hosts)),
     )
     strategies = Strategies(
         len(lanes),

@@ -257,6 +257,7 @@ class LaneInfo(msgspec.Struct, frozen=True):
         kv_blocks: KV blocks that can hold requests.
         block_size: tokens a KV block.
         can_cut: whether tokens can be taken back. If not in every lane, nobody drafts.
+        adapter: the LoRA adapter that the model is served with.
     """
 
     name: str
@@ -265,6 +266,7 @@ class LaneInfo(msgspec.Struct, frozen=True):
     kv_blocks: int
     block_size: int
     can_cut: bool = True
+    adapter: str | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

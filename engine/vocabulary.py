@@ -109,13 +109,17 @@ class SharedVocabulary:
         """Whether every member may write it."""
         return token_id in self._shared
 
-    def masked(self, number: int) -> list[tuple[int, int]]:
+    def masked(self, number: int, *guests: int) -> list[tuple[int, int]]:
         """What a member must not write, as ranges [begin, end) of its outputs, in order.
 
         Its own ends of text are never masked: a text that ends with one is nobody else's to read.
+
+        Args:
+            guests: members whose tokens are sampled along with its own; their ends are not masked either.
         """
         member = self._members[number]
-        own = {end for end in member.ends if end < member.rows}
+        ends = {end for each in (number, *guests) for end in self._members[each].ends}
+        own = {end for end in ends if end < member.rows}
         return list(_gaps(sorted(self._shared | own), member.rows))
 
     def ends_of(self, number: int) -> list[int]:

@@ -55,7 +55,7 @@ class Service:
         engine.on_batch(self.metrics.on_batch)
         self.metrics.engine_up(engine.info)
         info = engine.info
-        identity = repr((__version__, [(lane.name, lane.model) for lane in info.lanes], info.gate))
+        identity = repr((__version__, [(lane.name, lane.model, lane.adapter) for lane in info.lanes], info.gate))
         self.fingerprint = "collm-" + hashlib.sha256(identity.encode()).hexdigest()[:10]
         if self.phase != "draining":
             self.phase = "ready"

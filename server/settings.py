@@ -248,8 +248,8 @@ class _TomlFile(PydanticBaseSettingsSource):
         return values
 
 
-_PATHS = (("tokenizer",), ("base", "model"), ("gate", "path"), ("server", "api_keys_file"))
-"""Settings that name a file or folder, by table and name; beside them the model of each expert."""
+_PATHS = (("tokenizer",), ("base", "model"), ("base", "adapter"), ("gate", "path"), ("server", "api_keys_file"))
+"""Settings that name a file or folder, by table and name; beside them the model and adapter of each expert."""
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
@@ -258,7 +258,8 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     What is not there stays as it is: the name of a model on a hub, or a path from the working folder.
     """
     experts = values.get("experts")
-    named = [(expert, "model") for expert in (experts if isinstance(experts, list) else [])]
+    listed = experts if isinstance(experts, list) else []
+    named = [(expert, name) for expert in listed for name in ("model", "adapter")]
     for *tables, name in _PATHS:
         table: Any = values
         for key in tables:

@@ -116,6 +116,8 @@ class LaneReport:
         tokens: positions computed.
         rows: requests that took part.
         failures: requests that the lane cannot go on with; the others go on.
+        guests: what the step brought to lanes whose rows it computed too, by lane number; their time is in ``seconds``,
+            their tokens and rows in ``tokens`` and ``rows``.
     """
 
     samples: list[Sample]
@@ -123,10 +125,15 @@ class LaneReport:
     tokens: int = 0
     rows: int = 0
     failures: list[Failure] = field(default_factory=list)
+    guests: dict[int, list[Sample]] = field(default_factory=dict)
 
 
 class Lane(Protocol):
-    """An engine that the scheduler drives. Calls come from one thread; ``apply`` never while a step is under way."""
+    """An engine that the scheduler drives. Calls come from one thread; ``apply`` never while a step is under way.
+
+    A lane may be another one's *guest*: it has rows of its own, and the other one, its host, computes them in its
+    steps, along with its own. Nobody starts a guest; the host's reports have its samples.
+    """
 
     @property
     def info(self) -> LaneInfo:

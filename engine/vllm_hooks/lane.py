@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
-from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from engine.errors import ConfigError
@@ -31,11 +31,12 @@ from engine.types import (
     LaneStats,
     SamplingSpec,
     StructuredOutputs,
-    TokenLogprobs,
 )
 from engine.vllm_hooks import processor
 from engine.vllm_hooks.grammars import LaneGrammar, setup_of
+from engine.vllm_hooks.guest import GuestLane, lora_request
 from engine.vllm_hooks.hashes import PromptHashes
+from engine.vllm_hooks.logprobs import prompt_logprobs, row_logprobs
 from engine.vllm_hooks.scheduler import LaneScheduler
 from engine.vllm_hooks.state import what_cannot_be_cut
 from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
@@ -44,8 +45,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vllm.config import VllmConfig
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.core.kv_cache_utils import BlockHash
 
     from engine.grammar.worker import Setup
+    from engine.vllm_hooks.adapters import LaneAdapter
 
 _NO_READINGS = Readings(None, None, [], None)
 _USAGE = None if current_platform.is_cpu() else UsageContext.OPENAI_API_SERVER
@@ -67,6 +71,8 @@ class VllmLane:
         templates: compiled forms, shared by the lanes of an engine.
         on_ready: called from another thread when the lane has work that it had not before.
         on_failure: called from another thread when a worker process dies.
+        adapter: which the lane's own rows are computed with.
+        guests: adapters that have lanes of their own in this one's steps; see :meth:`guest_lanes`.
     """
 
     def __init__(
@@ -80,6 +86,8 @@ class VllmLane:
         private_ends: Sequence[int] = (),
         on_ready: Callable[[], None] = lambda: None,
         on_failure: Callable[[], None] | None = None,
+        adapter: LaneAdapter | None = None,
+        guests: Sequence[LaneAdapter] = (),
     ) -> None:
         config = EngineArgs(**arguments).create_engine_config(usage_context=_USAGE)
         self.notes: list[str] = []
@@ -94,8 +102,8 @@ class VllmLane:
         self._core = EngineCore(config, executor, log_stats=False, executor_fail_callback=on_failure)
         self._scheduler = cast("LaneScheduler", self._core.scheduler)
         self._hashes = hashes
-        scheme = (self._scheduler.hash_block_size, config.cache_config.prefix_caching_hash_algo)
-        self._block_hasher = hashes.shared(self._core.request_block_hasher, scheme)
+        self._scheme = (self._scheduler.hash_block_size, config.cache_config.prefix_caching_hash_algo)
+        self._lora = None if adapter is None else lora_request(adapter)
         self._in_process = issubclass(executor, UniProcExecutor)
         # Waits for worker processes, so that the step loop can wait for several lanes at once. It never computes:
         # vLLM keeps its forward context in a module's global, so forward passes belong to the loop's thread.
@@ -125,7 +133,14 @@ class VllmLane:
             kv_blocks=pool.num_gpu_blocks - 1,
             block_size=config.cache_config.block_size,
             can_cut=fixed is None,
+            adapter=None if adapter is None else adapter.folder,
         )
+        self._guests = {each.number: GuestLane(self, each) for each in guests}
+        # Rows of guests: whose, and the request's id.
+        self._guest_rows: dict[str, tuple[GuestLane, str]] = {}
+        for lora in filter(None, (self._lora, *(guest.lora for guest in self._guests.values()))):
+            # Now, not in the step of the first request that needs it; there is room for all, so none is ever dropped.
+            self._core.add_lora(lora)
         # vLLM loads it for its grammars; None with skip_tokenizer_init.
         self._tokenizer = getattr(self._core.structured_output_manager, "tokenizer", None)
         # Checking a grammar takes time, steps wait for it, and the choices of a request all have the same one.
@@ -169,8 +184,30 @@ class VllmLane:
             return Refusal(problem, ErrorCode.INVALID_GRAMMAR) if without is None else Refusal(without)
         return Refusal(problem)
 
+    def guest_lanes(self) -> dict[int, GuestLane]:
+        """The lanes of the adapters among its guests, by lane number."""
+        return self._guests
+
     def apply(self, work: LaneWork) -> None:
         """Take in what changed."""
+        self._take_in(work, self._lora, self._stats)
+
+    def apply_for(self, guest: GuestLane, work: LaneWork) -> None:
+        """Take in what changed for a guest."""
+        rows = LaneWork(
+            [guest.row(request_id) for request_id in work.remove],
+            [added._replace(request_id=guest.row(added.request_id)) for added in work.add],
+            [msgspec.structs.replace(of, request_id=guest.row(of.request_id)) for of in work.extend],
+        )
+        for row in rows.remove:
+            self._guest_rows.pop(row, None)
+        for added in work.add:
+            self._guest_rows[guest.row(added.request_id)] = (guest, added.request_id)
+        guest.held.difference_update(work.remove)
+        guest.held.update(added.request_id for added in work.add)
+        self._take_in(rows, guest.lora, guest.counts)
+
+    def _take_in(self, work: LaneWork, lora: LoRARequest | None, stats: LaneStats) -> None:
         scheduler = self._scheduler
         if work.remove:
             scheduler.remove(work.remove)
@@ -182,18 +219,19 @@ class VllmLane:
                 added.prompt,
                 sampling_params=self._sampling_params(added.sampling),
                 pooling_params=None,
-                block_hasher=self._block_hasher,
+                lora_request=lora,
+                block_hasher=self._block_hasher(lora),
                 cache_salt=added.sampling.cache_salt,
             )
             if self._reads_forms_itself and request.structured_output_request is not None:
-                matcher = self._templates.matcher(added.request_id)
+                matcher = self._templates.matcher(self._owner(added.request_id)[1])
                 request.structured_output_request.grammar = LaneGrammar(
                     matcher, added.sampling, self._eos, self._eos[0]
                 )
             scheduler.add_lane_request(request, added, self._on_ready)
-            self._stats.catchup_tokens += len(added.written)
+            stats.catchup_tokens += len(added.written)
         for extension in work.extend:
-            self._stats.catchup_tokens += scheduler.extend(extension)
+            stats.catchup_tokens += scheduler.extend(extension)
 
     def has_work(self) -> bool:
         """Whether a step would compute anything."""
@@ -279,6 +317,15 @@ class VllmLane:
         self._core.shutdown()
 
     # -- inside -----------------------------------------------------------------------------------------------
+
+    def _owner(self, row: str) -> tuple[GuestLane | None, str]:
+        """The guest that a row is of, if it is one's, and the request's id."""
+        return self._guest_rows.get(row) or (None, row)
+
+    def _block_hasher(self, lora: LoRARequest | None) -> Callable[[Request], list[BlockHash]] | None:
+        """Names blocks by their tokens, and by the adapter that they were computed with."""
+        name = None if lora is None else lora.lora_name
+        return self._hashes.shared(self._core.request_block_hasher, (*self._scheme, name))
 
     def _suit_cpu(self, name: str, arguments: dict[str, Any], config: VllmConfig) -> dict[str, Any]:
         """What of the arguments must be otherwise for this model on this processor; says so in ``notes``."""
@@ -383,53 +430,54 @@ class VllmLane:
         failures: list[Failure],
     ) -> LaneReport:
         readings: Readings = getattr(output, READINGS, _NO_READINGS)
-        samples = []
+        samples: list[Sample] = []
+        guests: dict[int, list[Sample]] = {number: [] for number in self._guests}
         for request, position, token, row, asked in self._scheduler.collect(scheduled, output, readings.asked):
             spec = request.sampling_params
             assert spec is not None
-            sample = Sample(request.request_id, position, token)
+            guest, request_id = self._owner(request.request_id)
+            sample = Sample(request_id, position, token)
             if asked:
-                sample.logprobs = _logprobs(readings.asked_logprobs, row, spec.logprobs)
+                sample.logprobs = row_logprobs(readings.asked_logprobs, row, spec.logprobs)
             else:
-                if readings.gate is not None:
+                if readings.gate is not None and guest is None:
                     sample.gate = readings.gate[row]
                 if readings.top_probability is not None:
                     sample.top_probability = readings.top_probability[row]
-                sample.logprobs = _logprobs(output.logprobs, row, spec.logprobs)
+                sample.logprobs = row_logprobs(output.logprobs, row, spec.logprobs)
                 prompt = output.prompt_logprobs_dict.get(request.request_id)
                 if prompt is not None:
-                    sample.prompt_logprobs = _prompt_logprobs(prompt)
-            samples.append(sample)
+                    sample.prompt_logprobs = prompt_logprobs(prompt)
+            (samples if guest is None else guests[guest.number]).append(sample)
         stats = self._stats
         stats.steps += 1
         stats.rows = len(scheduled.num_scheduled_tokens)
         stats.computed_tokens += scheduled.total_num_scheduled_tokens
+        if self._guests:
+            self._note_guests(scheduled)
+            failures = [failure._replace(request_id=self._owner(failure.request_id)[1]) for failure in failures]
         seconds = time.perf_counter() - begin
         self._seconds.append(seconds)
         return LaneReport(
-            samples, seconds, scheduled.total_num_scheduled_tokens, len(scheduled.num_scheduled_tokens), failures
+            samples,
+            seconds,
+            scheduled.total_num_scheduled_tokens,
+            len(scheduled.num_scheduled_tokens),
+            failures,
+            guests,
         )
 
-
-def _logprobs(rows: LogprobsLists | None, row: int, count: int | None) -> TokenLogprobs | None:
-    if rows is None or count is None:
-        return None
-    # A batch carries as many columns as its greediest row asked for.
-    columns = slice(0, count + 1)
-    return TokenLogprobs(
-        rows.logprob_token_ids[row, columns].tolist(),
-        rows.logprobs[row, columns].tolist(),
-        int(rows.sampled_token_ranks[row]),
-    )
-
-
-def _prompt_logprobs(tensors: LogprobsTensors) -> list[TokenLogprobs]:
-    return [
-        TokenLogprobs(token_ids, logprobs, rank)
-        for token_ids, logprobs, rank in zip(
-            tensors.logprob_token_ids.tolist(),
-            tensors.logprobs.tolist(),
-            tensors.selected_token_ranks.tolist(),
-            strict=True,
-        )
-    ]
+    def _note_guests(self, scheduled: SchedulerOutput) -> None:
+        """Count a step's rows and tokens where they belong."""
+        rows = dict.fromkeys(self._guests, 0)
+        for row, tokens in scheduled.num_scheduled_tokens.items():
+            guest, _ = self._owner(row)
+            if guest is not None:
+                rows[guest.number] += 1
+                guest.counts.computed_tokens += tokens
+                self._stats.rows -= 1
+                self._stats.computed_tokens -= tokens
+        for number, count in rows.items():
+            counts = self._guests[number].counts
+            counts.rows = count
+            counts.steps += count > 0

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from engine.checkpoints import Checkpoint
+from engine.adapters import Adapter, is_adapter
+from engine.checkpoints import TOKENIZER, Checkpoint
 from engine.composed.artifact import Composition, is_composed
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, CompositionError, ConfigError, GateError
 from engine.gate import GateArtifact
 from engine.types import GateInfo, PolicyName
+from engine.vllm_hooks.adapters import LaneAdapter, lora_arguments
 from engine.vllm_hooks.memory import memory_shares
 from engine.vocabulary import Member, SharedVocabulary, difference, missing_rows
 
@@ -26,11 +28,13 @@ class Plan:
     Attributes:
         shared: what the members may write.
         gate_in_head: the base is in the reference format: the last row of its LM head is theta.
+        adapters: of the lanes that have one.
     """
 
     shared: SharedVocabulary
     gate: GateInfo | None
     gate_in_head: bool
+    adapters: tuple[LaneAdapter, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -62,9 +66,17 @@ def make_plan(config: EngineConfig) -> Plan:
     labels = ["base", *(f"experts.{expert.name}" for expert in config.experts)]
     checkpoints = []
     members = []
-    for label, name, lane in zip(labels, config.lane_names, config.lanes, strict=True):
+    adapters: list[LaneAdapter] = []
+    for number, (label, name, lane) in enumerate(zip(labels, config.lane_names, config.lanes, strict=True)):
+        if is_adapter(Path(lane.model)):
+            raise ConfigError(f"{label}.model: {lane.model} is a LoRA adapter: name it as {label}.adapter")
         try:
             checkpoint = Checkpoint.find(lane.model, lane.vllm, _read_with_vllm)
+            if lane.adapter is not None:
+                adapter = _read_adapter(label, lane.adapter, checkpoint)
+                adapters.append(LaneAdapter(number, name, adapter))
+                if (adapter.directory / TOKENIZER).is_file() and "tokenizer" not in lane.vllm:
+                    checkpoint = checkpoint.with_tokenizer(adapter.directory)
             if is_composed(checkpoint.directory):
                 Composition.load(checkpoint.directory).check()
             members.append(Member(name, checkpoint.vocabulary, checkpoint.rows, checkpoint.ends))
@@ -106,7 +118,18 @@ def make_plan(config: EngineConfig) -> Plan:
             config.gate.policy or "threshold",
             0.5 if config.gate.threshold is None else config.gate.threshold,
         )
-    return Plan(SharedVocabulary(members), gate, gate_in_head)
+    return Plan(SharedVocabulary(members), gate, gate_in_head, tuple(adapters))
+
+
+def _read_adapter(label: str, name: str, model: Checkpoint) -> Adapter:
+    try:
+        adapter = Adapter.read(name)
+        problem = adapter.misfit(model)
+    except CheckpointError as error:
+        raise ConfigError(f"{label}.adapter: {error}") from error
+    if problem is not None:
+        raise ConfigError(f"{label}.adapter: {adapter.directory} {problem}")
+    return adapter
 
 
 def _read_with_vllm(directory: Path, overrides: Mapping[str, Any]) -> Any:
@@ -136,16 +159,24 @@ def load_lanes(
     Raises:
         ConfigError: vLLM refuses a lane's options; names the lane.
     """
+    from engine.vllm_hooks.guest import GuestLane
     from engine.vllm_hooks.hashes import PromptHashes
     from engine.vllm_hooks.lane import VllmLane
     from engine.vllm_hooks.options import engine_arguments
     from engine.vllm_hooks.processor import vector_units
 
-    lanes: list[VllmLane] = []
+    lanes: list[VllmLane | GuestLane] = []
     hashes = PromptHashes()
     shares = _memory_shares(config)
     for number, (name, lane) in enumerate(zip(config.lane_names, config.lanes, strict=True)):
         is_base = not lanes
+        if config.hosts[number] != number:
+            host = lanes[config.hosts[number]]
+            assert isinstance(host, VllmLane)
+            lanes.append(host.guest_lanes()[number])
+            continue
+        adapter = next((each for each in plan.adapters if each.number == number), None)
+        guests = [each for each in plan.adapters if config.hosts[each.number] == number != each.number]
         label = "base" if is_base else f"experts.{name}"
         on_progress(f"loading {name}: {lane.model}")
         arguments = engine_arguments(
@@ -153,32 +184,35 @@ def load_lanes(
             label=label,
             max_num_seqs=config.scheduler.max_num_seqs,
             vocab_size=plan.vocab_size,
-            masked=plan.shared.masked(number),
+            masked=plan.shared.masked(number, *(guest.number for guest in guests)),
             gate_path=config.gate.path if is_base else None,
             gate_in_head=plan.gate_in_head and is_base,
             memory_share=shares[number],
+            lora=lora_arguments([*([] if adapter is None else [adapter]), *guests]),
+            guests=len(guests),
         )
         try:
             with _visible_devices(lane.devices):
-                lanes.append(
-                    VllmLane(
-                        name,
-                        arguments,
-                        eos_token_ids=plan.shared.ends_of(number),
-                        private_ends=plan.shared.private_ends,
-                        hashes=hashes,
-                        templates=templates,
-                        on_ready=on_ready,
-                        on_failure=lambda name=name: on_failure(name),  # type: ignore[misc]
-                    )
+                started_lane = VllmLane(
+                    name,
+                    arguments,
+                    eos_token_ids=plan.shared.ends_of(number),
+                    private_ends=plan.shared.private_ends,
+                    hashes=hashes,
+                    templates=templates,
+                    on_ready=on_ready,
+                    on_failure=lambda name=name: on_failure(name),  # type: ignore[misc]
+                    adapter=adapter,
+                    guests=guests,
                 )
-            for note in lanes[-1].notes:
+            lanes.append(started_lane)
+            for note in started_lane.notes:
                 on_progress(note)
         except Exception as error:  # of vLLM, torch, safetensors, the platform: all mean the same here
             for started in lanes:
                 started.shutdown()
             raise ConfigError(f"{label}: vLLM cannot start {lane.model}: {_one_line(error)}") from error
-        if (dtype := lanes[-1].slow_dtype) is not None:
+        if (dtype := started_lane.slow_dtype) is not None:
             on_progress(
                 f"{name} computes in {dtype}, which this processor ({vector_units()}) does many times slower than"
                 f' float32: set {label}.vllm.dtype to "float32" unless memory is short'
@@ -190,14 +224,16 @@ def _memory_shares(config: EngineConfig) -> list[float | None]:
     """See :func:`engine.vllm_hooks.memory.memory_shares`. Of models on a hub nothing is known yet."""
     from vllm.platforms import current_platform
 
-    lanes = config.lanes
+    steps = [number for number, host in enumerate(config.hosts) if number == host]
+    lanes = [config.lanes[number] for number in steps]
     sizes = [sum(file.stat().st_size for file in Path(lane.model).glob("*.safetensors")) for lane in lanes]
     if current_platform.is_cpu() or not all(sizes):
-        return [None] * len(lanes)
+        return [None] * len(config.lanes)
     devices = {number for lane in lanes for number in lane.devices or range(lane.tensor_parallel_size)}
     totals = {number: int(current_platform.get_device_total_memory(number)) for number in devices}
-    labels = ["base", *(f"experts.{expert.name}" for expert in config.experts)]
-    return memory_shares(labels, lanes, sizes, totals)
+    labels = ["base", *(f"experts.{expert.name}" for expert in config.experts if not expert.is_guest)]
+    found = dict(zip(steps, memory_shares(labels, lanes, sizes, totals), strict=True))
+    return [found.get(number) for number in range(len(config.lanes))]
 
 
 @contextmanager

@@ -40,7 +40,10 @@ _FIXED = {
     "device_ids": "set as 'devices', beside the table 'vllm'",
     "enable_sleep_mode": "its allocator serves one engine per process",
     "weight_transfer_config": "a lane's weights stay",
-    "enable_lora": "no request of a lane names an adapter",
+    **dict.fromkeys(
+        ("enable_lora", "max_loras", "max_lora_rank", "max_cpu_loras", "lora_target_modules", "default_mm_loras"),
+        "set as 'adapter', beside the table 'vllm'",
+    ),
     "enable_prompt_embeds": "prompts are token ids",
     **dict.fromkeys(
         (
@@ -189,6 +192,8 @@ def engine_arguments(
     gate_path: str | None,
     gate_in_head: bool,
     memory_share: float | None = None,
+    lora: dict[str, Any] | None = None,
+    guests: int = 0,
 ) -> dict[str, Any]:
     """Keyword arguments for vLLM's ``EngineArgs``.
 
@@ -199,6 +204,8 @@ def engine_arguments(
         masked: ranges [begin, end) of the model's outputs that are never sampled.
         gate_in_head: the last row of the LM head is the gate.
         memory_share: of the device, for a GPU lane that does not state one; None is vLLM's default.
+        lora: arguments for its adapters, from :func:`engine.vllm_hooks.guest.lora_arguments`.
+        guests: adapters whose rows it computes beside its own.
 
     Raises:
         ConfigError: an option that vLLM does not have, or that the lane sets itself.
@@ -216,7 +223,8 @@ def engine_arguments(
     arguments: dict[str, Any] = {
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
-        "max_num_seqs": max_num_seqs,
+        # A row waits in its place, in each lane that has it.
+        "max_num_seqs": max_num_seqs * (1 + guests),
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
@@ -243,6 +251,7 @@ def engine_arguments(
     kv_bytes = config.kv_cache_memory_bytes
     if kv_bytes is None and is_cpu:
         kv_bytes = CPU_KV_CACHE_BYTES
+    arguments |= lora or {}
     arguments |= {
         "model": config.model,
         "tensor_parallel_size": config.tensor_parallel_size,

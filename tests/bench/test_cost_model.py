@@ -111,6 +111,31 @@ def test_gather_shares_steps() -> None:
     assert run(8, 0.2, settings=gather).steps[1] < run(8, 0.2).steps[1]
 
 
+FLAT = StepTime(1.95e-3, 0.0, 15e-6)
+GPU = PairCost((FLAT, FLAT), 0.1e-3, 7e-6)
+"""A model of 1 B parameters on an H100, as reckoned: a step takes 2 ms for one row and 2.4 for 32."""
+
+
+def test_an_adapter_costs_no_second_step() -> None:
+    assert run(8, 1.0, guest=True).seconds == pytest.approx(20 * 2)
+    together, apart = run(8, 0.3, guest=True), run(8, 0.3)
+    assert together.expert_tokens == apart.expert_tokens
+    assert together.seconds < apart.seconds / 2
+
+
+def test_what_an_adapter_is_worth_where_steps_are_flat() -> None:
+    """32 requests, three of ten tokens deferred: against the base alone, and against two lanes."""
+    settings = SchedulerConfig(coordination="lockstep")
+    work = jobs(64, 0.3, 100)
+
+    def speed(**options: Any) -> float:
+        return predict(GPU, work, 32, settings, agreement=0.6, **options).tokens_per_second
+
+    together = speed(guest=True)
+    assert together / speed(member=0) >= 0.75
+    assert together / speed() >= 1.2
+
+
 @pytest.mark.slow  # the sums are shown above, and a command with real engines by test_command.py
 def test_predict_command(tiny: Pair) -> None:
     size = ["--concurrency", "1", "4", "--rounds", "1", "--requests", "2", "--max-tokens", "16"]

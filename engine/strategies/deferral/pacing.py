@@ -102,6 +102,7 @@ class Pacer:
         lanes: number of lanes; 0 is the base.
         gather: "auto" weighs costs; "off" never lets a row wait for others; a number waits for that many rows.
         max_wait: seconds after which the longest waiting row is not held back any more.
+        guests: whether an expert's rows are computed in the base's steps.
         clock: seconds, the scheduler's; a parameter for tests.
     """
 
@@ -111,10 +112,12 @@ class Pacer:
         *,
         gather: Gather = "auto",
         max_wait: float = 0.2,
+        guests: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._gather: Gather = gather
         self._max_wait = max_wait
+        self._guests = guests
         self._clock = clock
         self._costs = [StepCost() for _ in range(lanes)]
         # Per expert lane, since its last step: tokens gained by the base's steps, and seconds spent on them.
@@ -130,13 +133,18 @@ class Pacer:
         if lane:
             total = self._spent[lane] + seconds
             if self._gained[lane]:
-                rate = self._gained[lane] / total
-                self._tokens_per_second += (rate - self._tokens_per_second) * (0.1 if self._tokens_per_second else 1.0)
+                self._note_rate(self._gained[lane] / total)
             self._gained[lane] = self._spent[lane] = 0.0
             return
         for expert in range(1, len(self._costs)):
             self._gained[expert] += gained
             self._spent[expert] += seconds
+        if self._guests and gained and seconds:
+            self._note_rate(gained / seconds)
+
+    def _note_rate(self, tokens_per_second: float) -> None:
+        share = 0.1 if self._tokens_per_second else 1.0
+        self._tokens_per_second += (tokens_per_second - self._tokens_per_second) * share
 
     def should_wait(self, lane: int, outlook: Outlook) -> bool:
         """Whether an expert's lane should wait, given that the base has just stepped and can step again."""
@@ -169,5 +177,8 @@ class Pacer:
         if not self._tokens_per_second:
             return probability >= 0.5
         base, *experts = self._costs
-        dearest = max((costs.slope for costs in experts if costs.known), default=0.0)
+        slopes = [costs.slope for costs in experts if costs.known]
+        if self._guests:
+            slopes.append(base.slope)
+        dearest = max(slopes, default=0.0)
         return probability > max((base.slope + dearest) * self._tokens_per_second, LEAST_PROBABILITY)

@@ -1,0 +1,91 @@
+"""Adapters of a lane's model as lanes of their own, whose rows are computed in that lane's steps."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+import msgspec
+from vllm.lora.request import LoRARequest
+
+from engine.lanes.interface import LaneReport, LaneWork
+from engine.types import GenerationRequest, LaneInfo, LaneStats
+from engine.vllm_hooks.adapters import LaneAdapter
+
+if TYPE_CHECKING:
+    from engine.grammar.worker import Setup
+    from engine.vllm_hooks.lane import VllmLane
+
+
+def lora_request(adapter: LaneAdapter) -> LoRARequest:
+    """An adapter as vLLM names it; blocks of its prefix cache are named by it too."""
+    return LoRARequest(adapter.name, adapter.number + 1, adapter.folder)
+
+
+class GuestLane:
+    """An adapter of another lane's model. See :class:`engine.lanes.interface.Lane` for the contract.
+
+    Args:
+        host: holds the weights and computes.
+    """
+
+    def __init__(self, host: VllmLane, adapter: LaneAdapter) -> None:
+        self._host = host
+        self.number = adapter.number
+        self.lora = lora_request(adapter)
+        self.counts = LaneStats(adapter.name)
+        self._info = msgspec.structs.replace(host.info, name=adapter.name, adapter=adapter.folder)
+        self.held: set[str] = set()
+        """Requests that the lane was told of."""
+
+    @property
+    def info(self) -> LaneInfo:
+        """The host's sizes: its KV blocks serve both."""
+        return self._info
+
+    def row(self, request_id: str) -> str:
+        """The name of its row in the host, which no request of a client can have."""
+        return f"{request_id}\0{self.number}"
+
+    def refusal(self, request: GenerationRequest) -> str | None:
+        """The host's, which is asked itself."""
+        return None
+
+    def form_setup(self) -> Setup | None:
+        """The host's."""
+        return self._host.form_setup()
+
+    def apply(self, work: LaneWork) -> None:
+        """Take in what changed."""
+        self._host.apply_for(self, work)
+
+    def has_work(self) -> bool:
+        """The host has it."""
+        return False
+
+    def is_preparing(self) -> bool:
+        """The host prepares."""
+        return False
+
+    def start(self) -> Future[LaneReport]:
+        """Not a lane that steps.
+
+        Raises:
+            RuntimeError: always; the host's reports have its samples.
+        """
+        raise RuntimeError(f"lane {self._info.name} computes in the steps of lane {self._host.info.name}")
+
+    def flush(self) -> None:
+        """The host does."""
+        self.counts.rows = 0
+
+    def leftovers(self) -> list[str]:
+        """What an idle lane still holds; the rows themselves are the host's to name."""
+        return [f"request {request_id}" for request_id in sorted(self.held)]
+
+    def stats(self) -> LaneStats:
+        """Its own counters. Step times, preemptions and KV blocks are the host's."""
+        return msgspec.structs.replace(self.counts, requests=len(self.held))
+
+    def shutdown(self) -> None:
+        """The host does."""
