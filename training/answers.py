@@ -32,8 +32,13 @@ class AnswerCache:
         self._folder = folder
         self._label = label
         self._tokenizer = project.tokenizer
-        self._config = engine_config(project.settings.engine, base, paths, gate)
-        self._models = [project.hash_of(path) for path in (base, *paths.values(), *([gate] if gate else []))]
+        adapted = None if base == project.base else project.base
+        self._config = engine_config(project.settings.engine, base, paths, gate, adapted)
+        self._models = [
+            project.hash_of(base),
+            *map(project.hash_of_expert, paths),
+            *([project.hash_of(gate)] if gate else []),
+        ]
         self._pair: serving.Pair | None = None
 
     def __enter__(self) -> Self:

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from engine.checkpoints import Checkpoint, copy_companions, make_readable, tokenizer_folder
+from engine.adapters import Adapter, is_adapter
+from engine.checkpoints import TOKENIZER, Checkpoint, copy_companions, make_readable, tokenizer_folder
 from engine.composed.artifact import is_composed
 from engine.errors import CheckpointError
 from engine.vocabulary import Member, SharedVocabulary, difference, missing_rows
@@ -74,6 +75,40 @@ def load_causal(path: Path, dtype: str = "float32", device: torch.device = _CPU)
     return model.to(device).eval().requires_grad_(False)
 
 
+def load_expert(path: Path, base: Path, dtype: str = "float32", device: torch.device = _CPU) -> PreTrainedModel:
+    """An expert in evaluation mode; an adapter is merged into the base, in float32, before it is cast.
+
+    Raises:
+        ModelError: the folder holds neither a model nor an adapter of the base.
+    """
+    if not is_adapter(path):
+        return load_causal(path, dtype, device)
+    from peft import PeftModel
+
+    try:
+        merged: PreTrainedModel = PeftModel.from_pretrained(load_causal(base), str(path)).merge_and_unload()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    return merged.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
+
+
+def expert_checkpoint(path: Path, base: Path) -> Checkpoint:
+    """An expert's checkpoint; an adapter's is the base with the tokenizer beside the adapter, if there is one.
+
+    Raises:
+        CheckpointError: an adapter is not of the base, or cannot be served.
+    """
+    if not is_adapter(path):
+        return Checkpoint(path)
+    checkpoint = Checkpoint(base)
+    adapter = Adapter.read(path)
+    if (problem := adapter.misfit(checkpoint)) is not None:
+        raise CheckpointError(f"{path} {problem}")
+    return checkpoint.with_tokenizer(path) if (path / TOKENIZER).is_file() else checkpoint
+
+
 def _check_weights(path: Path) -> None:
     if not any(path.glob("*.safetensors")):
         raise ModelError(f"{path}: no safetensors weights there (other formats are not read)")
@@ -108,11 +143,12 @@ def shared_vocabulary(settings: Settings) -> SharedVocabulary:
         ModelError: a checkpoint cannot be read.
     """
     labels = ["base", *(f"expert {expert.name}" for expert in settings.experts)]
-    paths = [settings.base.model, *(expert.model for expert in settings.experts)]
+    base = Path(settings.base.model)
+    paths = [base, *(expert.folder for expert in settings.experts)]
     members = []
     for label, path in zip(labels, paths, strict=True):
-        checkpoint = Checkpoint(path)
         try:
+            checkpoint = expert_checkpoint(path, base)
             members.append(Member(label, checkpoint.vocabulary, checkpoint.rows, checkpoint.ends))
         except CheckpointError as error:
             raise ModelError(str(error)) from error
@@ -125,8 +161,7 @@ def check_models(settings: Settings) -> None:
     Raises:
         ModelError: naming the model, and for a vocabulary the first entries that differ.
     """
-    models = {"base": settings.base.model} | {f"expert {expert.name}": expert.model for expert in settings.experts}
-    checkpoints = {label: Checkpoint(path) for label, path in models.items()}
+    path = Path(settings.base.model)
     learns = settings.train.mode == "joint" or "finetuned" in settings.train.methods
     if learns and is_composed(settings.base.model):
         raise ModelError(
@@ -134,6 +169,9 @@ def check_models(settings: Settings) -> None:
             'train the gate alone (train.mode = "gate", without the method "finetuned")'
         )
     try:
+        checkpoints = {"base": Checkpoint(path)} | {
+            f"expert {expert.name}": expert_checkpoint(expert.folder, path) for expert in settings.experts
+        }
         for checkpoint in checkpoints.values():
             _ = checkpoint.config, checkpoint.vocabulary
             _check_weights(checkpoint.directory)

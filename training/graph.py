@@ -108,11 +108,11 @@ def scores(project: Project, split: Split, name: str, base: BaseRef | None = Non
         base: which base; None is the user's.
     """
     base = base or project.user_base
-    path = base.path if name == BASE else project.expert_paths[name]
     folder = project.folder("score", split, name)
     if name == BASE and base.run is not None:
         folder = project.folder("score", f"{split}-by-trained-base", base.run)
-    inputs = {"model": project.hash_of(path), "data": project.data(split).fingerprint}
+    model = project.hash_of(base.path) if name == BASE else project.hash_of_expert(name)
+    inputs = {"model": model, "data": project.data(split).fingerprint}
     resolved = STAGES["score"].resolve(project.settings) | {"columns": "with features"}
     return StageFolder(folder, resolved, inputs)
 
@@ -153,7 +153,7 @@ def calibration(project: Project, method: Method, seed: int) -> StageFolder:
         # No expert can have the names with a space.
         "trained gate": project.hash_of(project.run(method, seed) / "gate"),
         "validation scores": scores(project, "validation", BASE, base).fingerprint,
-        **{name: project.hash_of(path) for name, path in project.expert_paths.items()},
+        **{name: project.hash_of_expert(name) for name in project.expert_paths},
     }
     folder = project.folder("calibrate", f"{method}-{seed}")
     return StageFolder(folder, STAGES["calibrate"].resolve(project.settings), inputs)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from training.checkpoints import check_models, device_of, load_tokenizer, shared_vocabulary
+from engine.adapters import is_adapter
+from training.checkpoints import check_models, device_of, load_expert, load_tokenizer, shared_vocabulary
 from training.data import Example, TokenExample, read_examples, tokenize
 from training.engine_options import check_engine_options
 from training.errors import SettingsError
@@ -86,8 +88,18 @@ class Project:
 
     @property
     def expert_paths(self) -> dict[str, Path]:
-        """Name to folder."""
-        return {expert.name: Path(expert.model) for expert in self.settings.experts}
+        """Name to folder, of a model or an adapter."""
+        return {expert.name: expert.folder for expert in self.settings.experts}
+
+    def load_expert(self, name: str) -> PreTrainedModel:
+        """An expert as a model of its own; an adapter in the weights that it adapts."""
+        return load_expert(self.expert_paths[name], self.base, self.settings.compute.dtype, self.device)
+
+    def hash_of_expert(self, name: str) -> str:
+        """A hash of all that it is made of."""
+        path = self.expert_paths[name]
+        own = self.hash_of(path)
+        return hash_of_all([own, self.hash_of(self.base)]) if is_adapter(path) else own
 
     def data(self, split: Split) -> SplitData:
         """A split's examples.

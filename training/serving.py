@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
+from engine.adapters import is_adapter
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
 from engine.errors import EngineDeadError, EngineStartupError
 from engine.offline import Engine
@@ -138,13 +139,33 @@ def questions_of(project: Project, split: Split, limit: int | None) -> Questions
     )
 
 
-def engine_config(settings: EngineSettings, base: Path, experts: dict[str, Path], gate: Path | None) -> EngineConfig:
-    """The engine's configuration for these models; without experts it serves the base alone."""
+def expert_fields(settings: EngineSettings, name: str, path: Path, adapted: Path | None = None) -> dict[str, Any]:
+    """An expert's table in the engine's configuration.
+
+    Args:
+        path: of a model, or of an adapter.
+        adapted: the model that an adapter is of, where that is not the served base itself, but what a trained one was.
+    """
+    if not is_adapter(path):
+        return {"name": name, "model": str(path), **settings.lane(name)}
+    if adapted is None:
+        return {"name": name, "adapter": str(path)}
+    return {"name": name, "model": str(adapted), "adapter": str(path), **settings.lane("base")}
+
+
+def engine_config(
+    settings: EngineSettings, base: Path, experts: dict[str, Path], gate: Path | None, adapted: Path | None = None
+) -> EngineConfig:
+    """The engine's configuration for these models; without experts it serves the base alone.
+
+    Args:
+        adapted: as in :func:`expert_fields`.
+    """
     backend = settings.backend
     return EngineConfig(
         base=LaneConfig.model_validate({**settings.lane("base"), "backend": backend, "model": str(base)}),
         experts=tuple(
-            ExpertConfig.model_validate({**settings.lane(name), "backend": backend, "name": name, "model": str(path)})
+            ExpertConfig.model_validate({"backend": backend, **expert_fields(settings, name, path, adapted)})
             for name, path in experts.items()
         ),
         gate=GateConfig(path=None if gate is None else str(gate)),

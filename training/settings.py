@@ -35,11 +35,28 @@ class BaseSettings(Section):
     """Folder of a Hugging Face causal language model with safetensors weights."""
 
 
-class ExpertSettings(BaseSettings):
-    """A frozen expert with the base's tokenizer."""
+class ExpertSettings(Section):
+    """A frozen expert with the base's tokenizer: a model, or a LoRA adapter of the base's weights as they came."""
+
+    model: str | None = Field(default=None, min_length=1)
+    """Folder of a Hugging Face causal language model with safetensors weights."""
+
+    adapter: str | None = Field(default=None, min_length=1)
+    """Folder of a LoRA adapter of the base, instead of a model."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Its name in the gate, in the server's configuration and as the source of its tokens."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.model is None) == (self.adapter is None):
+            raise ValueError("give either model or adapter")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The model's, or the adapter's."""
+        return Path(self.model or self.adapter or "")
 
 
 class DataSettings(Section):
@@ -268,8 +285,11 @@ class Settings(Section):
         for name in self.engine.lanes:
             if name not in ("base", *names):
                 raise ValueError(f"engine.lanes.{name}: is neither 'base' nor an expert")
-        for name in ("base", *names):
+        for name in ("base", *(expert.name for expert in self.experts if expert.adapter is None)):
             _check_lane(name, self.engine.lane(name))
+        for expert in self.experts:
+            if expert.adapter is not None and expert.name in self.engine.lanes:
+                raise ValueError(f"engine.lanes.{expert.name}: an adapter computes in the base's lane")
         for where, rates in (("calibrate", self.calibrate.rates), ("evaluate", self.evaluate.rates)):
             if not rates or any(not 0 <= rate <= 1 for rate in rates):
                 raise ValueError(f"{where}.rates: rates are from 0 to 1")

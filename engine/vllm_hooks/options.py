@@ -223,8 +223,11 @@ def engine_arguments(
     arguments: dict[str, Any] = {
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
-        # A row waits in its place, in each lane that has it.
-        "max_num_seqs": max_num_seqs * (1 + guests),
+        # A row waits in its place, in each lane that has it. vLLM wants no more places than tokens in a step.
+        "max_num_seqs": max(
+            max_num_seqs,
+            min(max_num_seqs * (1 + guests), config.vllm.get("max_num_batched_tokens", max_num_seqs * (1 + guests))),
+        ),
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }

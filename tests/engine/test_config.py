@@ -172,6 +172,30 @@ def test_standins_may_overlap() -> None:
     make(scheduler__coordination="overlapped", base__backend="standin", experts__backend="standin")
 
 
+def test_an_adapter_of_the_base_is_a_guest_of_its_lane() -> None:
+    """Beside a whole model, and an adapter of another model, which has a lane of its own."""
+    guest = {"name": "guest", "adapter": "lora"}
+    config = make(experts=[expert("whole"), guest, expert("own", adapter="other")], base__vllm={"max_model_len": 64})
+    assert config.hosts == (0, 1, 0, 3)
+    assert [lane.model for lane in config.lanes] == ["base", "expert", "base", "expert"]
+    assert [lane.adapter for lane in config.lanes] == [None, None, "lora", "other"]
+    assert config.lanes[2].vllm == {"max_model_len": 64}
+    assert EngineConfig.model_validate_json(config.model_dump_json()) == config
+    make(scheduler__coordination="overlapped", experts=[guest, expert("whole", executor="mp")])
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("vllm: an adapter of the base computes in the base's steps: set base.vllm", {"vllm": {"max_model_len": 4}}),
+        ("executor: an adapter of the base", {"executor": "mp"}),
+        ("adapter: the stand-in has none", {"backend": "standin"}),
+    ],
+)
+def test_a_guest_has_no_options_of_its_own(message: str, options: dict[str, Any]) -> None:
+    assert message in problem(experts=[{"name": "guest", "adapter": "lora", **options}])
+
+
 def test_mixed_backends_are_refused() -> None:
     """A lane must not silently become a stand-in because another one is."""
     assert "backend" in problem(base__backend="standin")

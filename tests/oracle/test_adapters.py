@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.check import report
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.offline import Engine
@@ -261,3 +262,12 @@ def test_an_adapter_named_as_a_model_is_told_apart(pair: Adapted) -> None:
     fields["experts"][0].update({"model": fields["experts"][0]["adapter"], "adapter": None})
     with pytest.raises(ConfigError, match=r"experts\.adapter1\.model: .* is a LoRA adapter: name it as "):
         make_plan(EngineConfig.model_validate(fields))
+
+
+def test_the_check_says_whose_weights_an_adapter_uses(pair: Adapted) -> None:
+    lines = list(report(pair.config()))
+    (guest,) = [line for line in lines if line.startswith("adapter1: ")]
+    assert "LoRA adapter of base's weights, in its steps; rank 5 on down_proj, q_proj, v_proj; " in guest
+    own = [line for line in report(pair.config(own_lanes=True)) if line.startswith("adapter1: ")]
+    assert len(own) == 2
+    assert "LoRA adapter; rank 5" in own[1]

@@ -9,6 +9,7 @@ import tomli_w
 from training import graph
 from training.files import write_text
 from training.project import Project
+from training.serving import expert_fields
 
 
 def run(project: Project) -> None:
@@ -25,8 +26,12 @@ def run(project: Project) -> None:
         base = folder / "base"
         shutil.copytree(trained.path, base, dirs_exist_ok=True)
     # The engine's options are those that the pair was calibrated with.
-    lane = project.settings.engine.lane
-    experts = [{"name": name, "model": str(path), **lane(name)} for name, path in project.expert_paths.items()]
-    config = {"base": {"model": str(base), **lane("base")}, "experts": experts, "gate": {"path": str(folder / "gate")}}
+    adapted = project.base if trained.run is not None else None
+    engine = project.settings.engine
+    config = {
+        "base": {"model": str(base), **engine.lane("base")},
+        "experts": [expert_fields(engine, name, path, adapted) for name, path in project.expert_paths.items()],
+        "gate": {"path": str(folder / "gate")},
+    }
     write_text(folder / "collm.toml", tomli_w.dumps(config))
     print(f"to serve the pair: python -m server --config {folder / 'collm.toml'}")

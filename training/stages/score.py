@@ -59,13 +59,14 @@ def _make(project: Project, split: Split, name: str, base: BaseRef) -> None:
     if stage.done:
         return
     path = base.path if name == BASE else project.expert_paths[name]
+    is_base = name == BASE
     score_model(
-        load_causal(path, settings.compute.dtype, project.device),
+        load_causal(path, settings.compute.dtype, project.device) if is_base else project.load_expert(name),
         tokens,
         stage.path,
         settings.score,
         vocabulary=project.vocabulary,
-        hidden=name == BASE,
+        hidden=is_base,
         label=f"score {split} by {stage.path.name}",
     )
     stage.finish(model=str(path), examples=len(tokens))

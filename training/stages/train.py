@@ -11,7 +11,7 @@ from typing import Any
 from engine.checkpoints import ModelIdentity, model_identity
 from engine.gate import GateArtifact
 from training import graph
-from training.checkpoints import load_causal, save_base
+from training.checkpoints import expert_checkpoint, load_causal, save_base
 from training.fit import CHECKPOINT, Plan
 from training.gate_only import Gate, GateFit, fit_gate, ranking, steps_of
 from training.joint import JointFit, fit_joint
@@ -115,7 +115,9 @@ def _plan(project: Project, steps: int) -> Plan:
 
 def artifact(project: Project, gate: Gate, base: Path, resolved: Mapping[str, Any]) -> GateArtifact:
     """The run's gate as the server loads it, not calibrated yet."""
-    experts: list[ModelIdentity | None] = [model_identity(path) for path in project.expert_paths.values()]
+    experts: list[ModelIdentity | None] = [
+        expert_checkpoint(path, project.base).identity for path in project.expert_paths.values()
+    ]
     return GateArtifact(
         theta=gate.theta_KD.float(),
         bias=gate.bias_K.float(),
