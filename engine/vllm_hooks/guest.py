@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from vllm.lora.request import LoRARequest
 
-from engine.lanes.interface import LaneReport, LaneWork
+from engine.lanes.interface import LaneReport, LaneWork, Refusal
 from engine.types import GenerationRequest, LaneInfo, LaneStats
 from engine.vllm_hooks.adapters import LaneAdapter
 
@@ -47,7 +47,7 @@ class GuestLane:
         """The name of its row in the host, which no request of a client can have."""
         return f"{request_id}\0{self.number}"
 
-    def refusal(self, request: GenerationRequest) -> str | None:
+    def refusal(self, request: GenerationRequest) -> Refusal | None:
         """The host's, which is asked itself."""
         return None
 
