@@ -1,0 +1,143 @@
+"""Blends beside deferral on the demo pair's held-out questions: ``python -m training.demo.blends``.
+
+Greedy, offline, with the shipped models and gate. Nothing is trained, so there is one seed; the interval is a bootstrap
+over the questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from engine.gate import GateArtifact
+from training.checkpoints import load_causal, quiet
+from training.command import run_command
+from training.demo.blending import Rows, Rule, alone, best_of, mixture, product, union, write
+from training.demo.pretrain import one_thread
+from training.demo.tokenizer import EOS_ID
+from training.files import read_json, write_json
+
+MAX_TOKENS = 64
+RESAMPLES = 1000
+
+
+class Asked:
+    """A rule where a policy asks, the base elsewhere; counts both."""
+
+    def __init__(self, gate: GateArtifact, members: Sequence[str], policy: str, threshold: float, rule: Rule | None):
+        """``rule``: None for the likeliest expert alone, which is deferral."""
+        self.gate, self.members, self.rule = gate, members, rule
+        self.policy, self.threshold = policy, threshold
+        self.rows = self.asked = 0
+
+    def __call__(self, rows: Rows, hidden: torch.Tensor) -> torch.Tensor:
+        """The logits [B, V] that are written from."""
+        share = shares(self.gate, hidden)
+        base = rows["base"]
+        of_base = share[:, 0] if self.policy == "gate" else base.softmax(-1).amax(-1)
+        asked = 1 - of_base > self.threshold if self.policy != "always" else torch.ones(len(base), dtype=torch.bool)
+        if self.rule is None:
+            experts = torch.stack([rows[name] for name in self.members[1:]])
+            there = experts[share[:, 1:].argmax(-1), torch.arange(len(base))]
+        else:
+            there = self.rule(rows, hidden)
+        self.rows += len(base)
+        self.asked += int(asked.sum())
+        return torch.where(asked[:, None], there, base)
+
+
+def shares(gate: GateArtifact, hidden: torch.Tensor) -> torch.Tensor:
+    """P(Z = k) [B, 1 + K] of a linear gate, the base first."""
+    logits = hidden @ gate.theta.T + gate.bias
+    return torch.cat([torch.zeros(len(hidden), 1), logits], dim=-1).softmax(-1)
+
+
+def by_gate(gate: GateArtifact, members: Sequence[str]) -> Rule:
+    """The mixture weighted by the gate: the marginal that its training maximises."""
+
+    def rule(rows: Rows, hidden: torch.Tensor) -> torch.Tensor:
+        logs = torch.stack([rows[name].log_softmax(-1) for name in members])
+        return (shares(gate, hidden).T.log()[..., None] + logs).logsumexp(0)
+
+    return rule
+
+
+def interval(exact: Sequence[bool], seed: int) -> tuple[float, float]:
+    """95 % of the means of resampled questions."""
+    rng = random.Random(seed)
+    means = sorted(sum(rng.choices(exact, k=len(exact))) / len(exact) for _ in range(RESAMPLES))
+    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+
+
+def run(pair: Path, out: Path, every: int, seed: int) -> None:
+    """Measure, write ``blends.json``, print the table."""
+    quiet()
+    one_thread()
+    tokenizer = Tokenizer.from_file(str(pair / "base" / "tokenizer.json"))
+    gate = GateArtifact.load(pair / "gate")
+    members = ["base", *gate.experts]
+    models = {name: load_causal(pair / name) for name in members}
+    questions = read_json(pair / "questions.json")[::every]
+    prompts = [tokenizer.encode(question["prompt"]).ids for question in questions]
+    wanted = [[*tokenizer.encode(question["completion"]).ids, EOS_ID] for question in questions]
+    even = dict.fromkeys(members, 1 / len(members))
+    half = {"base": 0.5} | dict.fromkeys(members[1:], 0.5 / (len(members) - 1))
+    gated = by_gate(gate, members)
+    threshold = gate.default_threshold
+    ways: dict[str, tuple[str, float, Rule | None]] = {
+        "deferral by the gate": ("gate", threshold, None),
+        "deferral by confidence": ("confidence", 0.5, None),
+        "mixture, everywhere": ("always", 0.0, mixture(even)),
+        "mixture, base one half, everywhere": ("always", 0.0, mixture(half)),
+        "mixture where the gate asks": ("gate", threshold, mixture(even)),
+        "mixture where confidence asks (GaC's rule)": ("confidence", 0.5, mixture(even)),
+        "gate-weighted mixture, everywhere": ("always", 0.0, gated),
+        "gate-weighted mixture where the gate asks": ("gate", threshold, gated),
+        "union of 10, everywhere": ("always", 0.0, union(even, 10)),
+        "union of 10 where the gate asks": ("gate", threshold, union(even, 10)),
+        "product, everywhere": ("always", 0.0, product(even)),
+        "product where the gate asks": ("gate", threshold, product(even)),
+    }
+    found: dict[str, dict[str, object]] = {}
+
+    def note(way: str, answers: Sequence[list[int]], asked: float) -> None:
+        exact = list(map(list.__eq__, answers, wanted))
+        low, high = interval(exact, seed)
+        found[way] = {"exact": sum(exact) / len(exact), "interval": [low, high], "asked": asked}
+        print(f"| {way} | {sum(exact) / len(exact):.3f} | {low:.3f} to {high:.3f} | {asked:.3f} |", flush=True)
+
+    print(f"{len(questions)} questions\n")
+    print("| written by | exact match | 95 % interval | asked |\n| --- | ---: | ---: | ---: |")
+    for way, (policy, limit, rule) in ways.items():
+        where = Asked(gate, members, policy, limit, rule)
+        answers, _ = write(models, where, prompts, max_tokens=MAX_TOKENS, eos=EOS_ID)
+        note(way, answers, where.asked / where.rows)
+    answers, _ = write({"base": models["base"]}, alone("base"), prompts, max_tokens=MAX_TOKENS, eos=EOS_ID)
+    note("base alone", answers, 0.0)
+    # As many samples of the base as cost what an answer of all members does.
+    parameters = [model.num_parameters() for model in models.values()]
+    samples = round(sum(parameters) / parameters[0])
+    answers = best_of(models["base"], prompts, samples, max_tokens=MAX_TOKENS, eos=EOS_ID, seed=seed)
+    note(f"base alone, best of {samples}", answers, 0.0)
+    write_json(out / "blends.json", {"questions": len(questions), "seed": seed, "found": found})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m training.demo.blends", description=__doc__)
+    parser.add_argument("--pair", type=Path, default=Path("models/demo"), help="folder of the demo pair")
+    parser.add_argument("--out", type=Path, default=Path("build/demo/blends"), help="output folder")
+    parser.add_argument("--every", type=int, default=1, help="every how many-th question is asked")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples and of the bootstrap")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: run(options.pair, options.out, options.every, options.seed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
