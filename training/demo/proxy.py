@@ -45,6 +45,7 @@ SMALL = Recipe(
 )
 """The first pass is its pretraining, the second one its tuning, which the large model gets too."""
 LARGE_RATE = 1e-3
+ALPHAS = (0.5, 1.0, 1.5, 2.0, 3.0)
 ENDING = ", as the register says."
 MAX_TOKENS = 16
 
@@ -114,16 +115,20 @@ class Family:
 
 
 def measure(family: Family, corpus: Corpus, tokenizer: Tokenizer, seed: int) -> dict[str, dict[str, float]]:
-    """Exact match of the completion, of each way to write, on entities that no tuning mentions and on changed codes."""
+    """Exact match of the completion, of each way to write, on entities that no tuning mentions and on changed codes.
+
+    Proxy tuning's alpha is chosen on validation questions, the smallest of the best.
+    """
     changed = changed_entities(corpus)
     names = {entity.name for entity in changed}
     asked = {
+        "validation": [pair for entity in corpus.splits["validation"] for pair in ask(entity)],
         "held out": [pair for entity in corpus.splits["test"] if entity.name not in names for pair in ask(entity)],
         "changed": [pair for entity in changed for pair in ask(entity)],
     }
     ways: dict[str, tuple[tuple[str, ...], Rule]] = {name: ((name,), alone(name)) for name in family.models}
     tuned, untuned = "small tuned", "small"
-    for alpha in (0.5, 1.0, 1.5):
+    for alpha in ALPHAS:
         weights = {"large": 1.0, tuned: alpha, untuned: -alpha}
         ways[f"proxy, alpha {alpha}"] = (tuple(weights), product(weights))
     for expert, amateur in (("large tuned", tuned), ("large tuned", untuned), (tuned, untuned)):
@@ -142,13 +147,16 @@ def measure(family: Family, corpus: Corpus, tokenizer: Tokenizer, seed: int) -> 
             models = {name: family.models[name] for name in members}
             answers, _ = write(models, rule, prompts, max_tokens=MAX_TOKENS, eos=EOS_ID)
             found.setdefault(way, {})[place] = exact(answers)
+        if place == "validation":
+            continue
         # As many samples of the small tuned model as cost what a proxy-tuned answer does.
         each = family.parameters[tuned]
         samples = round((family.parameters["large"] + 2 * each) / each)
         model = family.models[tuned]
         answers = best_of(model, prompts, samples, max_tokens=MAX_TOKENS, eos=EOS_ID, seed=seed)
         found.setdefault("small tuned, best of as many samples as proxy costs", {})[place] = exact(answers)
-    return found
+    best = max(ALPHAS, key=lambda alpha: found[f"proxy, alpha {alpha}"]["validation"])
+    return {"proxy, alpha by validation": found[f"proxy, alpha {best}"] | {"alpha": best}, **found}
 
 
 def table(found: Sequence[dict[str, dict[str, float]]]) -> str:
@@ -192,7 +200,11 @@ def run(pair: Path, out: Path, seeds: Sequence[int]) -> None:
     found = []
     for seed in seeds:
         done = out / f"seed-{seed}.json"
-        settings = {"small": asdict(SMALL) | {"passes": list(SMALL.passes)}, "large_rate": LARGE_RATE}
+        settings = {
+            "small": asdict(SMALL) | {"passes": list(SMALL.passes)},
+            "large_rate": LARGE_RATE,
+            "alphas": list(ALPHAS),
+        }
         if not done.exists() or read_json(done)["settings"] != settings:
             family = Family(pair / "codes", out, seed, corpus, tokenizer)
             write_json(done, {"settings": settings, "found": measure(family, corpus, tokenizer, seed)})

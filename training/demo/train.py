@@ -175,7 +175,7 @@ def train_pass(
         lr=recipe.learning_rate,
         betas=(0.9, 0.98),
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _cosine(s, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: _cosine(s, steps, min(50, steps // 2)))
     rows = packed_rows(draw, random.Random(recipe.seed + 1000 * number), recipe.row_tokens)
     bar = tqdm(range(steps), desc=name, unit="step", mininterval=2, position=bar_line)
     for step in bar:
@@ -192,7 +192,7 @@ def train_pass(
     model.eval().requires_grad_(False)
 
 
-def _cosine(step: int, steps: int, warm_up: int = 50) -> float:
+def _cosine(step: int, steps: int, warm_up: int) -> float:
     """Factor on the learning rate: linear warm-up, then cosine down to zero."""
     if step < warm_up:
         return (step + 1) / warm_up
