@@ -69,7 +69,7 @@ class ExpertConfig(LaneConfig):
     """A domain expert. Its name is the source of the tokens that it writes."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    """Name, unique among the experts; "base" is taken."""
+    """Name, unique among the experts; "base" and "blend" are taken."""
 
     @model_validator(mode="before")
     @classmethod
@@ -170,7 +170,7 @@ class EngineConfig(_Config):
     def _check(self) -> Self:
         names = [expert.name for expert in self.experts]
         for name in names:
-            if name == "base" or names.count(name) > 1:
+            if name in ("base", "blend") or names.count(name) > 1:
                 raise ValueError(f"experts.name: {name!r} is taken")
         if len({lane.backend for lane in self.lanes}) > 1:
             raise ValueError("backend: all lanes must have the same one")
@@ -196,6 +196,16 @@ class EngineConfig(_Config):
         for expert in own:
             taken += expert.devices or taken[:1]
         return bool(own) and len(taken) == len(set(taken))
+
+    @property
+    def blend_obstacle(self) -> str | None:
+        """Why no blend can be served; None if nothing is in the way."""
+        if not self.experts:
+            return "no expert is served"
+        for name, lane in zip(self.lane_names, self.lanes, strict=True):
+            if lane.executor != "uni":
+                return f"{name} computes in worker processes (executor {lane.executor!r}), where blends cannot reach it"
+        return None
 
     @property
     def lanes(self) -> tuple[LaneConfig, ...]:

@@ -105,6 +105,7 @@ class Engine:
                 whole.prompt_logprobs,
                 whole.error,
                 whole.code,
+                whole.support,
             )
             if on_done is not None:
                 on_done(completion)

@@ -23,6 +23,7 @@ from engine.config import EngineConfig
 from engine.errors import CollmError
 from engine.grammar.checker import Checked, FormChecker, Templates
 from engine.lanes.interface import Lane, Refusal
+from engine.lanes.shelf import Shelf
 from engine.lanes.standin import StandinLane
 from engine.loop import StepLoop
 from engine.messages import (
@@ -232,9 +233,10 @@ def build(
     """
     gate: GateInfo | None
     lanes: list[Lane]
+    shelf = Shelf()
     if config.base.backend == "standin":
         lanes = [
-            StandinLane(number, name, experts=len(config.experts) if number == 0 else 0, **lane.vllm)
+            StandinLane(number, name, experts=len(config.experts) if number == 0 else 0, shelf=shelf, **lane.vllm)
             for number, (name, lane) in enumerate(zip(config.lane_names, config.lanes, strict=True))
         ]
         vocab_size = config.base.vllm.get("vocab_size", 256)
@@ -258,7 +260,13 @@ def build(
             on_progress(line)
         on_progress("importing vLLM")
         lanes = load_lanes(
-            config, plan, on_progress=on_progress, on_ready=on_ready, on_failure=on_failure, templates=templates
+            config,
+            plan,
+            on_progress=on_progress,
+            on_ready=on_ready,
+            on_failure=on_failure,
+            templates=templates,
+            shelf=shelf,
         )
         vocab_size, eos_token_ids, gate = plan.vocab_size, plan.eos_token_ids, plan.gate
         versions = versions_in_use()
@@ -281,6 +289,8 @@ def build(
         run_ahead=config.scheduler.run_ahead,
         drafting=all(lane.info.can_cut for lane in lanes),
         draft_pays=pacer.draft_pays,
+        shelf_has_room=lambda: shelf.has_room,
+        blend_obstacle=config.blend_obstacle,
     )
     scheduler = Scheduler(
         lanes=len(lanes),

@@ -65,6 +65,8 @@ class Sequence:
         delta.tokens.append(token.id)
         delta.sources.append(token.credit)
         delta.deferrals.append(token.deferral)
+        if token.support is not None:
+            delta.support.append((len(delta.tokens) - 1, token.support))
         if token.logprobs is not None:
             if delta.logprobs is None:
                 delta.logprobs = []

@@ -12,8 +12,13 @@ from typing import Literal
 
 import msgspec
 
+from engine.blends import Blend
+
 BASE = 0
 """The base lane's number, and the source of every token that the base writes."""
+
+BLEND = -1
+"""The source of a token that was drawn from a combination of members."""
 
 RunAhead = Literal["auto", "off"] | int
 MOST_DRAFTS = 64
@@ -109,6 +114,7 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
         experts: lanes that may be deferred to; None is all of them.
         run_ahead: how many tokens the base may draft past a deferral before the expert has written: "auto" as many as
             pay, "off", or a number; None is the engine's default. What is written does not depend on it.
+        blend: what is written where the experts are asked; None is the expert's own token.
     """
 
     member: int | None = None
@@ -118,6 +124,7 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
     max_expert_tokens: int | None = None
     experts: tuple[int, ...] | None = None
     run_ahead: RunAhead | None = None
+    blend: Blend | None = None
 
 
 class GenerationRequest(msgspec.Struct, frozen=True):
@@ -158,15 +165,17 @@ class Token(msgspec.Struct, gc=False):
 
     Attributes:
         id: in the vocabulary of the lane that starts the request.
-        credit: the lane that wrote it.
+        credit: the lane that wrote it, or BLEND.
         deferral: the deferral probability at its position; None where no gate was asked.
         logprobs: if the request asked for them.
+        support: of a blended token: its log-probability with each member that took part, in lane order.
     """
 
     id: int
     credit: int
     deferral: float | None = None
     logprobs: TokenLogprobs | None = None
+    support: list[float] | None = None
 
 
 class Delta(msgspec.Struct, array_like=True, gc=False):
@@ -174,7 +183,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
 
     Attributes:
         tokens: written token ids, in order.
-        sources: the lane that wrote each.
+        sources: the lane that wrote each, or BLEND.
         deferrals: the deferral probability at each position as its policy saw it; None where no gate was asked
             (a member alone, or a pair without a gate).
         logprobs: one entry a token if asked for, else None.
@@ -188,6 +197,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         refused: the error is the request's own fault.
         timeline: with the last delta, if asked for: seconds of the machine's monotonic clock at which the request was
             admitted, then for each deferral when it was parked and when its expert token came.
+        support: (index in ``tokens``, log-probability with each member that took part) of each blended token.
     """
 
     request_id: str
@@ -203,9 +213,12 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     timeline: list[float] | None = None
     code: ErrorCode | None = None
     collaboration: Collaboration | None = None
+    support: list[tuple[int, list[float]]] = []
 
     def merge(self, later: Delta) -> None:
         """Take in the next delta of the same request."""
+        if later.support:
+            self.support += [(index + len(self.tokens), values) for index, values in later.support]
         self.tokens += later.tokens
         self.sources += later.sources
         self.deferrals += later.deferrals
@@ -237,6 +250,7 @@ class Completion(msgspec.Struct):
     prompt_logprobs: list[TokenLogprobs] | None = None
     error: str | None = None
     code: ErrorCode | None = None
+    support: list[tuple[int, list[float]]] = []
 
 
 class GateInfo(msgspec.Struct, frozen=True):

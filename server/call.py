@@ -68,7 +68,7 @@ class Call(Generic[Body]):
         Raises:
             ApiError: 400, naming the field.
         """
-        return self.service.models.collaboration(self.member, self.body.collaboration, self.info)
+        return self.service.models.collaboration(self.body.model, self.body.collaboration, self.info)
 
     def generation(
         self, index: int, prompt: list[int], sampling: SamplingSpec, collaboration: Collaboration

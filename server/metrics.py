@@ -171,7 +171,8 @@ class ModelMeter:
     """The metrics of one model, with their labels bound once: this is the per-token path."""
 
     def __init__(self, metrics: Metrics, name: str) -> None:
-        self.tokens = [metrics.tokens.labels(name, source) for source in metrics.lane_names]
+        # Blended tokens have the source -1.
+        self.tokens = [metrics.tokens.labels(name, source) for source in (*metrics.lane_names, "blend")]
         self.prompt_tokens = metrics.prompt_tokens.labels(name)
         self.outcomes = {outcome: metrics.requests.labels(name, outcome) for outcome in OUTCOMES}
         self.deferral_probability = metrics.deferral_probability.labels(name)

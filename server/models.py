@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine.strategies.deferral.policies import POLICIES
 from engine.types import BASE, Collaboration, EngineInfo, PolicyName
+from server.blends import BlendTable
 from server.errors import ApiError, invalid, shown, unknown_model
 from server.protocol.common import CollaborationOptions
 
@@ -17,14 +18,27 @@ class ModelTable:
         name: the joint model's name.
         lane_names: "base" and the experts, in the order of lane numbers.
         default_policy: of a pair without a gate, for requests that name none.
+        blends: what requests may ask to be blended; models of a name of their own may have one by default.
     """
 
-    def __init__(self, name: str, lane_names: tuple[str, ...], default_policy: PolicyName | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        lane_names: tuple[str, ...],
+        default_policy: PolicyName | None = None,
+        blends: BlendTable | None = None,
+    ) -> None:
         self.name = name
         self.lane_names = lane_names
         self._default_policy = default_policy
+        self._blends = blends or BlendTable({}, lane_names, None)
         self._members = {name: None} | {f"{name}/{lane}": number for number, lane in enumerate(lane_names)}
+        self._members |= dict.fromkeys(self._blends.served)
         self._experts = {lane: number for number, lane in enumerate(lane_names) if number != BASE}
+
+    def parent(self, name: str) -> str | None:
+        """The joint model, of a member or of a blend under a name of its own."""
+        return None if name == self.name else self.name
 
     @property
     def names(self) -> list[str]:
@@ -42,14 +56,16 @@ class ModelTable:
         except KeyError:
             raise unknown_model(name) from None
 
-    def collaboration(
-        self, member: int | None, options: CollaborationOptions | None, info: EngineInfo
-    ) -> Collaboration:
+    def collaboration(self, name: str, options: CollaborationOptions | None, info: EngineInfo) -> Collaboration:
         """What the engine is told.
+
+        Args:
+            name: of the model that is asked for.
 
         Raises:
             ApiError: 400, naming the field.
         """
+        member = self.member(name)
         if member is not None:
             if options is not None:
                 for field in options.model_fields_set - {"report"}:
@@ -61,7 +77,12 @@ class ModelTable:
                         )
             return Collaboration(member=member)
         options = options or CollaborationOptions()
-        policy = options.policy
+        preset = self._blends.preset(options, self._blends.served.get(name))
+        blend = self._blends.blend(options, preset, has_gate=info.gate is not None)
+        policy, threshold = options.policy, options.threshold
+        if preset is not None and policy is None:
+            policy = preset.usual_policy
+            threshold = preset.threshold if threshold is None else threshold
         if policy is None and info.gate is None:
             policy = self._default_policy
         self._check_gate(policy, options, info)
@@ -71,11 +92,12 @@ class ModelTable:
         rate = DEFAULT_RATE if options.rate is None else options.rate
         return Collaboration(
             policy=policy,
-            threshold=options.threshold,
+            threshold=threshold,
             rate=rate if effective == "random" else 0.0,
             max_expert_tokens=options.max_expert_tokens,
             experts=self._lanes_of(options.experts),
             run_ahead=options.run_ahead,
+            blend=blend,
         )
 
     def _check_gate(self, policy: PolicyName | None, options: CollaborationOptions, info: EngineInfo) -> None:

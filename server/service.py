@@ -11,6 +11,7 @@ from fastapi import Request
 
 from server import __version__
 from server.admission import Admission
+from server.blends import BlendTable
 from server.engine_port import Engine
 from server.errors import ApiError, not_ready
 from server.metrics import Metrics
@@ -34,7 +35,8 @@ class Service:
         lane_names = settings.engine.lane_names
         self.settings = settings
         self.tokenizer = tokenizer
-        self.models = ModelTable(settings.served_model_name, lane_names, settings.gate.policy)
+        blends = BlendTable(settings.blends, lane_names, settings.engine.blend_obstacle)
+        self.models = ModelTable(settings.served_model_name, lane_names, settings.gate.policy, blends)
         self.metrics = Metrics(self.models.names, lane_names)
         config = settings.server
         self.admission = _admission(config, settings.scheduler.max_num_seqs, config.max_queued_requests)

@@ -6,13 +6,14 @@ import os
 import tomllib
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
+from server.blends import BlendPreset, BlendTable
 
 
 class ConfigFileError(Exception):
@@ -194,6 +195,11 @@ class Settings(BaseSettings):
     experts: tuple[ExpertConfig, ...] = ()
     """Domain experts, as a JSON list: [{"name": ..., "model": ...}]."""
 
+    blends: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")], BlendPreset] = Field(
+        default_factory=dict
+    )
+    """Blends by name, which requests may ask for, and which models of a name of their own have by default."""
+
     gate: GateConfig = GateConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     server: ServerConfig = ServerConfig()
@@ -213,7 +219,13 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         # Raises what only the parts together can get wrong, such as two experts of one name.
-        _ = self.engine
+        engine = self.engine
+        BlendTable(self.blends, engine.lane_names, engine.blend_obstacle).check_presets(list(self.blends))
+        names = [name for preset in self.blends.values() if (name := preset.served_model_name) is not None]
+        taken = [self.served_model_name, *(f"{self.served_model_name}/{name}" for name in engine.lane_names)]
+        for name in names:
+            if name in taken or names.count(name) > 1:
+                raise ValueError(f"blends: served_model_name {name!r} is taken")
         return self
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -42,7 +42,7 @@ def page() -> str:
     plain: list[tuple[str, FieldInfo]] = []
     sections: list[str] = []
     for name, field in Settings.model_fields.items():
-        model, several = _model_of(field)
+        model, heading = _model_of(field)
         if model is None:
             plain.append((name, field))
             continue
@@ -51,8 +51,7 @@ def page() -> str:
         if name != "base" and issubclass(model, LaneConfig):
             fields = [(each, found) for each, found in fields if each not in LaneConfig.model_fields]
             about += " Beside these, it has every option of `[base]`."
-        heading = f"[[{name}]]" if several else f"[{name}]"
-        sections.append(f"## `{heading}`\n\n{about}\n\n{_table(model, fields)}")
+        sections.append(f"## `{heading.format(name)}`\n\n{about}\n\n{_table(model, fields)}")
     top = "## Top level\n\n" + _table(Settings, plain)
     return "\n".join([HEAD, top, *sections])
 
@@ -106,15 +105,15 @@ def _bounds(described: dict[str, Any]) -> Iterator[str]:
         yield f"more than {above:g}"
 
 
-def _model_of(field: FieldInfo) -> tuple[type[BaseModel] | None, bool]:
-    """The model of a section, and whether there may be several."""
+def _model_of(field: FieldInfo) -> tuple[type[BaseModel] | None, str]:
+    """The model of a section, and the form of its heading."""
     annotation = field.annotation
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
+        return annotation, "[{}]"
     for inner in get_args(annotation):
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            return inner, True
-    return None, False
+            return inner, "[{}.NAME]" if get_origin(annotation) is dict else "[[{}]]"
+    return None, ""
 
 
 if __name__ == "__main__":

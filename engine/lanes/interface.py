@@ -14,8 +14,29 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from engine.blends import Blend
 from engine.grammar.worker import Setup
 from engine.types import ErrorCode, GenerationRequest, LaneInfo, LaneStats, SamplingSpec, TokenLogprobs
+
+
+class Part(NamedTuple):
+    """A lane's part in a blend.
+
+    Attributes:
+        lane: its number.
+        request_id: of the request; the lane may name its row otherwise.
+        blend: without members that weigh nothing. The last one samples the combination at every position; the others
+            lay their distributions on the engine's shelf.
+    """
+
+    lane: int
+    request_id: str
+    blend: Blend
+
+    @property
+    def writes(self) -> bool:
+        """Whether the lane samples the combination."""
+        return self.lane == self.blend.writer
 
 
 class LaneRequest(NamedTuple):
@@ -28,6 +49,7 @@ class LaneRequest(NamedTuple):
         final: how many of them can no longer be cut.
         asked: positions at which to sample besides the end, in order, see :class:`Extension`.
         wants_top_probability: report the top probability beside each sample.
+        part: in a blend; None if the lane samples its own distribution and nobody else needs that.
     """
 
     request_id: str
@@ -37,6 +59,7 @@ class LaneRequest(NamedTuple):
     final: int
     asked: tuple[int, ...] = ()
     wants_top_probability: bool = False
+    part: Part | None = None
 
 
 class Extension(msgspec.Struct, frozen=True, gc=False):
@@ -79,6 +102,8 @@ class Sample(msgspec.Struct, gc=False):
         top_probability: probability of the lane's most probable token, if the request wanted it.
         logprobs: if the request asked for them.
         prompt_logprobs: once a request, if it asked for them.
+        support: where the lane writes a blend: the token's log-probability with each member, in lane order; NaN where
+            their combination is no distribution.
     """
 
     request_id: str
@@ -88,6 +113,7 @@ class Sample(msgspec.Struct, gc=False):
     top_probability: float | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    support: list[float] | None = None
 
 
 class Refusal(NamedTuple):

@@ -11,10 +11,12 @@ from __future__ import annotations
 import time
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 
+from engine.blends import Blend
 from engine.lanes.interface import LaneReport, LaneRequest, LaneWork, Refusal, Sample
+from engine.lanes.shelf import Offer, Shelf
 from engine.types import GenerationRequest, LaneInfo, LaneStats, TokenLogprobs
 
 
@@ -27,6 +29,27 @@ def gate_values(tokens: Sequence[int], experts: int) -> list[float]:
     """The gate's value for each expert after ``tokens``, spread over about -4 to 4."""
     data = array("I", tokens).tobytes()
     return [(zlib.crc32(data, 1000 + expert) % 8001 - 4000) / 1000.0 for expert in range(experts)]
+
+
+def distribution(lane: int, tokens: Sequence[int]) -> int:
+    """What stands for a lane's distribution after ``tokens``: a number that tells it from any other."""
+    return zlib.crc32(array("I", tokens).tobytes(), 5000 + lane)
+
+
+def blended_token(blend: Blend, distributions: Iterable[int], gate: Sequence[float] | None, vocab_size: int) -> int:
+    """The token that is drawn from a combination.
+
+    Args:
+        distributions: of the members that weigh something, in lane order.
+        gate: the gate's values at the position, if they are the weights.
+    """
+    combination = repr((blend.kind, blend.weights, blend.plausibility, blend.anchor, list(gate or ())))
+    return zlib.crc32(array("Q", distributions).tobytes(), zlib.crc32(combination.encode())) % vocab_size
+
+
+def support(distribution: int, token: int) -> float:
+    """The log-probability of a token with a member."""
+    return -(distribution % 997 + token) / 100.0
 
 
 class _Row:
@@ -52,6 +75,7 @@ class StandinLane:
         token_budget: most tokens computed in one step.
         kv_tokens: tokens of KV memory; None is plenty.
         step_seconds: pause of each step, so that clients can be tested against a lane that takes time.
+        shelf: shared by the lanes of an engine, for blends.
     """
 
     def __init__(
@@ -65,6 +89,7 @@ class StandinLane:
         token_budget: int = 512,
         kv_tokens: int | None = None,
         step_seconds: float = 0.0,
+        shelf: Shelf | None = None,
     ) -> None:
         self._number = number
         self._experts = experts
@@ -72,6 +97,7 @@ class StandinLane:
         self._token_budget = token_budget
         self._kv_tokens = kv_tokens if kv_tokens is not None else 1 << 40
         self._step_seconds = step_seconds
+        self._shelf = shelf or Shelf()
         self._rows: dict[str, _Row] = {}
         self._stats = LaneStats(name)
         self._seconds: list[float] = []
@@ -96,11 +122,13 @@ class StandinLane:
         """Take in what changed."""
         for request_id in work.remove:
             self._rows.pop(request_id, None)
+            self._shelf.forget(self._number, request_id)
         for request in work.add:
             assert request.request_id not in self._rows, f"{request.request_id} was added twice"
             self._rows[request.request_id] = _Row(request)
         for extension in work.extend:
             row = self._rows[extension.request_id]
+            self._shelf.settle(self._number, extension.request_id, extension.final)
             keep = len(row.request.prompt) + extension.keep
             assert keep <= len(row.tokens), "a row cannot keep what it was never told"
             assert extension.tokens, "an extension brings at least one token"
@@ -166,7 +194,8 @@ class StandinLane:
 
     def leftovers(self) -> list[str]:
         """Requests that are still held."""
-        return [f"request {request_id}" for request_id in self._rows]
+        found = [f"request {request_id}" for request_id in self._rows]
+        return found + [f"distributions of {request_id}" for request_id in self._shelf.held(self._number)]
 
     def stats(self) -> LaneStats:
         """Counters and gauges."""
@@ -219,7 +248,8 @@ class StandinLane:
         request = row.request
         sampling = request.sampling
         tokens = row.tokens[:position]
-        token = self._write(tokens)
+        gate = gate_values(tokens, self._experts) if self._experts else None
+        token, of_members = self._draw(request, tokens, gate)
         prompt_logprobs = None
         if row.wants_prompt_logprobs:
             row.wants_prompt_logprobs = False
@@ -230,13 +260,34 @@ class StandinLane:
             request.request_id,
             position,
             token,
-            gate=gate_values(tokens, self._experts) if self._experts else None,
+            gate=gate,
             top_probability=(
                 zlib.crc32(array("I", tokens).tobytes(), 99) % 1001 / 1000.0 if request.wants_top_probability else None
             ),
             logprobs=self._logprobs(token, sampling.logprobs) if sampling.logprobs is not None else None,
             prompt_logprobs=prompt_logprobs,
+            support=of_members,
         )
+
+    def _draw(
+        self, request: LaneRequest, tokens: Sequence[int], gate: list[float] | None
+    ) -> tuple[int, list[float] | None]:
+        """The token after ``tokens``, and its support if it is a blend's."""
+        part = request.part
+        if part is None:
+            return self._write(tokens), None
+        own, index = distribution(self._number, tokens), len(tokens) - len(request.prompt)
+        if not part.writes:
+            self._shelf.put(self._number, request.request_id, index, Offer(own, gate))
+            return self._write(tokens), None
+        blend = part.blend
+        offers = [self._shelf.get(lane, request.request_id, index) for lane in blend.lanes[:-1]]
+        found = [offer for offer in offers if offer is not None]
+        if len(found) < len(offers):
+            return -1, None
+        distributions = [*(offer.row for offer in found), own]
+        token = blended_token(blend, distributions, found[0].gate if blend.from_gate else None, self._vocab_size)
+        return token, [support(of, token) for of in distributions]
 
     def _write(self, tokens: Sequence[int]) -> int:
         """The token after ``tokens``; what a kind of stand-in differs in."""

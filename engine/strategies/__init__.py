@@ -8,6 +8,7 @@ from engine.sequence import Sequence
 from engine.strategies.alone import Alone
 from engine.strategies.base import Counters, Decoding, Rejected
 from engine.strategies.deferral import Deferral
+from engine.strategies.deferral.blending import Blends
 
 
 class Strategies:
@@ -15,16 +16,18 @@ class Strategies:
 
     Args:
         lanes: number of lanes; 0 is the base, the others are experts.
+        blend_obstacle: why no blend can be served; None if nothing is in the way.
         deferral: further arguments of :class:`~engine.strategies.deferral.Deferral`.
 
     Attributes:
         counters: what they count, all together.
     """
 
-    def __init__(self, lanes: int, **deferral: Any) -> None:
+    def __init__(self, lanes: int, *, blend_obstacle: str | None = None, **deferral: Any) -> None:
         self.counters = Counters()
         self.alone = Alone(lanes)
         self.deferral = Deferral(lanes=lanes, counters=self.counters, **deferral)
+        self.blends = Blends(self.deferral, self.alone, blend_obstacle)
         self._lanes = lanes
 
     def begin(self, answer: Sequence) -> Decoding:
@@ -36,6 +39,8 @@ class Strategies:
         member = answer.request.collaboration.member
         if member is not None and not 0 <= member < self._lanes:
             raise Rejected(f"member {member} does not exist")
+        if answer.request.collaboration.blend is not None:
+            return self.blends.begin(answer)
         if member is not None or not self.deferral.experts(answer):
             return self.alone.begin(answer)
         return self.deferral.begin(answer)

@@ -24,6 +24,7 @@ from vllm.v1.request import Request
 from engine.errors import ConfigError
 from engine.grammar.checker import Templates
 from engine.lanes.interface import Failure, LaneReport, LaneWork, Refusal, Sample
+from engine.lanes.shelf import Shelf
 from engine.types import (
     ErrorCode,
     GenerationRequest,
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from engine.grammar.worker import Setup
     from engine.vllm_hooks.adapters import LaneAdapter
 
-_NO_READINGS = Readings(None, None, [], None)
+_NO_READINGS = Readings(None, None, [], None, {}, {})
 _USAGE = None if current_platform.is_cpu() else UsageContext.OPENAI_API_SERVER
 """On a GPU prompts are computed in chunks as large as vLLM's own server takes."""
 _GRAMMARS = 128
@@ -73,6 +74,8 @@ class VllmLane:
         on_failure: called from another thread when a worker process dies.
         adapter: which the lane's own rows are computed with.
         guests: adapters that have lanes of their own in this one's steps; see :meth:`guest_lanes`.
+        number: the lane's number.
+        shelf: shared by the lanes of an engine, for blends; used if the lane computes in this process.
     """
 
     def __init__(
@@ -88,6 +91,8 @@ class VllmLane:
         on_failure: Callable[[], None] | None = None,
         adapter: LaneAdapter | None = None,
         guests: Sequence[LaneAdapter] = (),
+        number: int = 0,
+        shelf: Shelf | None = None,
     ) -> None:
         config = EngineArgs(**arguments).create_engine_config(usage_context=_USAGE)
         self.notes: list[str] = []
@@ -105,6 +110,10 @@ class VllmLane:
         self._scheme = (self._scheduler.hash_block_size, config.cache_config.prefix_caching_hash_algo)
         self._lora = None if adapter is None else lora_request(adapter)
         self._in_process = issubclass(executor, UniProcExecutor)
+        self._number = number
+        self._shelf = shelf or Shelf()
+        if self._in_process:
+            self._worker.collm_shelf = self._shelf
         # Waits for worker processes, so that the step loop can wait for several lanes at once. It never computes:
         # vLLM keeps its forward context in a module's global, so forward passes belong to the loop's thread.
         self._waiter = None if self._in_process else ThreadPoolExecutor(1, thread_name_prefix=f"lane-{name}")
@@ -190,10 +199,12 @@ class VllmLane:
 
     def apply(self, work: LaneWork) -> None:
         """Take in what changed."""
+        self._tidy_shelf(self._number, work)
         self._take_in(work, self._lora, self._stats)
 
     def apply_for(self, guest: GuestLane, work: LaneWork) -> None:
         """Take in what changed for a guest."""
+        self._tidy_shelf(guest.number, work)
         rows = LaneWork(
             [guest.row(request_id) for request_id in work.remove],
             [added._replace(request_id=guest.row(added.request_id)) for added in work.add],
@@ -206,6 +217,13 @@ class VllmLane:
         guest.held.difference_update(work.remove)
         guest.held.update(added.request_id for added in work.add)
         self._take_in(rows, guest.lora, guest.counts)
+
+    def _tidy_shelf(self, number: int, work: LaneWork) -> None:
+        """What is written, and what is removed, is of no more use on the shelf."""
+        for request_id in work.remove:
+            self._shelf.forget(number, request_id)
+        for extension in work.extend:
+            self._shelf.settle(number, extension.request_id, extension.final)
 
     def _take_in(self, work: LaneWork, lora: LoRARequest | None, stats: LaneStats) -> None:
         scheduler = self._scheduler
@@ -290,8 +308,9 @@ class VllmLane:
         if held:
             found.append(f"{held} KV blocks")
         if self._in_process:
-            worker = self._core.model_executor.driver_worker.worker
-            found += [f"worker state of {request_id}" for request_id in worker.model_runner.requests]
+            found += [f"worker state of {request_id}" for request_id in self._worker.model_runner.requests]
+        for number in (self._number, *self._guests):
+            found += [f"distributions of {request_id}" for request_id in self._shelf.held(number)]
         return found
 
     def stats(self) -> LaneStats:
@@ -315,6 +334,11 @@ class VllmLane:
         if self._waiter is not None:
             self._waiter.shutdown(wait=False, cancel_futures=True)
         self._core.shutdown()
+
+    @property
+    def _worker(self) -> Any:
+        """In process only."""
+        return self._core.model_executor.driver_worker.worker
 
     # -- inside -----------------------------------------------------------------------------------------------
 
@@ -439,12 +463,14 @@ class VllmLane:
             sample = Sample(request_id, position, token)
             if asked:
                 sample.logprobs = row_logprobs(readings.asked_logprobs, row, spec.logprobs)
+                sample.support = readings.asked_support.get(row)
             else:
                 if readings.gate is not None and guest is None:
                     sample.gate = readings.gate[row]
                 if readings.top_probability is not None:
                     sample.top_probability = readings.top_probability[row]
                 sample.logprobs = row_logprobs(output.logprobs, row, spec.logprobs)
+                sample.support = readings.support.get(row)
                 prompt = output.prompt_logprobs_dict.get(request.request_id)
                 if prompt is not None:
                     sample.prompt_logprobs = prompt_logprobs(prompt)

@@ -15,6 +15,7 @@ from engine.composed.artifact import Composition, is_composed
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, CompositionError, ConfigError, GateError
 from engine.gate import GateArtifact
+from engine.lanes.shelf import Shelf
 from engine.types import GateInfo, PolicyName
 from engine.vllm_hooks.adapters import LaneAdapter, lora_arguments
 from engine.vllm_hooks.memory import memory_shares
@@ -147,6 +148,7 @@ def load_lanes(
     on_ready: Callable[[], None],
     on_failure: Callable[[str], None],
     templates: Any = None,
+    shelf: Shelf | None = None,
 ) -> list[Any]:
     """Start one :class:`~engine.vllm_hooks.lane.VllmLane` a model, in lane order.
 
@@ -154,6 +156,7 @@ def load_lanes(
         on_progress: one line at a time.
         on_ready: called from another thread when a lane has work that it had not before.
         templates: compiled forms, which the lanes share; see :class:`engine.vllm_hooks.grammars.Templates`.
+        shelf: where the lanes lay down what others blend.
         on_failure: called from another thread with the lane's name when a worker process of it dies.
 
     Raises:
@@ -204,6 +207,8 @@ def load_lanes(
                     on_failure=lambda name=name: on_failure(name),  # type: ignore[misc]
                     adapter=adapter,
                     guests=guests,
+                    number=number,
+                    shelf=shelf,
                 )
             lanes.append(started_lane)
             for note in started_lane.notes:

@@ -21,7 +21,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-from engine.lanes.interface import Extension, Failure, LaneRequest
+from engine.lanes.interface import Extension, Failure, LaneRequest, Part
 from engine.types import ErrorCode
 from engine.vllm_hooks.state import keep_windows_for_cuts
 from engine.vllm_hooks.wire import EDITS, Edit, LaneEdits
@@ -53,6 +53,7 @@ class _Row(msgspec.Struct):
         synced: how many leading output tokens the runner's own copy has right.
         followed: how many output tokens the runner's last sample followed; -1 if that is of no interest any more.
         sample: the runner's last sample.
+        part: the lane's part in the request's blend.
     """
 
     request: Request
@@ -61,6 +62,7 @@ class _Row(msgspec.Struct):
     synced: int = 0
     followed: int = -1
     sample: int = -1
+    part: Part | None = None
 
 
 class LaneScheduler(Scheduler):
@@ -101,7 +103,7 @@ class LaneScheduler(Scheduler):
         # error, and written tokens that another request wrote before may well be cached.
         request.prefill_stats = None
         final = request.num_prompt_tokens + added.final
-        self._rows[request.request_id] = _Row(request, final, list(added.asked))
+        self._rows[request.request_id] = _Row(request, final, list(added.asked), part=added.part)
         if added.wants_top_probability:
             self._wants_top_probability.add(request.request_id)
         structured = request.structured_output_request
@@ -276,9 +278,12 @@ class LaneScheduler(Scheduler):
         output.scheduled_cached_reqs.all_token_ids.clear()
         edits: dict[str, Edit] = {}
         asked: dict[str, list[int]] = {}
+        parts: dict[str, Part] = {}
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             row = self._rows[request_id]
             request = row.request
+            if row.part is not None:
+                parts[request_id] = row.part
             if row.asked:
                 begin = request.num_computed_tokens - num_tokens
                 if indices := [position - 1 - begin for position in _pass(row)]:
@@ -290,7 +295,7 @@ class LaneScheduler(Scheduler):
         setattr(
             output,
             EDITS,
-            LaneEdits(edits, bool(wanted) and not wanted.isdisjoint(output.num_scheduled_tokens), asked),
+            LaneEdits(edits, bool(wanted) and not wanted.isdisjoint(output.num_scheduled_tokens), asked, parts),
         )
         return output
 

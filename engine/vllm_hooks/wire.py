@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from engine.lanes.interface import Part
+
 SETTINGS_KEY = "collm"
 """Where the worker's settings lie in vLLM's ``additional_config``."""
 
@@ -33,11 +35,13 @@ class LaneEdits(NamedTuple):
         top_probability: whether any scheduled row wants its top probability.
         asked: request id -> indices into the chunk that is computed for it: the token after each of these is sampled
             besides the one at the end.
+        parts: request id -> the lane's part in its blend, of scheduled requests that have one.
     """
 
     tokens: dict[str, Edit]
     top_probability: bool
     asked: dict[str, list[int]]
+    parts: dict[str, Part]
 
 
 class Readings(NamedTuple):
@@ -48,9 +52,13 @@ class Readings(NamedTuple):
         top_probability: [rows], if any row wanted it.
         asked: [samples] of ``LaneEdits.asked``, in its order.
         asked_logprobs: vLLM's ``LogprobsLists`` of these samples, if any of their requests wants log-probabilities.
+        support: row -> see ``Sample.support``, of rows where the lane writes a blend.
+        asked_support: the same by index in ``asked``.
     """
 
     gate: list[list[float]] | None
     top_probability: list[float] | None
     asked: list[int]
     asked_logprobs: Any
+    support: dict[int, list[float]]
+    asked_support: dict[int, list[float]]

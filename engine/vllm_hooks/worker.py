@@ -22,6 +22,8 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS as GREEDY
 from engine import draws
 from engine.errors import ConfigError
 from engine.gate import GateArtifact
+from engine.lanes.shelf import Shelf
+from engine.vllm_hooks import blend
 from engine.vllm_hooks.isolation import OwnWorkspace, ensure_expert_group, graphs_kept
 from engine.vllm_hooks.wire import EDITS, READINGS, SETTINGS_KEY, LaneEdits, Readings
 
@@ -104,6 +106,11 @@ class RowReader:
             self._top_R = torch.exp(logits.amax(-1) - torch.logsumexp(logits, -1))
         return logits_RV
 
+    @property
+    def gate_RK(self) -> torch.Tensor | None:
+        """Gate values read since :meth:`begin`, on the device."""
+        return self._gate_RK
+
     def take(self) -> tuple[list[list[float]] | None, list[float] | None]:
         """Gate values and top probabilities read since :meth:`begin`; waits for the device."""
         gate = self._gate_RK.tolist() if self._gate_RK is not None else None
@@ -173,6 +180,7 @@ class LaneWorkerMixin(_Worker):
         self._collm_workspace = OwnWorkspace()
         self._collm_generators: list[torch.Generator] = []
         self._collm_batch: Any = None
+        self.collm_shelf = Shelf()
         model.compute_logits = self._collm_reader
         self.model_runner.sampler.gather_logprobs = gather_logprobs
 
@@ -204,25 +212,57 @@ class LaneWorkerMixin(_Worker):
         self._collm_reader.begin(edits.top_probability)
         return super().execute_model(scheduler_output)
 
+    @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample; the readings ride back on vLLM's own output."""
         self._collm_workspace.use()
         # None on pipeline stages that hold no logits.
         state = self.model_runner.execute_model_state
-        asked, asked_logprobs = ([], None) if state is None else self._collm_sample_asked(state.hidden_states)
+        asked, asked_logprobs, asked_support = (
+            ([], None, {}) if state is None else self._collm_sample_asked(state.hidden_states)
+        )
+        blending = None
+        if self._collm_edits.parts and state is not None and state.logits is not None:
+            blending = self._collm_blend(self._collm_ends(), state.logits)
+            if blending is not None:
+                self.model_runner.execute_model_state = state._replace(logits=blending.logits_RV)
         output = super().sample_tokens(grammar_output)
         if isinstance(output, ModelRunnerOutput) and output.req_ids:
-            setattr(output, READINGS, Readings(*self._collm_reader.take(), asked, asked_logprobs))
+            support = {}
+            if blending is not None:
+                support = blending.support([tokens[0] if tokens else 0 for tokens in output.sampled_token_ids])
+            readings = Readings(*self._collm_reader.take(), asked, asked_logprobs, support, asked_support)
+            setattr(output, READINGS, readings)
         return output
 
-    def _collm_sample_asked(self, hidden_TD: torch.Tensor) -> tuple[list[int], LogprobsLists | None]:
+    def _collm_ends(self) -> list[blend.Place]:
+        """The rows of requests with blends that are sampled at their end."""
+        runner = self.model_runner
+        places = []
+        for row, request_id in enumerate(runner.input_batch.req_ids):
+            part = self._collm_edits.parts.get(request_id)
+            if part is None:
+                continue
+            state = runner.requests[request_id]
+            if state.num_computed_tokens + self._collm_chunks[request_id] == state.num_tokens:
+                places.append(blend.Place(row, len(state.output_token_ids), part))
+        return places
+
+    def _collm_blend(self, places: list[blend.Place], logits_RV: torch.Tensor) -> blend.Blending | None:
+        """Lay down what other lanes blend, and blend what they have laid down."""
+        blend.offer(self.collm_shelf, places, logits_RV, lambda: self._collm_reader.gate_RK)
+        return blend.blended(self.collm_shelf, places, logits_RV)
+
+    def _collm_sample_asked(
+        self, hidden_TD: torch.Tensor
+    ) -> tuple[list[int], LogprobsLists | None, dict[int, list[float]]]:
         """Sample the positions that were asked for before the end of a row, as if they were its end.
 
         Only requests without penalties, token biases and grammars ask for these, so no more is needed of vLLM's
         sampling than temperature, top_k and top_p.
         """
         if not self._collm_edits.asked:
-            return [], None
+            return [], None, {}
         runner = self.model_runner
         begins: dict[str, int] = {}
         begin = 0
@@ -230,22 +270,32 @@ class LaneWorkerMixin(_Worker):
             begins[request_id] = begin
             begin += self._collm_chunks[request_id]
         rows: list[int] = []
+        places: list[blend.Place] = []
         params: list[SamplingParams] = []
         generators: dict[int, torch.Generator] = {}
         for request_id, indices in self._collm_edits.asked.items():
             state = runner.requests[request_id]
+            part = self._collm_edits.parts.get(request_id)
             for index in indices:
+                position = state.num_computed_tokens + index + 1
+                if part is not None:
+                    written = position - state.num_prompt_tokens
+                    places.append(blend.Place(len(rows), written, part))
                 if state.generator is not None:
-                    position = state.num_computed_tokens + index + 1
                     generators[len(rows)] = self._collm_generator(len(rows), state.sampling_params.seed, position)
                 rows.append(begins[request_id] + index)
                 params.append(state.sampling_params)
         logits_AV = self._collm_reader(hidden_TD[torch.tensor(rows, device=hidden_TD.device)])
         if logits_AV is None:
-            return [], None  # gathered on another rank
+            return [], None, {}  # gathered on another rank
+        blending = self._collm_blend(places, logits_AV)
+        if blending is not None:
+            logits_AV = blending.logits_RV
         output = runner.sampler(logits_AV, _sampling_metadata(params, generators, logits_AV))
         logprobs = output.logprobs_tensors
-        return output.sampled_token_ids[:, 0].tolist(), logprobs.tolists() if logprobs is not None else None
+        tokens = output.sampled_token_ids[:, 0].tolist()
+        support = blending.support(tokens) if blending is not None else {}
+        return tokens, logprobs.tolists() if logprobs is not None else None, support
 
     def _collm_generator(self, number: int, seed: int, position: int) -> torch.Generator:
         while len(self._collm_generators) <= number:

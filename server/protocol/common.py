@@ -8,6 +8,7 @@ from fastapi import Request
 from pydantic import Field, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 
+from engine.blends import GREATEST_TOP, GREATEST_WEIGHT, BlendKind
 from engine.types import MOST_DRAFTS, PolicyName, StructuredOutputs
 from server.disconnect import ClientGone
 from server.errors import ApiError, FieldError, from_validation
@@ -41,6 +42,32 @@ MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
 
+Weight = Annotated[float, Field(ge=-GREATEST_WEIGHT, le=GREATEST_WEIGHT)]
+
+
+class BlendOptions(Strict):
+    """A combination of the members' distributions. Members are "base" and the experts' names."""
+
+    kind: BlendKind
+    """"mixture": average of probabilities. "product": weighted sum of logits. "union": the average over the most
+    probable tokens of each member."""
+
+    weights: (
+        Literal["gate"] | Annotated[dict[ModelName, Weight], Field(min_length=1, max_length=MAX_EXPERTS)] | None
+    ) = None
+    """Weight of each member, or "gate" for a mixture by the gate's probabilities at each position. The weights of a
+    mixture or union sum to 1. Default: equal weights; a product needs some."""
+
+    anchor: ModelName | None = None
+    """Products: the member that says what is plausible."""
+
+    plausibility: float | None = Field(default=None, gt=0, le=1)
+    """Products: tokens less probable than this share of the anchor's most probable one are ruled out."""
+
+    top: int | None = Field(default=None, ge=1, le=GREATEST_TOP)
+    """Unions: how many of each member's most probable tokens may be written. Default: 10."""
+
+
 class CollaborationOptions(Strict):
     """Who may write, and how it is decided. Where a member alone is asked for, only ``report`` may be given."""
 
@@ -62,6 +89,17 @@ class CollaborationOptions(Strict):
     run_ahead: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=MOST_DRAFTS)] | None = None
     """How many tokens the base drafts past a deferral before the expert has written: "auto", "off" or a number. Changes
     how fast an answer comes, never what it says. Default: the server's, usually "auto"."""
+
+    blend: Annotated[str, Field(min_length=1, max_length=64)] | BlendOptions | None = None
+    """What is written where the experts are asked: the name of a preset ("mixture", "union", "proxy", "contrastive", or
+    one of the server's own), or a combination of the members. Default: the expert's own token."""
+
+    alpha: float | None = Field(default=None, ge=0, le=10)
+    """Blend "proxy": how much of the experts' difference is added to the base; default 1. Blend "contrastive": tokens
+    less probable than this share of the expert's most probable one are ruled out; default 0.1, at most 1."""
+
+    beta: float | None = Field(default=None, ge=0, le=GREATEST_WEIGHT - 1)
+    """Blend "contrastive": weight of the amateur. Default: 0.5."""
 
     report: bool | None = None
     """Return each token's text, source and deferral probability in ``choices[].collaboration``."""
@@ -89,6 +127,7 @@ class GenerationFields(Strict):
         "run_ahead": f"must be 'auto', 'off', or an integer from 1 to {MOST_DRAFTS}",
         "json": f"must be a JSON schema: an object, true, or text of 1 to {MAX_GRAMMAR_LENGTH} characters",
         "schema": "must be a JSON schema: an object, or true",
+        "weights": f"must be 'gate', or map members to numbers from -{GREATEST_WEIGHT:g} to {GREATEST_WEIGHT:g}",
     }
 
     model: ModelName

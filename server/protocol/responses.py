@@ -11,10 +11,11 @@ FinishReason = Literal["stop", "length"]
 
 
 class CompletionTokensDetails(Struct):
-    """Who wrote how much; sums to ``completion_tokens``."""
+    """Who wrote how much; sums to ``completion_tokens``. ``blended_tokens`` is left out where there are none."""
 
     base_tokens: int
     expert_tokens: int
+    blended_tokens: int | UnsetType = UNSET
 
 
 class Usage(Struct):
@@ -27,11 +28,18 @@ class Usage(Struct):
 
 
 class CollaborationReport(Struct):
-    """Per token, on request: three lists of equal length. ``tokens``, joined, are the text that was written."""
+    """Per token, on request: lists of equal length. ``tokens``, joined, are the text that was written.
+
+    Attributes:
+        sources: "base", an expert's name, or "blend".
+        support: of a blended token its log-probability with each member that took part; null for other tokens. Left out
+            where nothing was blended.
+    """
 
     tokens: list[str]
     sources: list[str]
     deferral_probabilities: list[float | None]
+    support: list[dict[str, float] | None] | UnsetType = UNSET
 
 
 class LegacyLogprobs(Struct):

@@ -20,7 +20,7 @@ from server.protocol.responses import (
     TopLogprob,
     Usage,
 )
-from server.rendering.common import Head, TokenNames, finite, most_probable, prompt_logprobs, report
+from server.rendering.common import Head, TokenNames, blend_of, finite, most_probable, prompt_logprobs, report
 from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer
 
@@ -58,14 +58,14 @@ class ChatRenderer:
             role = ChatChunkChoice(choice.index, ChatDelta("assistant", ""), None, None)
             if self._body.report:
                 # Empty, so that clients may count on it in every chunk.
-                role.collaboration = report(Piece(), self._lane_names)
+                role.collaboration = report(Piece(), self._lane_names, blend_of(choice))
             chunks.append(self._chunk([role], shown))
             if self._body.return_token_ids and not self._begun:
                 chunks[0].prompt_token_ids = self._prompt_ids
             self._begun.add(choice.index)
         delta = ChatDelta(content=piece.text) if piece.text else ChatDelta()
         rendered = ChatChunkChoice(choice.index, delta, self._logprobs(piece), piece.finish_reason)
-        self._add_extras(rendered, piece)
+        self._add_extras(rendered, choice, piece)
         chunks.append(self._chunk([rendered], shown))
         return chunks
 
@@ -80,7 +80,7 @@ class ChatRenderer:
             piece = choice.piece
             message = ChatMessage("assistant", piece.text)
             one = ChatChoice(choice.index, message, self._logprobs(piece), piece.finish_reason)
-            self._add_extras(one, piece)
+            self._add_extras(one, choice, piece)
             rendered.append(one)
         head = self._head
         response = ChatResponse(head.id, "chat.completion", head.created, head.model, rendered, head.fingerprint, usage)
@@ -95,9 +95,9 @@ class ChatRenderer:
         head = self._head
         return ChatChunk(head.id, "chat.completion.chunk", head.created, head.model, choices, head.fingerprint, usage)
 
-    def _add_extras(self, rendered: ChatChoice | ChatChunkChoice, piece: Piece) -> None:
+    def _add_extras(self, rendered: ChatChoice | ChatChunkChoice, choice: Choice, piece: Piece) -> None:
         if self._body.report:
-            rendered.collaboration = report(piece, self._lane_names)
+            rendered.collaboration = report(piece, self._lane_names, blend_of(choice))
         if self._body.return_token_ids:
             rendered.token_ids = piece.tokens
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
+from msgspec import UNSET
 
-from engine.types import BASE, TokenLogprobs
+from engine.blends import Blend
+from engine.types import BASE, BLEND, TokenLogprobs
 from server.choice import Choice
 from server.protocol.responses import CollaborationReport, CompletionTokensDetails, PromptLogprob, PromptLogprobs, Usage
 from server.text.pieces import Piece
@@ -61,22 +63,43 @@ class UsageCounter:
         self._prompt = prompt_tokens
         self._base = 0
         self._expert = 0
+        self._blended = 0
 
     def add(self, piece: Piece) -> None:
         """Count a piece."""
         base = piece.sources.count(BASE)
+        blended = piece.sources.count(BLEND)
         self._base += base
-        self._expert += len(piece.sources) - base
+        self._blended += blended
+        self._expert += len(piece.sources) - base - blended
 
     def usage(self) -> Usage:
         """So far."""
-        written = self._base + self._expert
-        return Usage(self._prompt, written, self._prompt + written, CompletionTokensDetails(self._base, self._expert))
+        written = self._base + self._expert + self._blended
+        details = CompletionTokensDetails(self._base, self._expert, self._blended or UNSET)
+        return Usage(self._prompt, written, self._prompt + written, details)
 
 
-def report(piece: Piece, lane_names: Sequence[str]) -> CollaborationReport:
-    """A piece's tokens with their sources and deferral probabilities."""
-    return CollaborationReport(piece.token_texts, [lane_names[source] for source in piece.sources], piece.deferrals)
+def report(piece: Piece, lane_names: Sequence[str], blend: Blend | None = None) -> CollaborationReport:
+    """A piece's tokens with their sources and deferral probabilities.
+
+    Args:
+        blend: the request's, which says whose support a blended token has.
+    """
+    sources = ["blend" if source == BLEND else lane_names[source] for source in piece.sources]
+    whole = CollaborationReport(piece.token_texts, sources, piece.deferrals)
+    if blend is not None:
+        members = [lane_names[lane] for lane in blend.effective().lanes]
+        support: list[dict[str, float] | None] = [None] * len(sources)
+        for number, values in piece.support:
+            support[number] = {name: finite(value) for name, value in zip(members, values, strict=True)}
+        whole.support = support
+    return whole
+
+
+def blend_of(choice: Choice) -> Blend | None:
+    """The blend that a choice was asked with."""
+    return None if choice.request is None else choice.request.collaboration.blend
 
 
 class TokenNames:

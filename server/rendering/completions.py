@@ -10,7 +10,16 @@ from engine.types import TokenLogprobs
 from server.choice import Choice
 from server.protocol.completions import CompletionRequest
 from server.protocol.responses import CompletionChoice, CompletionResponse, LegacyLogprobs, Usage
-from server.rendering.common import Head, TokenNames, finite, mean_logprob, most_probable, prompt_logprobs, report
+from server.rendering.common import (
+    Head,
+    TokenNames,
+    blend_of,
+    finite,
+    mean_logprob,
+    most_probable,
+    prompt_logprobs,
+    report,
+)
 from server.text.echo import EchoedPrompt
 from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer
@@ -87,7 +96,7 @@ class CompletionRenderer:
             piece.finish_reason,
         )
         if body.report:
-            rendered.collaboration = report(piece, self._lane_names)
+            rendered.collaboration = report(piece, self._lane_names, blend_of(choice))
         if body.return_token_ids:
             rendered.token_ids = piece.tokens
             if first:

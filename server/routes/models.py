@@ -30,13 +30,12 @@ async def get_model(request: Request, model_id: Annotated[str, Path(alias="id")]
 
 
 def _card(service: Service, name: str) -> ModelCard:
-    member = service.models.member(name)
     engine = service.started_engine
     return ModelCard(
         id=name,
         object="model",
         created=service.created,
         owned_by="collm",
-        parent=None if member is None else service.models.name,
+        parent=service.models.parent(name),
         max_model_len=None if engine is None else engine.info.max_model_len,
     )

@@ -22,6 +22,7 @@ class Piece:
         text: equals the joined ``token_texts``.
         token_texts: what each token added to the text; "" for special tokens and for the beginning of a character.
         offsets: where each token begins in the choice's text, in characters.
+        support: (number of the token in this piece, log-probability with each member) of blended tokens.
         prompt_logprobs: with the first piece if asked for, one entry for each prompt token but the first.
     """
 
@@ -34,9 +35,11 @@ class Piece:
     prompt_logprobs: list[TokenLogprobs] | None = None
     offsets: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
+    support: list[tuple[int, list[float]]] = field(default_factory=list)
 
     def extend(self, other: Piece) -> None:
         """Append the piece that follows."""
+        self.support += [(number + len(self.tokens), values) for number, values in other.support]
         self.text += other.text
         self.token_texts += other.token_texts
         self.tokens += other.tokens
@@ -105,6 +108,9 @@ class PieceBuilder:
                     self._cut(surplus)
                     stopped = True
                     break
+        if delta.support:
+            before = len(pending.tokens)
+            pending.support += [(number + before, values) for number, values in delta.support if number < used]
         pending.tokens += delta.tokens[:used]
         pending.sources += delta.sources[:used]
         pending.deferrals += delta.deferrals[:used]
@@ -179,6 +185,7 @@ def _split(piece: Piece, count: int) -> tuple[Piece, Piece]:
             None if logprobs is None else logprobs[:count],
             piece.prompt_logprobs,
             piece.offsets[:count],
+            support=[(number, values) for number, values in piece.support if number < count],
         ),
         Piece(
             "",
@@ -188,5 +195,6 @@ def _split(piece: Piece, count: int) -> tuple[Piece, Piece]:
             piece.deferrals[count:],
             None if logprobs is None else logprobs[count:],
             offsets=piece.offsets[count:],
+            support=[(number - count, values) for number, values in piece.support if number >= count],
         ),
     )

@@ -311,7 +311,8 @@ class _Clock:
 
 
 def _make_stretches(trace: RequestTrace, above: Context, found: Sequence[Stretch]) -> None:
-    names, tracer, clock = trace.traces.models.lane_names, trace.traces.tracer, trace.clock
+    # A blend's number is -1.
+    names, tracer, clock = (*trace.traces.models.lane_names, "blend"), trace.traces.tracer, trace.clock
     for stretch in found:
         attributes: Attributes = {}
         if stretch.lane is not None:

@@ -6,8 +6,10 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from engine.blends import Blend
 from engine.config import EngineConfig, ExpertConfig, LaneConfig
 from engine.lanes import Lane, LaneRequest, Sample, StandinLane
+from engine.lanes.shelf import Shelf
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies
 from engine.types import Collaboration, Delta, GenerationRequest, SamplingSpec
@@ -39,6 +41,14 @@ def mixed_requests(count: int, pair: Pair, seed: int = 0) -> list[GenerationRequ
     def maybe(value: Any, chance: float = 0.3) -> Any:
         return value if dice.random() < chance else None
 
+    def blend() -> Blend:
+        members = sorted(dice.sample(range(pair.lanes), dice.randrange(1, pair.lanes + 1)))
+        kind = dice.choice(("mixture", "product", "union"))
+        weights = [dice.choice((0.0, 1.0, 2.0)) for _ in members]
+        if kind != "product" and sum(weights):
+            weights = [weight / sum(weights) for weight in weights]
+        return Blend(kind, tuple(zip(members, weights, strict=True)))
+
     def one(number: int) -> GenerationRequest:
         length = dice.choice((1, 2, 3, dice.randrange(1, pair.max_model_len), pair.max_model_len - 1))
         if dice.random() < 0.02:
@@ -60,6 +70,7 @@ def mixed_requests(count: int, pair: Pair, seed: int = 0) -> list[GenerationRequ
             max_expert_tokens=maybe(dice.randrange(6)),
             experts=maybe(tuple(dice.sample(range(1, pair.lanes), dice.randrange(pair.lanes)))),
             run_ahead=dice.choice((None, "auto", "off", 1, 3, 9)),
+            blend=maybe(blend()),
         )
 
     return [one(number) for number in range(count)]
@@ -85,6 +96,7 @@ def make_scheduler(pair: Pair, kind: type[Scheduler] = Scheduler, **options: Any
 
 def make_lanes(pair: Pair, kind: Callable[..., StandinLane] = StandinLane, **options: Any) -> list[StandinLane]:
     """Base first. ``options`` are the stand-in's own."""
+    shelf = Shelf()
     return [
         kind(
             number,
@@ -92,6 +104,7 @@ def make_lanes(pair: Pair, kind: Callable[..., StandinLane] = StandinLane, **opt
             experts=pair.experts if number == 0 and pair.has_gate else 0,
             vocab_size=pair.vocab_size,
             max_model_len=pair.max_model_len,
+            shelf=shelf,
             **options,
         )
         for number in range(pair.lanes)

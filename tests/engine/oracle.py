@@ -12,9 +12,12 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from engine import draws
-from engine.lanes.standin import gate_values, next_token
-from engine.types import BASE, Completion, Delta, GenerationRequest, PolicyName, TokenLogprobs
+from engine.blends import Blend
+from engine.lanes.standin import blended_token, distribution, gate_values, next_token, support
+from engine.types import BASE, BLEND, Completion, Delta, GenerationRequest, PolicyName, TokenLogprobs
 
 NEEDS_GATE = ("threshold", "sample")
 
@@ -49,6 +52,7 @@ class Written:
     error: str | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    support: list[tuple[int, list[float]]] = field(default_factory=list)
 
 
 class Ledger:
@@ -64,6 +68,7 @@ class Ledger:
             assert whole.finish_reason is None, "a delta after the last one"
             assert delta.tokens or delta.finish_reason, "a delta that says nothing"
             assert len(delta.tokens) == len(delta.sources) == len(delta.deferrals)
+            whole.support += [(len(whole.tokens) + index, values) for index, values in delta.support]
             whole.tokens += delta.tokens
             whole.sources += delta.sources
             whole.deferrals += delta.deferrals
@@ -84,12 +89,47 @@ def allowed_experts(request: GenerationRequest, pair: Pair) -> tuple[int, ...]:
     collaboration = request.collaboration
     if collaboration.member is not None:
         return ()
+    if collaboration.blend is not None:
+        return tuple(lane for lane, weight in members(collaboration.blend) if lane != BASE)
     return tuple(range(1, pair.lanes)) if collaboration.experts is None else collaboration.experts
+
+
+def members(blend: Blend) -> list[tuple[int, float]]:
+    """Those that take part in a blend, with their weights."""
+    return [(lane, weight) for lane, weight in blend.weights if weight or blend.from_gate]
+
+
+def impossible(blend: Blend, request: GenerationRequest, pair: Pair) -> bool:
+    """Whether a blend cannot be served, whatever else the request asks for."""
+    lanes = [lane for lane, _ in blend.weights]
+    weights = [weight for _, weight in blend.weights]
+    taking_part = members(blend)
+    allowed = request.collaboration.experts
+    return (
+        request.collaboration.member is not None
+        or not lanes
+        or lanes != sorted(set(lanes))
+        or lanes[-1] >= pair.lanes
+        or not taking_part
+        or (blend.kind != "product" and not blend.from_gate and not math.isclose(sum(weights), 1, abs_tol=1e-6))
+        or (blend.from_gate and not (pair.has_gate and blend.kind == "mixture" and lanes[0] == BASE and lanes[1:]))
+        or (blend.plausibility > 0 and blend.anchor not in dict(taking_part))
+        or (allowed is not None and any(lane not in (BASE, *allowed) for lane, _ in taking_part))
+        or ([lane for lane, _ in taking_part] == [BASE] and not own_distribution(blend))
+    )
+
+
+def own_distribution(blend: Blend) -> bool:
+    """Whether it is one member's own distribution."""
+    weights = [weight for _, weight in members(blend)]
+    return weights == [1.0] and blend.kind != "union" and not blend.plausibility and not blend.from_gate
 
 
 def refused(request: GenerationRequest, pair: Pair) -> bool:
     """Whether the request cannot be served at all."""
     member = request.collaboration.member
+    if (blend := request.collaboration.blend) is not None and impossible(blend, request, pair):
+        return True
     experts = allowed_experts(request, pair)
     return (
         not 0 < len(request.prompt) < pair.max_model_len
@@ -151,6 +191,13 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
         expert_tokens = sum(source != BASE for source in whole.sources)
         writer, deferral = look(request, pair, prefix, expert_tokens)
         token = next_token(writer, prefix, pair.vocab_size)
+        blend = request.collaboration.blend
+        if writer != BASE and blend is not None and not own_distribution(blend):
+            said = [distribution(lane, prefix) for lane, _ in members(blend)]
+            combined = msgspec.structs.replace(blend, weights=tuple(members(blend)))
+            gate = gate_values(prefix, pair.experts) if blend.from_gate else None
+            token, writer = blended_token(combined, said, gate, pair.vocab_size), BLEND
+            whole.support.append((len(whole.tokens), [support(of, token) for of in said]))
         whole.tokens.append(token)
         whole.sources.append(writer)
         whole.deferrals.append(deferral)
@@ -173,6 +220,7 @@ def check(got: Written | Completion, request: GenerationRequest, pair: Pair) -> 
     assert got.finish_reason in (expected.finish_reason, "aborted")
     assert got.tokens == (expected.tokens[:count] if aborted else expected.tokens)
     assert got.sources == expected.sources[:count]
+    assert got.support == [item for item in expected.support if item[0] < count]
     assert all(map(_same_probability, got.deferrals, expected.deferrals))
     assert len(got.deferrals) == count
     if isinstance(got, Written):

@@ -21,10 +21,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from engine.blends import Blend
 from engine.lanes import LaneWork, Sample, StandinLane
+from engine.lanes.shelf import Offer, Shelf
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.strategies.base import Decision, SharedText
+from engine.strategies.deferral.blending import BlendDecoding
 from engine.strategies.deferral.strategy import DeferralDecoding
 from engine.types import BASE, Delta, GenerationRequest, Token, TokenLogprobs
 from tests.engine.builders import POLICY_NAMES, make_lanes, make_scheduler, request
@@ -53,6 +56,23 @@ class RepeatingLane(StandinLane):
 
 
 @st.composite
+def blends(draw: st.DrawFn, pair: Pair) -> Blend:
+    """Now and then one that is refused."""
+    lanes = sorted(draw(st.sets(st.integers(0, pair.experts), min_size=1)))
+    kind = draw(st.sampled_from(("mixture", "product", "union")))
+    weights = [draw(st.sampled_from((0.0, 1.0, 1.0, 3.0))) for _ in lanes]
+    if kind != "product" and sum(weights):
+        weights = [weight / sum(weights) for weight in weights]
+    return Blend(
+        kind,
+        tuple(zip(lanes, weights, strict=True)),
+        from_gate=kind == "mixture" and draw(st.booleans()),
+        anchor=draw(st.integers(0, pair.experts)),
+        plausibility=draw(st.sampled_from((0.0, 0.0, 0.1))) if kind == "product" else 0.0,
+    )
+
+
+@st.composite
 def requests(draw: st.DrawFn, request_id: str, pair: Pair) -> GenerationRequest:
     longest = pair.max_model_len
     length = draw(st.one_of(st.integers(1, 4), st.integers(1, longest - 1), st.integers(longest - 3, longest)))
@@ -76,7 +96,14 @@ def requests(draw: st.DrawFn, request_id: str, pair: Pair) -> GenerationRequest:
         max_expert_tokens=draw(st.none() | st.integers(0, 5)),
         experts=draw(st.none() | experts),
         run_ahead=draw(st.sampled_from((None, "off", "auto", 1, 2, 7))),
+        blend=draw(st.none() | st.none() | blends(pair)),
     )
+
+
+def held(lane: StandinLane) -> list[str]:
+    """Requests that have a row in a lane."""
+    leftovers = lane.leftovers()
+    return [leftover.removeprefix("request ") for leftover in leftovers if leftover.startswith("request ")]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -165,7 +192,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def preempt(self, lane: int, choice: int) -> None:
         """A lane drops the KV memory of any row it holds."""
         driven = self.lanes[lane % self.pair.lanes]
-        rows = [leftover.removeprefix("request ") for leftover in driven.leftovers()]
+        rows = held(driven)
         if rows:
             driven.preempt(rows[choice % len(rows)])
 
@@ -241,7 +268,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def seats_are_kept(self) -> None:
         assert self.scheduler.running <= self.pair.max_num_seqs
-        assert all(len(lane.leftovers()) <= self.pair.max_num_seqs for lane in self.lanes)
+        assert all(len(held(lane)) <= self.pair.max_num_seqs for lane in self.lanes)
 
     @invariant()
     def idle_is_idle(self) -> None:
@@ -385,8 +412,32 @@ def trusts_every_draft(self: DeferralDecoding) -> Iterator[Decision]:
     return COMMIT(self)
 
 
+def keeps_the_first_offer(self: Shelf, lane: int, request_id: str, index: int, offer: Offer) -> None:
+    """What was laid down after a text that has been cut stays."""
+    if self.get(lane, request_id, index) is None:
+        PUT(self, lane, request_id, index, offer)
+
+
+def skips_members(self: BlendDecoding, sample: Sample) -> tuple[int, float | None]:
+    """The one that writes is asked at once; those before it never."""
+    writer, deferral = BLEND_DECIDE(self, sample)
+    return (self.experts[-1] if writer else writer), deferral
+
+
+def loses_support(self: Sequence, token: Token) -> None:
+    WRITE(self, msgspec.structs.replace(token, support=None))
+
+
+def believes_all_members(self: BlendDecoding, lane: int, position: int) -> bool:
+    """A member's word counts for what it says at any position that it was told of, cut or not."""
+    ahead = position - self.answer.position
+    return AWAITS(self, lane, position) or (0 <= ahead < len(self.window) and self.window[ahead].writer == lane)
+
+
 WRITE, DECIDE, CUT = Sequence.write, DeferralDecoding._decide, DeferralDecoding._cut
 COMMIT = DeferralDecoding._commit_drafts
+PUT, SETTLE = Shelf.put, Shelf.settle
+BLEND_DECIDE, AWAITS = BlendDecoding._decide, BlendDecoding.awaits
 SABOTAGED_SCHEDULERS = (
     AcceptsOldPositions, AcceptsAnyLane, ForgetsTokenOfExtension, RepeatsTokenOfExtension, ForgetsWhatWasWritten,
     ForgetsRemovalInExpert, ForgetsToCallOffWork, SendsLastDeltaTwice, AdmitsOneTooMany,
@@ -399,6 +450,14 @@ PATCHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "draws are advanced": lambda patch: patch.setattr(DeferralDecoding, "_decide", advances_draws),
     "what was rejected is kept": lambda patch: patch.setattr(DeferralDecoding, "_cut", keeps_what_was_rejected),
     "every draft is trusted": lambda patch: patch.setattr(DeferralDecoding, "_commit_drafts", trusts_every_draft),
+    "an offer is never replaced": lambda patch: patch.setattr(Shelf, "put", keeps_the_first_offer),
+    "an offer is never forgotten": lambda patch: patch.setattr(Shelf, "forget", lambda *_: None),
+    "an offer is settled too early": lambda patch: patch.setattr(
+        Shelf, "settle", lambda self, lane, request_id, final: SETTLE(self, lane, request_id, final + 1)
+    ),
+    "members are skipped": lambda patch: patch.setattr(BlendDecoding, "_decide", skips_members),
+    "members are believed after a cut": lambda patch: patch.setattr(BlendDecoding, "awaits", believes_all_members),
+    "support is lost": lambda patch: patch.setattr(Sequence, "write", loses_support),
     "a position does not count the prompt": lambda patch: patch.setattr(
         Sequence, "position", property(lambda self: len(self.tokens))
     ),

@@ -10,12 +10,14 @@ for token, what would have been written without: greedy or sampled. That is spec
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 import msgspec
 
 from engine import draws
+from engine.blends import BlendKind
 from engine.lanes.interface import Extension, LaneRequest, Sample
 from engine.sequence import Sequence
 from engine.strategies.base import LOST, Ask, Counters, Decision, End, Rejected, SharedText, Wait
@@ -41,9 +43,11 @@ class Deferral:
         run_ahead: for requests that do not say: "auto", "off", or how many tokens the base may draft past a deferral.
         drafting: whether anybody may draft at all; a lane may be unable to take tokens back.
         draft_pays: whether a draft that stands with this probability pays; asked where run-ahead is "auto".
+        shelf_has_room: whether members of blends may lay down more than the next position needs.
 
     Attributes:
         agreement: per lane, how often it writes what the base drafted.
+        blend_agreement: per kind of blend, how often what the base drafted is drawn.
     """
 
     def __init__(
@@ -58,39 +62,53 @@ class Deferral:
         run_ahead: RunAhead = "off",
         drafting: bool = True,
         draft_pays: Callable[[float], bool] = lambda probability: probability >= 0.5,
+        shelf_has_room: Callable[[], bool] = lambda: True,
     ) -> None:
         self.lanes = lanes
         self.counters = counters
         self.expert_failure = expert_failure
         self.draft_pays = draft_pays
         self.agreement = [Agreement() for _ in range(lanes)]
+        self.blend_agreement: defaultdict[BlendKind, Agreement] = defaultdict(Agreement)
+        self.shelf_has_room = shelf_has_room
         # One object each: decisions are made for every token.
         self.asks = [Ask(lane) for lane in range(lanes)]
         self.waits = [Wait(lane) for lane in range(lanes)]
-        self._has_gate = has_gate
+        self.has_gate = has_gate
         self._policy: PolicyName = policy
         self._threshold = threshold
         self._run_ahead: RunAhead = run_ahead
         self._drafting = drafting
 
     def begin(self, answer: Sequence) -> DeferralDecoding:
-        """Take a request on; see :class:`~engine.types.Collaboration` for what it may ask for.
+        """Take a request on; see :class:`~engine.types.Collaboration` for what it may ask for. No blend is looked at.
 
         Raises:
             Rejected: it names an expert that does not exist, or a policy that needs a gate where there is none.
         """
+        experts = self.experts(answer)
+        return DeferralDecoding(answer, self, *self.rules(answer, experts), experts, self.window_limit(answer))
+
+    def rules(self, answer: Sequence, experts: tuple[int, ...]) -> tuple[Policy, float]:
+        """The policy and the threshold of a request.
+
+        Raises:
+            Rejected: an expert does not exist, or a policy needs a gate where there is none.
+        """
         collaboration = answer.request.collaboration
         policy = POLICIES[collaboration.policy or self._policy]
-        experts = self.experts(answer)
         if any(not 0 < lane < self.lanes for lane in experts):
             raise Rejected("experts names a lane that does not exist")
-        if policy.needs == "gate" and not self._has_gate:
+        if policy.needs == "gate" and not self.has_gate:
             raise Rejected(f"policy {policy.name!r} needs a gate, and none is served")
         threshold = collaboration.threshold
         if threshold is None:
             threshold = CONFIDENCE_THRESHOLD if policy.name == "confidence" else self._threshold
-        window = window_limit(answer.request, self._run_ahead) if self._drafting else 0
-        return DeferralDecoding(answer, self, policy, threshold, experts, window)
+        return policy, threshold
+
+    def window_limit(self, answer: Sequence) -> int | None:
+        """See :func:`~engine.strategies.deferral.window.window_limit`."""
+        return window_limit(answer.request, self._run_ahead) if self._drafting else 0
 
     def experts(self, answer: Sequence) -> tuple[int, ...]:
         """Lanes that may be deferred to, each once."""
@@ -302,10 +320,11 @@ class DeferralDecoding(SharedText):
 
     def _on_expert_sample(self, sample: Sample) -> Iterable[Decision]:
         """The expert has decided the next position."""
-        lane, counters = self.writer, self.shared.counters
+        counters = self.shared.counters
         draft = self.window[0]
         agreed = draft.token == sample.token
-        self.shared.agreement[lane].observe(agreed)
+        token = self._expert_token(draft, sample)
+        self.agreement.observe(agreed)
         counters.agreements += agreed
         if agreed:
             self._pop()
@@ -313,12 +332,20 @@ class DeferralDecoding(SharedText):
             counters.runahead_discarded += len(self.window) - 1
             self._cut()
         self.expert_tokens += 1
-        token = Token(sample.token, lane, draft.deferral, sample.logprobs)
         if self.window:
             return self._write_and_commit(token)
         if self.known[BASE] > len(self.answer.tokens):
             return (token,)  # the base is already looking at the next position
         return (token, self.shared.asks[BASE])
+
+    def _expert_token(self, draft: Draft, sample: Sample) -> Token:
+        """What the lane that has the word writes in a draft's place."""
+        return Token(sample.token, draft.writer, draft.deferral, sample.logprobs)
+
+    @property
+    def agreement(self) -> Agreement:
+        """How often what stands for the first draft is the draft."""
+        return self.shared.agreement[self.writer]
 
     def _write_and_commit(self, token: Token) -> Iterator[Decision]:
         yield token
@@ -339,7 +366,7 @@ class DeferralDecoding(SharedText):
         """Probability that the token after the drafts will stand: that every expert asked before it agrees."""
         if not self.window:
             return 1.0
-        return self.shared.agreement[self.writer].rate ** self.deferred
+        return self.agreement.rate**self.deferred
 
     def _drafts_on(self) -> bool:
         """Whether the base should look at the token after the drafts before the expert has spoken."""

@@ -1,0 +1,130 @@
+"""Deferral with a blend: the policy says where, the blend says what.
+
+A deferred position is passed from member to member. Each lays its distribution on the shelf (the base has done so when
+it sampled the draft), and the last one samples the combination. All lanes draw with the same noise, so the draft stands
+as often as the combination is near the base's own distribution, and run-ahead is exact as it is without a blend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from engine.blends import Blend, problem
+from engine.lanes.interface import LaneRequest, Part, Sample
+from engine.sequence import Sequence
+from engine.strategies.alone import Alone
+from engine.strategies.base import Decision, Decoding, End, Rejected
+from engine.strategies.deferral.pacing import Agreement
+from engine.strategies.deferral.policies import Policy
+from engine.strategies.deferral.strategy import Deferral, DeferralDecoding
+from engine.strategies.deferral.window import Draft
+from engine.types import BASE, BLEND, ErrorCode, Token
+
+NO_DISTRIBUTION = "a member's logits are not finite, or rule out every token"
+
+
+class Blends:
+    """Takes on requests with a blend. Shares everything with deferral; see :class:`~engine.strategies.base.Strategy`.
+
+    Args:
+        obstacle: why no blend can be served, for whoever asks for one; None if nothing is in the way.
+    """
+
+    def __init__(self, deferral: Deferral, alone: Alone, obstacle: str | None = None) -> None:
+        self.counters = deferral.counters
+        self._deferral = deferral
+        self._alone = alone
+        self._obstacle = obstacle
+
+    def begin(self, answer: Sequence) -> Decoding:
+        """Take a request on. What is one member's own distribution is not blended: it costs no other member's step.
+
+        Raises:
+            Rejected: its blend cannot be computed, or names an expert that the request does not allow.
+        """
+        shared = self._deferral
+        collaboration = answer.request.collaboration
+        asked = collaboration.blend
+        assert asked is not None
+        reason = self._obstacle or problem(asked, shared.lanes, has_gate=shared.has_gate)
+        if reason is None and collaboration.member is not None:
+            reason = "a member alone has nobody to be blended with"
+        if reason is not None:
+            raise Rejected(f"blend: {reason}")
+        blend = asked.effective()
+        experts = tuple(lane for lane in blend.lanes if lane != BASE)
+        if not set(experts) <= set(shared.experts(answer)):
+            raise Rejected("blend: a member is not among the experts of the request")
+        if not experts:
+            return self._alone.begin(answer)
+        policy, threshold = shared.rules(answer, experts)
+        window = shared.window_limit(answer)
+        if blend.sole is not None:
+            return DeferralDecoding(answer, shared, policy, threshold, experts, window)
+        return BlendDecoding(answer, shared, policy, threshold, experts, window, blend)
+
+
+class BlendDecoding(DeferralDecoding):
+    """One request. A draft's ``writer`` is the next member that has to speak at its position.
+
+    Args:
+        blend: without members that weigh nothing.
+    """
+
+    __slots__ = ("blend", "parts")
+
+    def __init__(
+        self,
+        answer: Sequence,
+        shared: Deferral,
+        policy: Policy,
+        threshold: float,
+        experts: tuple[int, ...],
+        window_limit: int | None,
+        blend: Blend,
+    ) -> None:
+        super().__init__(answer, shared, policy, threshold, experts, window_limit)
+        self.blend = blend
+        self.parts = {lane: Part(lane, answer.request.request_id, blend) for lane in blend.lanes}
+
+    def open(self, lane: int) -> LaneRequest:
+        """With the lane's part in the blend."""
+        return super().open(lane)._replace(part=self.parts.get(lane))
+
+    def awaits(self, lane: int, position: int) -> bool:
+        """Those that only lay down what they say may do so for several drafts in one visit."""
+        if lane in (BASE, self.blend.writer):
+            return super().awaits(lane, position)
+        index = position - self.answer.prompt_length
+        ahead = index - len(self.answer.tokens)
+        return 0 <= ahead < len(self.window) and index <= self.known[lane] and self.window[ahead].writer == lane
+
+    def on_sample(self, lane: int, sample: Sample, fault: End | None) -> Iterable[Decision]:
+        """The base has drafted, or the combination is drawn, or a member has laid down what it says."""
+        if lane in (BASE, self.blend.writer):
+            return super().on_sample(lane, sample, fault)
+        ahead = sample.position - self.answer.position
+        following = self.experts[self.experts.index(lane) + 1]
+        self.window[ahead].writer = following
+        return () if ahead else (self.shared.waits[following],)
+
+    def _decide(self, sample: Sample) -> tuple[int, float | None]:
+        writer, deferral = super()._decide(sample)
+        return (BASE if writer == BASE else self.experts[0]), deferral
+
+    def _on_expert_sample(self, sample: Sample) -> Iterable[Decision]:
+        if sample.support is None or any(map(math.isnan, sample.support)):
+            return (End(f"blend: {NO_DISTRIBUTION}", ErrorCode.BAD_READING),)
+        return super()._on_expert_sample(sample)
+
+    def _expert_token(self, draft: Draft, sample: Sample) -> Token:
+        return Token(sample.token, BLEND, draft.deferral, sample.logprobs, sample.support)
+
+    @property
+    def agreement(self) -> Agreement:
+        """How often the combination's token is the draft."""
+        return self.shared.blend_agreement[self.blend.kind]
+
+    def _drafts_on(self) -> bool:
+        return self.shared.shelf_has_room() and super()._drafts_on()

@@ -1,0 +1,1 @@
+"""Blends in real lanes against float32 Hugging Face loops."""
