@@ -233,6 +233,7 @@ def build(
     """
     gate: GateInfo | None
     lanes: list[Lane]
+    blend_obstacle = config.blend_obstacle
     shelf = Shelf()
     if config.base.backend == "standin":
         lanes = [
@@ -269,6 +270,7 @@ def build(
             shelf=shelf,
         )
         vocab_size, eos_token_ids, gate = plan.vocab_size, plan.eos_token_ids, plan.gate
+        blend_obstacle = blend_obstacle or plan.blend_obstacle
         versions = versions_in_use()
     coordination = config.scheduler.coordination
     if coordination == "auto":
@@ -290,7 +292,7 @@ def build(
         drafting=all(lane.info.can_cut for lane in lanes),
         draft_pays=pacer.draft_pays,
         shelf_has_room=lambda: shelf.has_room,
-        blend_obstacle=config.blend_obstacle,
+        blend_obstacle=blend_obstacle,
     )
     scheduler = Scheduler(
         lanes=len(lanes),

@@ -132,6 +132,10 @@ def shown(value: object, limit: int = 64) -> str:
     return f"'{safe}{'...' if len(text) > limit else ''}'"
 
 
+VARIANTS = ("(name)", "(object)")
+"""How a field's shapes are told apart where it may have several; no part of its path."""
+
+
 def from_validation(problems: list[Any], messages: Mapping[str, str]) -> ApiError:
     """The first problem that pydantic found, in the client's words.
 
@@ -140,7 +144,7 @@ def from_validation(problems: list[Any], messages: Mapping[str, str]) -> ApiErro
         messages: by field, what to say where several shapes are allowed and none fitted.
     """
     problem = problems[0]
-    kind, location = problem["type"], problem["loc"]
+    kind, location = problem["type"], tuple(part for part in problem["loc"] if part not in VARIANTS)
     if kind == "json_invalid":
         reason = str(problem["ctx"]["error"]) if "ctx" in problem else "malformed"
         return invalid(f"The body is not valid JSON: {reason}.", code="invalid_json")

@@ -47,6 +47,15 @@ class Plan:
         """Ids that end a text, whoever writes them; the base's first."""
         return list(self.shared.ends)
 
+    @property
+    def blend_obstacle(self) -> str | None:
+        """Why these members cannot be blended; None if nothing is in the way."""
+        apart = self.shared.private_ends
+        if not apart:
+            return None
+        named = ", ".join(repr(self.shared.name(end)) for end in apart)
+        return f"the members end their texts with different tokens ({named}), so that no combination of them ends"
+
     def notes(self) -> list[str]:
         """What who starts the pair should know, one line each."""
         ends = ", ".join(f"{end} {self.shared.name(end)!r}" for end in self.shared.ends)

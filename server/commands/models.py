@@ -15,14 +15,18 @@ from server.commands.options import server_options
 @click.command()
 @server_options
 def models(url: str, key: str | None) -> None:
-    """List the served models: the joint one and each member alone.
+    """List the served models: the joint one, each member alone, and blends under names of their own.
 
     In a pipe: a line for each with name, context length and what it is, between tabs.
     """
     rows = []
     for card in Api(url, key).models():
         name, parent = str(card["id"]), card.get("parent")
-        kind = "joint" if parent is None else f"{name.removeprefix(f'{parent}/')} alone"
+        kind = "joint"
+        if parent is not None:
+            kind = (
+                f"{name.removeprefix(f'{parent}/')} alone" if name.startswith(f"{parent}/") else "joint, with a blend"
+            )
         rows.append((name, str(card.get("max_model_len") or "not loaded"), kind))
     if not sys.stdout.isatty():
         for row in rows:

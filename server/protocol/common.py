@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from fastapi import Request
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 
 from engine.blends import GREATEST_TOP, GREATEST_WEIGHT, BlendKind
 from engine.types import MOST_DRAFTS, PolicyName, StructuredOutputs
 from server.disconnect import ClientGone
-from server.errors import ApiError, FieldError, from_validation
+from server.errors import VARIANTS, ApiError, FieldError, from_validation
 from server.protocol.base import ModelName, Only, Strict, TokenId, Unsupported
 from server.protocol.structured import MAX_GRAMMAR_LENGTH, ResponseFormat, StructuredOutputsOptions, engine_grammar
 
@@ -42,6 +42,7 @@ MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 
 
+NAMED, SPELLED_OUT = VARIANTS
 Weight = Annotated[float, Field(ge=-GREATEST_WEIGHT, le=GREATEST_WEIGHT)]
 
 
@@ -90,7 +91,19 @@ class CollaborationOptions(Strict):
     """How many tokens the base drafts past a deferral before the expert has written: "auto", "off" or a number. Changes
     how fast an answer comes, never what it says. Default: the server's, usually "auto"."""
 
-    blend: Annotated[str, Field(min_length=1, max_length=64)] | BlendOptions | None = None
+    blend: (
+        Annotated[
+            Annotated[str, Field(min_length=1, max_length=64), Tag(NAMED)] | Annotated[BlendOptions, Tag(SPELLED_OUT)],
+            Discriminator(
+                lambda value: (
+                    NAMED if isinstance(value, str) else SPELLED_OUT if isinstance(value, dict | BlendOptions) else None
+                ),
+                custom_error_type="blend_type",
+                custom_error_message="must be the name of a blend, or an object with a 'kind'",
+            ),
+        ]
+        | None
+    ) = None
     """What is written where the experts are asked: the name of a preset ("mixture", "union", "proxy", "contrastive", or
     one of the server's own), or a combination of the members. Default: the expert's own token."""
 

@@ -18,7 +18,7 @@ import pytest
 from tests.live import LiveServer
 from tests.packaging.sources import ROOT, imported_modules
 
-PAGES = ("quickstart", "api", "cli", "clients", "playground", "configuration")
+PAGES = ("quickstart", "api", "strategies", "cli", "clients", "playground", "configuration")
 ADDRESS = "http://localhost:8000"
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.M | re.S)
 

@@ -53,7 +53,7 @@ export async function models(key) {
   const joint = data.find((model) => model.parent === null);
   if (!joint) throw new ApiError("The server names no joint model.");
   const members = data
-    .filter((model) => model.parent === joint.id)
+    .filter((model) => model.id.startsWith(`${joint.id}/`))
     .map((model) => ({ id: model.id, name: model.id.slice(joint.id.length + 1) }));
   return { joint: joint.id, members };
 }
@@ -106,10 +106,10 @@ export async function* answer(body, key, signal) {
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ApiError(chunk.error.message, chunk.error);
     for (const choice of chunk.choices) {
-      const { tokens, sources, deferral_probabilities: values } = choice.collaboration;
+      const { tokens, sources, deferral_probabilities: values, support } = choice.collaboration;
       finished ||= choice.finish_reason !== null;
       yield {
-        tokens: tokens.map((text, i) => ({ text, source: sources[i], p: values[i] })),
+        tokens: tokens.map((text, i) => ({ text, source: sources[i], p: values[i], support: support?.[i] ?? null })),
         finish: choice.finish_reason,
       };
     }

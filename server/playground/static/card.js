@@ -14,8 +14,15 @@ function quoted(text) {
   return `“${text.replaceAll("\n", "↵").replaceAll(" ", "␣")}”`;
 }
 
-/** Which of the styles a source has: "base", or "expert-1" and so on. */
+/** How much of a blended token the experts speak for: their probability of it, of the sum over all members. */
+function shareOfExperts(support) {
+  const all = Object.values(support).reduce((sum, value) => sum + Math.exp(value), 0);
+  return all > 0 ? 1 - Math.exp(support.base ?? -Infinity) / all : 0;
+}
+
+/** Which of the styles a source has: "base", "blend", or "expert-1" and so on. */
 export function styleOf(source, experts) {
+  if (source === "blend") return source;
   return source === "base" ? "base" : `expert-${(Math.max(experts.indexOf(source), 0) % STYLES) + 1}`;
 }
 
@@ -172,6 +179,8 @@ export class Card {
 
   #span(token, number) {
     const deferral = token.p === null ? "" : `, gate ${token.p.toFixed(3)}`;
+    const members = Object.entries(token.support ?? {});
+    const support = members.map(([name, value]) => `, ${name} ${Math.exp(value).toPrecision(2)}`).join("");
     const span = el(
       "span",
       {
@@ -180,11 +189,12 @@ export class Card {
         id: `${this.text.id}-${number}`,
         "data-source": token.source,
         "data-p": token.p,
-        "aria-label": `${quoted(token.text)}, ${token.source}${deferral}`,
+        "aria-label": `${quoted(token.text)}, ${token.source}${support}${deferral}`,
         "aria-selected": "false",
       },
       SHOWN.get(token.text) ?? token.text,
     );
+    if (token.support) span.style.setProperty("--experts", shareOfExperts(token.support));
     this.spans.push(span);
     return span;
   }
@@ -219,7 +229,7 @@ export class Card {
     const rows = [];
     if (this.model.joint) {
       const bar = el("div", { class: "split", "aria-hidden": "true" });
-      for (const source of ["base", ...this.experts]) {
+      for (const source of this.#sources(counts)) {
         const part = el("i", { class: styleOf(source, this.experts) });
         part.style.setProperty("--share", total ? (counts.get(source) ?? 0) / total : 0);
         bar.append(part);
@@ -230,7 +240,7 @@ export class Card {
       ? el(
           "ul",
           { class: "legend" },
-          ...["base", ...this.experts].map((source) =>
+          ...this.#sources(counts).map((source) =>
             el(
               "li",
               {},
@@ -246,6 +256,11 @@ export class Card {
     const wait = this.first === null ? null : this.first - this.started;
     rows.push(figure("First token", wait === null ? "–" : `${wait.toFixed(0)} ms`, "first"));
     this.figures.replaceChildren(...rows);
+  }
+
+  /** Who may have written: the members, and all of them together where something was blended. */
+  #sources(counts) {
+    return ["base", ...this.experts, ...(counts.has("blend") ? ["blend"] : [])];
   }
 
   /** Tokens a second, from the request to the last token: a browser that is busy gets the latter ones in one go, so a
