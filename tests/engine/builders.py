@@ -94,9 +94,11 @@ def make_scheduler(pair: Pair, kind: type[Scheduler] = Scheduler, **options: Any
     )
 
 
-def make_lanes(pair: Pair, kind: Callable[..., StandinLane] = StandinLane, **options: Any) -> list[StandinLane]:
+def make_lanes(
+    pair: Pair, kind: Callable[..., StandinLane] = StandinLane, *, shelf: Shelf | None = None, **options: Any
+) -> list[StandinLane]:
     """Base first. ``options`` are the stand-in's own."""
-    shelf = Shelf()
+    shelf = shelf or Shelf()
     return [
         kind(
             number,

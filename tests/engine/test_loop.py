@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from engine.lanes import LaneReport, LaneWork, StandinLane
+from engine.lanes.shelf import Shelf
 from engine.lanes.standin import next_token
 from engine.loop import StepLoop
 from engine.scheduler import Scheduler
@@ -98,7 +99,8 @@ def test_lanes_that_answer_at_once(coordination: Coordination, options: dict[str
 def test_lanes_that_answer_in_any_order(threaded: tuple[int, ...], seed: int, pool: ThreadPoolExecutor) -> None:
     ThreadedLane.pool = pool
     ThreadedLane.dice = random.Random(seed)
-    slow, quick = (make_lanes(PAIR, kind, token_budget=16, kv_tokens=90) for kind in (ThreadedLane, StandinLane))
+    options: dict[str, Any] = {"token_budget": 16, "kv_tokens": 90, "shelf": Shelf()}
+    slow, quick = (make_lanes(PAIR, kind, **options) for kind in (ThreadedLane, StandinLane))
     drive = Drive([(slow if number in threaded else quick)[number] for number in range(3)], "overlapped")
     requests = mixed_requests(25, PAIR, seed)
     drive.run(requests)

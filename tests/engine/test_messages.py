@@ -34,7 +34,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     if origin is list:
         return st.lists(values(args[0]), max_size=3)
     if origin is tuple:
-        assert args[1] is Ellipsis
+        if args[1] is not Ellipsis:
+            return st.tuples(*map(values, args))
         return st.lists(values(args[0]), max_size=3).map(tuple)
     if origin is dict:
         return st.dictionaries(values(args[0]), values(args[1]), max_size=3)
