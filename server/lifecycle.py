@@ -92,6 +92,11 @@ class Lifecycle:
                 return str(error)
             service.attach(engine)
             self._print_status(f"ready at {self._url()}")
+            served = service.models.served(engine.info)
+            if not served.gate and served.experts:
+                threshold = served.thresholds.get(served.policy)
+                at = "" if threshold is None else f" at threshold {threshold:g}"
+                self._print_status(f"no gate: requests that name no policy get {served.policy!r}{at}")
             self._print_status(f"try: {example_command(service, self._url())}")
             reason = await engine.wait_dead()
             service.lose()

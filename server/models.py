@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from engine.strategies.deferral.policies import POLICIES
+from engine.strategies.deferral.strategy import CONFIDENCE_THRESHOLD
 from engine.types import BASE, Collaboration, EngineInfo, PolicyName
 from server.blends import BlendTable
 from server.errors import ApiError, invalid, shown, unknown_model
 from server.protocol.common import CollaborationOptions
+from server.protocol.responses import ServedCollaboration
 
 DEFAULT_RATE = 0.5
 
@@ -17,7 +19,7 @@ class ModelTable:
     Args:
         name: the joint model's name.
         lane_names: "base" and the experts, in the order of lane numbers.
-        default_policy: of a pair without a gate, for requests that name none.
+        default_policy: of a pair without a gate, for requests that name none; None: the base's confidence.
         blends: what requests may ask to be blended; models of a name of their own may have one by default.
     """
 
@@ -56,6 +58,16 @@ class ModelTable:
         except KeyError:
             raise unknown_model(name) from None
 
+    def served(self, info: EngineInfo) -> ServedCollaboration:
+        """What is in force for requests that name nothing, and what they may name."""
+        gate = info.gate
+        policies = [name for name, policy in POLICIES.items() if gate is not None or policy.needs != "gate"]
+        thresholds = {"confidence": CONFIDENCE_THRESHOLD}
+        if gate is not None:
+            thresholds["threshold"] = gate.threshold
+        policy = gate.policy if gate is not None else self._default_policy or "confidence"
+        return ServedCollaboration(policy, policies, thresholds, gate is not None, list(self._experts))
+
     def collaboration(self, name: str, options: CollaborationOptions | None, info: EngineInfo) -> Collaboration:
         """What the engine is told.
 
@@ -83,8 +95,8 @@ class ModelTable:
         if preset is not None and policy is None:
             policy = preset.usual_policy
             threshold = preset.threshold if threshold is None else threshold
-        if policy is None and info.gate is None:
-            policy = self._default_policy
+        if policy is None and info.gate is None and self._experts:
+            policy = self._default_policy or "confidence"
         self._check_gate(policy, options, info)
         effective = policy or (info.gate.policy if info.gate is not None else None)
         if effective is not None:

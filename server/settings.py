@@ -41,10 +41,10 @@ class ServerConfig(BaseModel):
     api_keys_file: Path | None = None
     """File with further keys, one per line; empty lines and lines that begin with # don't count."""
 
-    playground: Literal["key", "open", "off"] = "key"
-    """The pages for people (/, /docs and their files under /static) where there are API keys: "key" asks for one, as
-    every route does, though a browser's address bar cannot send it; "open" serves the pages to everybody, since they
-    hold nothing secret, and they ask for the key that their requests need. "off": there are no pages."""
+    playground: Literal["key", "open", "off"] = "open"
+    """The pages for people (/, /docs and their files under /static) where there are API keys: "open" serves them to
+    everybody, since they hold nothing secret, and they ask for the key that their requests need; "key" asks for one,
+    as every route does, which a browser's address bar cannot send. "off": there are no pages."""
 
     cors_allow_origins: tuple[str, ...] = ()
     """Origins whose pages may call this server from a browser; "*" is any. None: no CORS headers."""

@@ -60,7 +60,7 @@ _GENERATION: list[Callable[[Any], Any]] = [
     ),
     click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy."),
     click.option("--seed", type=int, help="Makes a drawn answer reproducible."),
-    click.option("--stop", multiple=True, help="A string that ends the answer; up to 4 times."),
+    click.option("--stop", multiple=True, help="A string that ends the answer; may be given several times."),
     click.option(
         "--color", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True,
         help="Show who wrote what; auto: in a terminal, unless NO_COLOR is set.",

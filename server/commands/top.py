@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import select
 import sys
+import termios
 import time
-from collections.abc import Iterator
+import tty
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import click
@@ -19,6 +24,9 @@ from server.commands.api import Api, CommandError
 from server.commands.options import server_options
 
 Labels = frozenset[tuple[str, str]]
+
+WIDE = 88
+"""Columns of a terminal that shows everything."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,10 @@ class View:
     Attributes:
         deferral_rate: of what the joint model wrote in that time; None if nothing.
         deferral_rate_ever: of all that it wrote since the server started.
+        first_token_ms, first_token_p95_ms: mean, and the bound that 95 % of the requests kept.
+        request_p95_ms: of whole requests.
+        errors: requests that ended in an error since the server started.
+        errors_per_s: the same in that time.
     """
 
     version: str
@@ -95,6 +107,10 @@ class View:
     running: int
     waiting: int
     first_token_ms: float | None
+    first_token_p95_ms: float | None
+    request_p95_ms: float | None
+    errors: int
+    errors_per_s: float
     lanes: list[Lane]
 
     @classmethod
@@ -109,6 +125,10 @@ class View:
         def mean(name: str, **labels: str) -> float | None:
             count = gained(f"{name}_count", **labels)
             return gained(f"{name}_sum", **labels) / count if count > 0 else None
+
+        def p95(name: str) -> float | None:
+            bounds = sorted(new.values(f"{name}_bucket", "le"), key=float)
+            return _quantile(0.95, [(float(bound), gained(f"{name}_bucket", le=bound)) for bound in bounds])
 
         joint = new.values("collm_requests_running", "model_name")[:1]
         model = {"model_name": joint[0]} if joint else {}
@@ -138,6 +158,10 @@ class View:
             running=round(new.sum("collm_requests_running")),
             waiting=round(new.sum("collm_requests_waiting")),
             first_token_ms=_ms(mean("collm_time_to_first_token_seconds")),
+            first_token_p95_ms=_ms(p95("collm_time_to_first_token_seconds")),
+            request_p95_ms=_ms(p95("collm_request_seconds")),
+            errors=round(new.sum("collm_requests_total", outcome="error")),
+            errors_per_s=gained("collm_requests_total", outcome="error") / seconds,
             lanes=lanes,
         )
 
@@ -148,7 +172,9 @@ class View:
             ("deferral rate", f"{_share(self.deferral_rate)} now, {_share(self.deferral_rate_ever)} since start"),
             ("running", str(self.running)),
             ("waiting", str(self.waiting)),
-            ("first token", _time(self.first_token_ms)),
+            ("first token", f"{_time(self.first_token_ms)}, p95 {_time(self.first_token_p95_ms)}"),
+            ("request p95", _time(self.request_p95_ms)),
+            ("errors", f"{self.errors_per_s:.1f}/s, {self.errors} since start"),
         ]
 
     def rows(self) -> Iterator[tuple[str, ...]]:
@@ -177,20 +203,27 @@ def plain(view: View) -> str:
     return "\n".join([*lines, "", *table])
 
 
-def drawn(view: View, url: str, trouble: str | None) -> RenderableType:
-    """For a terminal."""
+NARROW = ("lane", "up", "tokens/s", "step", "rows", "KV")
+"""Columns of lanes that fit a terminal of 60 columns."""
+
+
+def drawn(view: View, url: str, trouble: str | None, width: int) -> RenderableType:
+    """For a terminal of so many columns."""
     gate = f" · gate {view.gate}, threshold {view.threshold}" if view.gate else ""
-    title = Text(f"{url} · version {view.version}{gate}", style="dim")
-    head = Table.grid(padding=(0, 3, 0, 0))
-    head.add_row(*(Text(name, "dim") for name, _ in view.head()))
-    head.add_row(*(Text(value, "bold") for _, value in view.head()))
+    title = Text(f"{url} · version {view.version}{gate}", style="dim", overflow="ellipsis", no_wrap=True)
+    head = Table.grid(padding=(0, 2, 0, 0))
+    for name, value in view.head():
+        head.add_row(Text(name, "dim"), Text(value, "bold"))
     rows = view.rows()
+    headings = next(rows)
+    shown = [number for number, heading in enumerate(headings) if width >= WIDE or heading in NARROW]
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for number, heading in enumerate(next(rows)):
-        table.add_column(heading, justify="left" if number < 2 else "right")
+    for number in shown:
+        table.add_column(headings[number], justify="left" if number < 2 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(row[0], Text(row[1], "bold red" if row[1] == "NO" else ""), *row[2:])
-    last = Text(f"error: {trouble}", "red") if trouble else Text("Ctrl+C ends", "dim")
+        cells: list[str | Text] = [row[0], Text(row[1], "bold red" if row[1] == "NO" else ""), *row[2:]]
+        table.add_row(*(cells[number] for number in shown))
+    last = Text(f"{trouble}; waiting for it", "red") if trouble else Text("q ends", "dim")
     return Group(title, "", head, "", table, "", last)
 
 
@@ -201,36 +234,89 @@ def drawn(view: View, url: str, trouble: str | None) -> RenderableType:
 )
 @server_options
 def top(once: bool, interval: float, url: str, key: str | None) -> None:
-    """Watch a server: tokens a second, deferral rate, queue, and each lane's steps, rows and KV cache.
+    """Watch a server: tokens per second, deferral rate, queue, errors, and each lane's steps, rows and KV cache.
 
-    Rates are over the last interval.
+    Rates and times are over the last interval. In a terminal q ends it, and a server that is not there yet, or that
+    restarts, is waited for.
     """
     api = Api(url, key)
-    old = Scrape.take(api)
     try:
-        time.sleep(interval)
-        new = Scrape.take(api)
         if once or not sys.stdout.isatty():
-            click.echo(plain(View.between(old, new)))
-            return
-        _watch(api, old, new, interval)
+            old = Scrape.take(api)
+            time.sleep(interval)
+            click.echo(plain(View.between(old, Scrape.take(api))))
+        else:
+            with _keys() as pressed:
+                _watch(api, interval, pressed)
     except KeyboardInterrupt:
         return
 
 
-def _watch(api: Api, old: Scrape, new: Scrape, interval: float) -> None:
-    view = View.between(old, new)
-    with Live(drawn(view, api.url, None), console=Console(highlight=False), auto_refresh=False, screen=True) as live:
+def _watch(api: Api, interval: float, pressed: Callable[[float], str]) -> None:
+    """Until q is pressed."""
+    console = Console(highlight=False)
+    old: Scrape | None = None
+    view: View | None = None
+    with Live(Text(f"waiting for {api.url}", "dim"), console=console, auto_refresh=False, screen=True) as live:
         while True:
-            time.sleep(interval)
             trouble = None
             try:
-                old, new = new, Scrape.take(api)
-                view = View.between(old, new)
+                new = Scrape.take(api)
+                view = View.between(old, new) if old is not None else None
+                old = new
             except CommandError as error:
                 # It may come back; what is on the screen is the last that was known.
                 trouble = error.message
-            live.update(drawn(view, api.url, trouble), refresh=True)
+            if view is not None:
+                live.update(drawn(view, api.url, trouble, console.width), refresh=True)
+            elif trouble:
+                live.update(Text(f"{trouble}; waiting for it (q ends)", "red"), refresh=True)
+            if pressed(interval) == "q":
+                return
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[Callable[[float], str]]:
+    """While it lasts, the terminal gives keys as they are pressed; yields a function that waits for one, up to so many
+    seconds, and returns it, or "".
+    """
+    if not sys.stdin.isatty():
+
+        def wait(seconds: float) -> str:
+            time.sleep(seconds)
+            return ""
+
+        yield wait
+        return
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+
+    def key(seconds: float) -> str:
+        ready, _, _ = select.select([fd], [], [], seconds)
+        return os.read(fd, 1).decode("ascii", "ignore") if ready else ""
+
+    tty.setcbreak(fd)
+    try:
+        yield key
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def _quantile(share: float, buckets: list[tuple[float, float]]) -> float | None:
+    """A histogram's quantile as Prometheus reckons it: linear within a bucket; of the last, its lower bound.
+
+    Args:
+        buckets: upper bound and cumulative count, in the order of the bounds; the last bound is infinite.
+    """
+    if not buckets or buckets[-1][1] <= 0:
+        return None
+    rank = share * buckets[-1][1]
+    lower, below = 0.0, 0.0
+    for bound, count in buckets:
+        if count >= rank:
+            return lower if math.isinf(bound) else lower + (bound - lower) * (rank - below) / (count - below)
+        lower, below = bound, count
+    return lower
 
 
 def _ms(seconds: float | None) -> float | None:

@@ -7,6 +7,8 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from engine.types import PolicyName
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -176,8 +178,25 @@ class ChatChunk(Struct):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
+class ServedCollaboration(Struct):
+    """How the members of a joint model share the work unless a request says otherwise.
+
+    ``policies`` are those that this pair can use (some need a gate), ``thresholds`` the default of each that has one.
+    """
+
+    policy: PolicyName
+    policies: list[PolicyName]
+    thresholds: dict[str, float]
+    gate: bool
+    experts: list[str]
+
+
 class ModelCard(Struct):
-    """A served model. ``parent`` is the joint model of a member."""
+    """A served model. ``parent`` is the joint model of a member.
+
+    A joint model's also says what ``collaboration`` is in force, whether there is a ``chat`` template, and the pair's
+    own ``example_prompt``.
+    """
 
     id: str
     object: Literal["model"]
@@ -185,6 +204,9 @@ class ModelCard(Struct):
     owned_by: str
     parent: str | None
     max_model_len: int | None
+    collaboration: ServedCollaboration | UnsetType = UNSET
+    chat: bool | UnsetType = UNSET
+    example_prompt: str | UnsetType | None = UNSET
 
 
 class ModelList(Struct):

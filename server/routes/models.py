@@ -31,7 +31,7 @@ async def get_model(request: Request, model_id: Annotated[str, Path(alias="id")]
 
 def _card(service: Service, name: str) -> ModelCard:
     engine = service.started_engine
-    return ModelCard(
+    card = ModelCard(
         id=name,
         object="model",
         created=service.created,
@@ -39,3 +39,9 @@ def _card(service: Service, name: str) -> ModelCard:
         parent=service.models.parent(name),
         max_model_len=None if engine is None else engine.info.max_model_len,
     )
+    if service.models.member(name) is None:
+        card.chat = service.chat_template is not None
+        card.example_prompt = service.settings.example_prompt
+        if engine is not None:
+            card.collaboration = service.models.served(engine.info)
+    return card

@@ -84,12 +84,12 @@ class FakeEngine:
         closed_early: ids of requests that were closed before their last delta.
     """
 
-    def __init__(self, script: Script, *, gate: bool = True) -> None:
-        lanes = [LaneInfo(name, name, 256, 64, 16) for name in ("base", "codes")]
+    def __init__(self, script: Script, *, gate: bool = True, max_model_len: int = 256) -> None:
+        lanes = [LaneInfo(name, name, max_model_len, 64, 16) for name in ("base", "codes")]
         self.info = EngineInfo(
             lanes=lanes,
             vocab_size=512,
-            max_model_len=256,
+            max_model_len=max_model_len,
             eos_token_ids=[0],
             coordination="lockstep",
             gate=GateInfo("gate-folder", "threshold", 0.5) if gate else None,

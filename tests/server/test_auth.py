@@ -21,7 +21,7 @@ ROUTES = [
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 async def test_every_route_but_the_probes_asks_for_a_key(build: Build, method: str, path: str) -> None:
-    house = await build(server={"api_keys": KEYS})
+    house = await build(server={"api_keys": KEYS, "playground": "key"})
     response = await house.http.request(method, f"http://house{path}")
     if method != "HEAD":
         assert check_error(response, 401)["code"] == "invalid_api_key"
@@ -72,8 +72,8 @@ PAGES = ["/", "/docs", "/static/app.js", "/static/style.css"]
 
 
 @pytest.mark.parametrize("path", PAGES)
-async def test_pages_can_be_opened_to_everybody(build: Build, path: str) -> None:
-    house = await build(server={"api_keys": KEYS, "playground": "open"})
+async def test_pages_open_to_everybody_and_ask_for_the_key_themselves(build: Build, path: str) -> None:
+    house = await build(server={"api_keys": KEYS})
     response = await house.http.get(path)
     assert response.status_code == 200
     assert not any(key in response.text for key in KEYS)
@@ -85,20 +85,20 @@ async def test_pages_can_be_opened_to_everybody(build: Build, path: str) -> None
 
 @pytest.mark.parametrize(("method", "path"), [route for route in ROUTES if route[1] not in PAGES])
 async def test_open_pages_open_nothing_else(build: Build, method: str, path: str) -> None:
-    house = await build(server={"api_keys": KEYS, "playground": "open"})
+    house = await build(server={"api_keys": KEYS})
     assert (await house.http.request(method, f"http://house{path}")).status_code == 401
 
 
 @pytest.mark.parametrize("path", ["/static", "/docs/", "//", "/static/../v1/models", "/static/%2e%2e/metrics"])
 async def test_what_looks_like_a_page_is_none(build: Build, path: str) -> None:
-    house = await build(server={"api_keys": KEYS, "playground": "open"})
+    house = await build(server={"api_keys": KEYS})
     response = await house.http.get(f"http://house{path}")
     assert response.status_code in (401, 404)
     check_error(response, response.status_code)
 
 
 async def test_a_browser_without_a_key_is_told_what_to_do(build: Build) -> None:
-    house = await build(server={"api_keys": KEYS})
+    house = await build(server={"api_keys": KEYS, "playground": "key"})
     assert 'server.playground = "open"' in check_error(await house.http.get("/"), 401)["message"]
     assert "playground" not in check_error(await house.http.get("/v1/models"), 401)["message"]
 

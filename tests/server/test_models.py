@@ -3,8 +3,9 @@ from __future__ import annotations
 import openai
 import pytest
 
+from server.models import ModelTable
 from tests.server.conftest import Build, House
-from tests.server.fakes import check_error, letters, writes
+from tests.server.fakes import FakeEngine, check_error, letters, writes
 
 NAMES = ["collm-demo", "collm-demo/base", "collm-demo/codes"]
 
@@ -41,3 +42,35 @@ async def test_a_base_alone_is_served_under_both_names(build: Build) -> None:
     body = (await house.http.get("/v1/models")).json()
     assert [card["id"] for card in body["data"]] == ["org/model", "org/model/base"]
     assert (await house.complete(model="org/model")).status_code == 200
+
+
+async def test_the_joint_model_says_how_its_members_work_together(build: Build) -> None:
+    house = await build(example_prompt="Who?")
+    joint, *members = (await house.http.get("/v1/models")).json()["data"]
+    assert joint["collaboration"] == {
+        "policy": "threshold",
+        "policies": ["threshold", "sample", "always", "never", "random", "confidence"],
+        "thresholds": {"threshold": 0.5, "confidence": 0.5},
+        "gate": True,
+        "experts": ["codes"],
+    }
+    assert (joint["chat"], joint["example_prompt"]) == (True, "Who?")
+    assert all("collaboration" not in card for card in members)
+
+
+async def test_a_pair_without_a_gate_is_served_by_the_base_s_confidence(build: Build) -> None:
+    house = await build(writes(letters("ab")), gate=False)
+    joint = (await house.http.get("/v1/models/collm-demo")).json()["collaboration"]
+    assert (joint["policy"], joint["thresholds"], joint["gate"]) == ("confidence", {"confidence": 0.5}, False)
+    assert "threshold" not in joint["policies"]
+    assert (await house.complete()).status_code == 200
+    assert house.engine.seen[-1].collaboration.policy == "confidence"
+    refused = await house.complete(collaboration={"policy": "threshold"})
+    assert "needs a gate" in check_error(refused, 400, "collaboration.policy")["message"]
+
+
+def test_the_configured_policy_of_a_pair_without_a_gate_comes_first() -> None:
+    table = ModelTable("pair", ("base", "codes"), "never")
+    info = FakeEngine(writes([]), gate=False).info
+    assert table.served(info).policy == "never"
+    assert table.collaboration(None, None, info).policy == "never"

@@ -47,15 +47,22 @@ async function failure(response) {
   return new ApiError(message, { status: response.status, code: detail?.code ?? null, param: detail?.param ?? null });
 }
 
-/** What is served: the joint model and its members, joint first. */
+/**
+ * What is served: the joint model, its members, and how they share the work unless a request says otherwise.
+ * @returns {Promise<{joint: string, members: {id: string, name: string}[], collaboration: {policy: string,
+ *   policies: string[], thresholds: Object<string, number>, gate: boolean, experts: string[]}, example: string|null,
+ *   chat: boolean}>}
+ */
 export async function models(key) {
   const { data } = await (await send("v1/models", { headers: authorization(key) })).json();
   const joint = data.find((model) => model.parent === null);
   if (!joint) throw new ApiError("The server names no joint model.");
   const members = data
-    .filter((model) => model.id.startsWith(`${joint.id}/`))
+    .filter((model) => model.parent === joint.id)
     .map((model) => ({ id: model.id, name: model.id.slice(joint.id.length + 1) }));
-  return { joint: joint.id, members };
+  const { collaboration, example_prompt: example, chat } = joint;
+  if (!collaboration) throw new ApiError("The engine is starting.");
+  return { joint: joint.id, members, collaboration, example, chat };
 }
 
 /** Whether requests are admitted; the reason if not. */
@@ -68,53 +75,65 @@ export async function readiness() {
   }
 }
 
-/** The gate's name and default threshold and the server's version, as the metrics tell them. */
-export async function defaults(key) {
-  const text = await (await send("metrics", { headers: authorization(key) })).text();
-  const line = text.split("\n").find((each) => each.startsWith("collm_build_info{")) ?? "";
-  const label = (name) => new RegExp(`[{,]${name}="((?:[^"\\\\]|\\\\.)*)"`).exec(line)?.[1] ?? "";
-  const threshold = label("threshold");
-  return {
-    version: label("version"),
-    gate: label("gate") !== "" && label("gate") !== "none",
-    threshold: threshold === "" ? null : Number(threshold),
-  };
-}
-
 /** Where a body belongs. */
 export function route(body) {
   return "messages" in body ? "v1/chat/completions" : "v1/completions";
 }
 
 /**
- * Streams an answer, of a completion or of a chat.
- * @yields {{tokens: {text: string, source: string, p: number|null}[], finish: string|null}}
+ * Streams an answer, of a completion or of a chat. A token's `id` and `logprob` are known where the request asked for
+ * `return_token_ids` and for logprobs.
+ * @yields {{tokens: Token[], prompt: number[]|null, finish: string|null}} `prompt` are the ids of the prompt's tokens, once.
  */
 export async function* answer(body, key, signal) {
-  const response = await send(
-    route(body),
-    {
-      method: "POST",
-      headers: { "Content-Type": "application/json", ...authorization(key) },
-      body: JSON.stringify(body),
-    },
-    signal,
-  );
+  const response = await send(route(body), posted(body, key), signal);
   let finished = false;
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ApiError(chunk.error.message, chunk.error);
+    if (chunk.error) throw new ApiError(chunk.error.message, { ...chunk.error, status: 500 });
     for (const choice of chunk.choices) {
-      const { tokens, sources, deferral_probabilities: values, support } = choice.collaboration;
       finished ||= choice.finish_reason !== null;
       yield {
-        tokens: tokens.map((text, i) => ({ text, source: sources[i], p: values[i], support: support?.[i] ?? null })),
+        tokens: tokensOf(choice),
+        prompt: choice.prompt_token_ids ?? chunk.prompt_token_ids ?? null,
         finish: choice.finish_reason,
       };
     }
   }
   if (!finished) throw new ApiError("The connection ended before the answer did.");
+}
+
+/** A whole answer's first choice, as the server sends it. */
+export async function complete(body, key, signal) {
+  const { choices } = await (await send(route(body), posted(body, key), signal)).json();
+  return choices[0];
+}
+
+/**
+ * @typedef {{text: string, source: string, p: number|null, id: number|undefined, logprob: number|null,
+ *   support: Object<string, number>|null}} Token
+ * @returns {Token[]}
+ */
+export function tokensOf(choice) {
+  const { tokens, sources, deferral_probabilities: values, support } = choice.collaboration;
+  const logprobs = choice.logprobs?.token_logprobs ?? choice.logprobs?.content?.map((each) => each.logprob);
+  return tokens.map((text, i) => ({
+    text,
+    source: sources[i],
+    p: values[i],
+    id: choice.token_ids?.[i],
+    logprob: logprobs?.[i] ?? null,
+    support: support?.[i] ?? null,
+  }));
+}
+
+function posted(body, key) {
+  return {
+    method: "POST",
+    headers: { "Content-Type": "application/json", ...authorization(key) },
+    body: JSON.stringify(body),
+  };
 }
 
 /** The data of server-sent events. */

@@ -1,37 +1,36 @@
-// The page: settings in, requests out, answers into cards.
+// The page: what is served, runs, and what stands around them.
 
 import * as api from "./api.js";
 import { Card } from "./card.js";
-import { asCurl, asPython } from "./code.js";
-import { byId, el } from "./dom.js";
+import { LANGUAGES, showCode } from "./code.js";
+import { byId, copyText, el } from "./dom.js";
 import { examplesFor } from "./examples.js";
+import { History } from "./history.js";
 import { savedKey, saveKey } from "./key.js";
+import { linked, linkTo } from "./link.js";
+import { compare } from "./members.js";
+import { shown } from "./odds.js";
+import { Settings } from "./settings.js";
+import { sweep } from "./sweep.js";
 
-const POLICIES = {
-  threshold: { label: "The gate, by threshold", hint: "An expert writes where the gate's probability is above the threshold.", gate: true },
-  sample: { label: "The gate, by drawing", hint: "An expert writes with the gate's probability.", gate: true },
-  confidence: { label: "The base's confidence", hint: "An expert writes where 1 − the base's top probability is above the threshold. Needs no gate." },
-  random: { label: "Chance", hint: "An expert writes with a fixed probability: what a gate has to beat." },
-  always: { label: "Always the expert", hint: "The expert writes every token." },
-  never: { label: "Never the expert", hint: "The base writes every token." },
-};
 const RETRY_MS = 2000;
+const FIRST_CARDS = 4; // shown at first: the joint model and three members
+const AT_ONCE = 4; // requests of a run in flight: browsers open six connections to a server, and queue the rest unseen
 
 const ui = Object.fromEntries(
-  ["form", "prompt", "examples", "run", "stop", "policy", "policy-hint", "threshold", "threshold-field", "threshold-value",
-    "threshold-reset", "rate", "rate-field", "rate-value", "auto", "max-tokens", "temperature", "seed", "models", "key",
-    "answers", "metrics", "status", "notice", "announce", "copy", "tab-curl", "tab-python", "code-curl", "code-python",
+  ["form", "prompt", "examples", "run", "stop", "auto", "models", "key", "answers", "metrics", "status", "notice", "announce",
+    "copy", "share", "sweep", "sweep-result", "threshold", "policy", "rate", "experts", "history",
   ].map((id) => [id, byId(id)]),
 );
 
 const state = {
-  served: null, // { joint, members }
-  defaults: { gate: true, threshold: null, version: "" },
-  threshold: null, // null: the gate's
+  served: null,
   cards: [],
   running: null, // AbortController
   retry: 0,
 };
+const settings = new Settings({ changed: settingsChanged });
+const history = new History(ui.history, restore);
 
 // What is served
 
@@ -42,19 +41,16 @@ async function connect() {
   ui.metrics.hidden = key !== "";
   try {
     const served = await api.models(key);
-    state.defaults = await api.defaults(key);
     saveKey(key);
-    ui.notice.hidden = true;
+    if (ui.notice.dataset.of === "connection") notice("");
     if (JSON.stringify(served) !== JSON.stringify(state.served)) show(served);
-    setDefaults();
     const { ready, reason } = await api.readiness();
-    setStatus(ready ? "ready" : "waiting", ready ? `ready · version ${state.defaults.version}` : reason);
+    setStatus(ready ? "ready" : "waiting", ready ? "ready" : reason);
     if (!ready) state.retry = setTimeout(connect, RETRY_MS);
   } catch (error) {
     const refused = error.status === 401;
     setStatus("failed", refused ? (key ? "wrong key" : "needs a key") : "not connected");
-    ui.notice.textContent = refused ? refusal(key) : error.message;
-    ui.notice.hidden = false;
+    notice(refused ? refusal(key) : error.message, "connection");
     if (refused) {
       saveKey("");
       ui.metrics.hidden = true;
@@ -71,12 +67,20 @@ function refusal(key) {
   return key ? "The server does not take this API key." : "This server asks for an API key: enter it under the settings.";
 }
 
+/** @param {"connection"|"run"} of what it is about; a connection that comes back takes its own away */
+function notice(text, of = "run") {
+  ui.notice.textContent = text;
+  ui.notice.dataset.of = of;
+  ui.notice.hidden = text === "";
+}
+
 function setStatus(kind, text) {
   ui.status.dataset.kind = kind;
   ui.status.textContent = text;
 }
 
 function show(served) {
+  const first = state.served === null;
   state.served = served;
   document.title = `${served.joint} – Co-LLM playground`;
   const experts = served.members.map((member) => member.name).filter((name) => name !== "base");
@@ -84,99 +88,50 @@ function show(served) {
     { id: served.joint, title: "Together", joint: true },
     ...served.members.map((member) => ({ id: member.id, title: `${member.name} alone`, joint: false })),
   ];
-  state.cards = all.map((model) => new Card(model, experts));
+  state.cards = all.map((model) => new Card(model, experts, { inspect, reply }));
   ui.answers.replaceChildren(...state.cards.map((card) => card.root));
-  const legend = ui.models.querySelector("legend");
   ui.models.replaceChildren(
-    legend,
-    ...state.cards.map((card) =>
-      el("label", { class: "check" }, el("input", { type: "checkbox", checked: true, value: card.model.id }), card.model.title),
+    ui.models.querySelector("legend"),
+    ...state.cards.map((card, number) =>
+      el("label", { class: "check" }, el("input", { type: "checkbox", checked: number < FIRST_CARDS, value: card.model.id }), card.model.title),
     ),
   );
-  showSelected();
+  settings.serve(served);
+  ui.form.elements.kind.value ||= "text";
   ui.examples.replaceChildren(
-    ...examplesFor(served.joint).map((example) =>
+    ...examplesFor(served).map((example) =>
       el("button", { type: "button", class: "chip", onclick: () => choose(example) }, example.chat),
     ),
   );
-  if (!ui.prompt.value) ui.prompt.value = examplesFor(served.joint)[0][kind()];
-}
-
-function setDefaults() {
-  const chosen = ui.policy.value;
-  ui.policy.replaceChildren(
-    ...Object.entries(POLICIES).map(([name, { label, gate }]) =>
-      el("option", { value: name, disabled: Boolean(gate) && !state.defaults.gate }, label),
-    ),
-  );
-  const possible = chosen && (state.defaults.gate || !POLICIES[chosen].gate);
-  ui.policy.value = possible ? chosen : state.defaults.gate ? "threshold" : "confidence";
+  if (first) {
+    const shared = linked();
+    if (shared) settings.write(shared);
+  }
+  if (!ui.prompt.value) ui.prompt.value = examplesFor(served)[0][settings.kind];
+  showSelected();
   settingsChanged();
 }
 
 function choose(example) {
-  ui.prompt.value = example[kind()];
-  showCode();
+  ui.prompt.value = example[settings.kind];
+  settings.takeTurns([]);
   run();
-}
-
-/** What the prompt is: "text" to continue, or a "chat" message. */
-function kind() {
-  return ui.form.elements.kind.value;
 }
 
 /** An example that nobody has changed goes along when the kind of prompt changes. */
 function kindChanged() {
   if (!state.served) return;
-  const before = kind() === "chat" ? "text" : "chat";
-  const example = examplesFor(state.served.joint).find((each) => each[before] === ui.prompt.value);
-  if (example) ui.prompt.value = example[kind()];
+  const before = settings.kind === "chat" ? "text" : "chat";
+  const example = examplesFor(state.served).find((each) => each[before] === ui.prompt.value);
+  if (example) ui.prompt.value = example[settings.kind];
 }
 
 // Settings
 
-/** The threshold that counts: the user's, or the gate's; null where the policy has none. */
-function threshold() {
-  if (!["threshold", "confidence"].includes(ui.policy.value)) return null;
-  return state.threshold ?? state.defaults.threshold ?? 0.5;
-}
-
 function settingsChanged() {
-  const policy = ui.policy.value;
-  ui["policy-hint"].textContent = POLICIES[policy]?.hint ?? "";
-  const at = threshold();
-  ui["threshold-field"].hidden = at === null;
-  ui["rate-field"].hidden = policy !== "random";
-  if (at !== null) {
-    ui.threshold.value = at;
-    const own = state.threshold !== null;
-    ui["threshold-value"].textContent = own || state.defaults.threshold === null ? at.toFixed(2) : `${at.toFixed(2)}, the gate's`;
-    ui["threshold-reset"].hidden = !own || state.defaults.threshold === null;
-  }
-  ui["rate-value"].textContent = Number(ui.rate.value).toFixed(2);
-  for (const card of state.cards) card.setThreshold(card.model.joint ? at : null);
-  showCode();
-}
-
-function collaboration() {
-  const policy = ui.policy.value;
-  const chosen = {};
-  if (policy !== "threshold" || !state.defaults.gate) chosen.policy = policy;
-  if (threshold() !== null && (state.threshold !== null || state.defaults.threshold === null)) chosen.threshold = threshold();
-  if (policy === "random") chosen.rate = Number(ui.rate.value);
-  return { ...chosen, report: true };
-}
-
-function requestFor(model) {
-  const text = ui.prompt.value;
-  const body = {
-    model: model.id,
-    ...(kind() === "chat" ? { messages: [{ role: "user", content: text }] } : { prompt: text }),
-    max_tokens: Number(ui["max-tokens"].value),
-    temperature: Number(ui.temperature.value),
-  };
-  if (ui.seed.value !== "") body.seed = Number(ui.seed.value);
-  return { ...body, stream: true, collaboration: model.joint ? collaboration() : { report: true } };
+  for (const card of state.cards) card.setThreshold(card.model.joint ? settings.effectiveThreshold : null, settings.policy);
+  if (state.served) showCode(settings.request({ id: state.served.joint, joint: true }), typedKey() !== "");
+  ui.sweep.disabled = !state.served || settings.effectiveThreshold === null;
 }
 
 function selectedCards() {
@@ -194,85 +149,182 @@ function showSelected() {
 
 // Running
 
-async function run() {
-  if (!state.served || !ui.form.reportValidity() || !selectedCards().length) return;
+/** Take over from what is running. */
+function begin() {
   state.running?.abort();
   const running = new AbortController();
   state.running = running;
   ui.run.disabled = true;
   ui.stop.disabled = false;
   ui.announce.textContent = "Running";
-  // On a phone the answers are below the settings.
-  if (ui.answers.getBoundingClientRect().top > innerHeight * 0.8) ui.answers.scrollIntoView({ block: "start" });
-  const cards = selectedCards();
-  await Promise.all(cards.map((card) => runCard(card, running.signal)));
-  if (state.running !== running) return;
+  notice("");
+  return running;
+}
+
+/** Whether this was still what is running. */
+function finish(running) {
+  if (state.running !== running) return false;
   state.running = null;
   ui.stop.disabled = true;
   showSelected();
   if (document.activeElement === ui.stop || document.activeElement === document.body) ui.run.focus({ preventScroll: true });
-  ui.announce.textContent = cards.map(summary).join(" ");
+  return true;
 }
 
-async function runCard(card, signal) {
-  card.begin();
-  let finish = null;
+async function run() {
+  if (!state.served || !ui.form.reportValidity() || !selectedCards().length) return;
+  const running = begin();
+  ui["sweep-result"].hidden = true;
+  // On a phone the answers are below the settings.
+  if (ui.answers.getBoundingClientRect().top > innerHeight * 0.8) ui.answers.scrollIntoView({ block: "start" });
+  const cards = selectedCards();
+  const made = settings.read();
+  const start = { policy: settings.policy, threshold: settings.effectiveThreshold, chat: settings.kind === "chat", messages: settings.messages() };
+  const jobs = cards.map((card) => {
+    card.begin(start);
+    return { card, body: settings.request(card.model) };
+  });
+  const errors = [];
+  const take = async () => {
+    for (let job = jobs.shift(); job; job = jobs.shift()) errors.push(await runCard(job, running.signal));
+  };
+  await Promise.all(Array.from({ length: AT_ONCE }, take));
+  if (!finish(running)) return;
+  showErrors(cards, errors.filter(Boolean));
+  ui.announce.textContent = cards.map(summary).join(" ");
+  history.add({ settings: made, answers: new Map(cards.map((card) => [card.model.id, card.record()])), summary: inShort(cards) });
+}
+
+/** What every panel would say is said once, above them. */
+function showErrors(cards, errors) {
+  const messages = new Set(errors.map((error) => error.message));
+  const once = cards.length > 1 && errors.length === cards.length && messages.size === 1;
+  for (const card of cards) if (card.finish === "error") card.error.hidden = once;
+  if (once) notice(errors[0].code ? `${errors[0].message} (${errors[0].code})` : errors[0].message);
+}
+
+/** Runs one request; gives the error that ended it, or null. */
+async function runCard({ card, body }, signal) {
+  if (signal.aborted) {
+    card.end("stopped");
+    return null;
+  }
+  let ended = null;
+  card.sent();
   try {
-    for await (const piece of api.answer(requestFor(card.model), typedKey(), signal)) {
+    for await (const piece of api.answer({ ...body, ...details(body) }, typedKey(), signal)) {
       if (signal.aborted) break;
-      card.add(piece.tokens);
-      finish = piece.finish ?? finish;
+      card.add(piece);
+      ended = piece.finish ?? ended;
     }
-    card.end(signal.aborted ? "stopped" : finish);
+    card.end(signal.aborted ? "stopped" : ended);
+    return null;
   } catch (error) {
     if (error.name === "AbortError") {
       card.end("stopped");
-      return;
+      return null;
     }
-    card.fail(error instanceof api.ApiError ? error : new api.ApiError("The answer could not be read."));
-    if (error.status === 401) ui.key.focus();
-    if (error.status === 0 || error.status === 503) connect();
-    if (!(error instanceof api.ApiError)) throw error;
+    const told = error instanceof api.ApiError ? error : new api.ApiError("The answer could not be read.");
+    card.fail(told);
+    if (told.status === 401) ui.key.focus();
+    if (told.status === 0 || told.status === 503) connect();
+    if (told !== error) throw error;
+    return told;
   }
+}
+
+/** What the page asks for beside what the user set: token ids and each token's probability. */
+function details(body) {
+  return { return_token_ids: true, logprobs: "messages" in body ? true : 0 };
 }
 
 function summary(card) {
-  if (!card.error.hidden) return `${card.model.title}: ${card.error.textContent}`;
-  const counts = [...card.counts()].map(([source, count]) => `${count} by ${source}`).join(", ");
-  return `${card.model.title}: ${card.tokens.map((token) => token.text).join("").trim()} (${counts || "no tokens"}).`;
+  if (card.finish === "error") return `${card.model.title}: ${card.error.textContent}`;
+  const counts = [...card.counts].map(([source, count]) => `${count} by ${source}`).join(", ");
+  return `${card.model.title}: ${card.answer().trim()} (${counts || "no tokens"}).`;
 }
 
-// Code
+function inShort(cards) {
+  const joint = cards.find((card) => card.model.joint) ?? cards[0];
+  const counts = [...joint.counts].map(([source, count]) => `${count} ${source}`).join(", ");
+  const { policy, threshold } = joint.run;
+  return `${policy}${threshold === null ? "" : ` ${shown(threshold)}`}: ${counts || joint.finish}`;
+}
 
-function showCode() {
-  if (!state.served) return;
-  const body = requestFor({ id: state.served.joint, joint: true });
-  const withKey = typedKey() !== "";
-  ui["code-curl"].textContent = asCurl(api.address(api.route(body)), body, withKey);
-  ui["code-python"].textContent = asPython(api.address("v1"), body, withKey);
+/** Show a run of the history again: its settings and its answers. */
+function restore({ settings: made, answers }) {
+  state.running?.abort();
+  settings.write(made);
+  for (const card of state.cards) {
+    const found = answers.get(card.model.id);
+    const box = [...ui.models.querySelectorAll("input")].find((each) => each.value === card.model.id);
+    box.checked = Boolean(found);
+    if (found) card.restore(found);
+  }
+  showSelected();
+  settingsChanged();
+  ui.answers.scrollIntoView({ block: "nearest" });
+}
+
+/** Go on with the conversation after an answer. */
+function reply(card) {
+  settings.takeTurns([...card.run.messages.filter(({ role }) => role !== "system"), { role: "assistant", content: card.answer() }]);
+  ui.prompt.value = "";
+  ui.prompt.focus();
+}
+
+function inspect(card, number) {
+  return compare(card, number, state.served.members, typedKey());
+}
+
+async function runSweep() {
+  if (!state.served || !ui.form.reportValidity()) return;
+  const running = begin();
+  const joint = state.cards.find((card) => card.model.joint);
+  const comparable = joint.run?.policy === settings.policy;
+  const probabilities = comparable ? joint.tokens.map(({ p }) => p).filter((p) => p !== null) : [];
+  const take = (threshold) => {
+    settings.takeThreshold(threshold);
+    run();
+  };
+  try {
+    const body = settings.request(joint.model);
+    await sweep(ui["sweep-result"], body, probabilities, joint.experts, take, typedKey(), running.signal);
+    if (state.running === running) ui.announce.textContent = "Five thresholds are answered.";
+  } catch (error) {
+    if (error.name !== "AbortError") notice(error.message);
+  } finally {
+    finish(running);
+  }
+}
+
+// Code and links
+
+async function copy() {
+  const shown = document.querySelector(".code pre:not([hidden])");
+  await saidOn(ui.copy, await copyText(shown.textContent, shown));
+}
+
+async function share() {
+  const link = linkTo(settings.read());
+  window.history.replaceState(null, "", link);
+  await saidOn(ui.share, await copyText(link, ui.status));
+}
+
+function saidOn(button, copied) {
+  const before = button.dataset.label ?? button.textContent;
+  button.dataset.label = before;
+  button.textContent = copied ? "Copied" : button === ui.share ? "Link is in the address" : "Selected";
+  return new Promise((resolve) => setTimeout(() => resolve((button.textContent = before)), 1500));
 }
 
 function chooseTab(chosen) {
-  for (const name of ["curl", "python"]) {
+  for (const name of LANGUAGES) {
     const selected = name === chosen;
-    ui[`tab-${name}`].setAttribute("aria-selected", String(selected));
-    ui[`tab-${name}`].tabIndex = selected ? 0 : -1;
-    ui[`code-${name}`].hidden = !selected;
+    byId(`tab-${name}`).setAttribute("aria-selected", String(selected));
+    byId(`tab-${name}`).tabIndex = selected ? 0 : -1;
+    byId(`code-${name}`).hidden = !selected;
   }
-}
-
-async function copy() {
-  const shown = ui["code-curl"].hidden ? ui["code-python"] : ui["code-curl"];
-  let done = true;
-  try {
-    await navigator.clipboard.writeText(shown.textContent);
-  } catch {
-    // No clipboard (a page that came over plain http from another machine): select it, for Ctrl+C.
-    getSelection().selectAllChildren(shown);
-    done = document.execCommand("copy");
-  }
-  ui.copy.textContent = done ? "Copied" : "Selected";
-  setTimeout(() => (ui.copy.textContent = "Copy"), 1500);
 }
 
 // Events
@@ -283,32 +335,32 @@ ui.form.addEventListener("submit", (event) => {
 });
 for (const kind of ["input", "change"]) {
   ui.form.addEventListener(kind, (event) => {
-    if (event.target === ui.threshold) state.threshold = Number(ui.threshold.value);
     if (ui.models.contains(event.target)) showSelected();
     if (event.type === "change" && event.target.name === "kind") kindChanged();
+    settings.show();
     settingsChanged();
   });
 }
-for (const control of [ui.policy, ui.threshold, ui.rate]) {
+for (const control of [ui.policy, ui.threshold, ui.rate, ui.experts]) {
   control.addEventListener("change", () => ui.auto.checked && run());
 }
-ui["threshold-reset"].addEventListener("click", () => {
-  state.threshold = null;
-  settingsChanged();
-  ui.threshold.focus();
-  if (ui.auto.checked) run();
-});
+byId("threshold-reset").addEventListener("click", () => ui.auto.checked && run());
 ui.key.addEventListener("change", connect);
 ui.stop.addEventListener("click", () => state.running?.abort());
+ui.sweep.addEventListener("click", runSweep);
 ui.copy.addEventListener("click", copy);
-for (const name of ["curl", "python"]) {
-  ui[`tab-${name}`].addEventListener("click", () => chooseTab(name));
-  ui[`tab-${name}`].addEventListener("keydown", (event) => {
-    if (!["ArrowLeft", "ArrowRight", "Home", "End"].includes(event.key)) return;
+ui.share.addEventListener("click", share);
+for (const name of LANGUAGES) {
+  const tab = byId(`tab-${name}`);
+  tab.addEventListener("click", () => chooseTab(name));
+  tab.addEventListener("keydown", (event) => {
+    const at = LANGUAGES.indexOf(name);
+    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: LANGUAGES.length - 1 }[event.key];
+    if (to === undefined) return;
     event.preventDefault();
-    const other = name === "curl" ? "python" : "curl";
+    const other = LANGUAGES.at(to % LANGUAGES.length);
     chooseTab(other);
-    ui[`tab-${other}`].focus();
+    byId(`tab-${other}`).focus();
   });
 }
 document.addEventListener("keydown", (event) => {
@@ -319,6 +371,5 @@ document.addEventListener("keydown", (event) => {
 });
 
 ui.key.value = savedKey();
-setDefaults();
 showSelected();
 connect();

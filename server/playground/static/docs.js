@@ -78,7 +78,11 @@ function route(id, { path, method, operation }, api) {
     );
   }
   const body = operation.requestBody?.content?.["application/json"];
-  if (body) section.append(el("h3", {}, "Request"), ...fields(body.schema, api, new Set(), true));
+  if (body) {
+    section.append(el("h3", {}, "Request"));
+    if (body.example) section.append(el("pre", { class: "example", tabIndex: 0, role: "group", "aria-label": "Example" }, JSON.stringify(body.example, null, 2)));
+    section.append(...fields(body.schema, api, new Set(), true));
+  }
   const answer = operation.responses?.["200"]?.content ?? {};
   if (answer["application/json"]?.schema) {
     section.append(el("h3", {}, "Response"), ...fields(answer["application/json"].schema, api, new Set()));
@@ -107,7 +111,7 @@ function fields(reference, api, above, asked = false) {
   const rows = [];
   const nested = [];
   const unsupported = [];
-  for (const [field, value] of Object.entries(schema.properties)) {
+  for (const [field, value] of asked ? inOrder(schema) : Object.entries(schema.properties)) {
     if (value.type === "null") {
       unsupported.push(field);
       continue;
@@ -128,6 +132,12 @@ function fields(reference, api, above, asked = false) {
   return parts;
 }
 
+/** The fields of a request: the required ones first, then what this server adds to OpenAI's, then the others. */
+function inOrder({ properties, required = [] }) {
+  const rank = (field) => (required.includes(field) ? 0 : ["prompt", "collaboration"].includes(field) ? 1 : 2);
+  return Object.entries(properties).sort(([a], [b]) => rank(a) - rank(b));
+}
+
 function summaryOf(ref, api) {
   return (api.components.schemas[ref.slice(REF.length)]?.description ?? "").replaceAll("``", "");
 }
@@ -141,7 +151,7 @@ function table(rows) {
   const headings = rows.some((row) => row[2]) ? ["Field", "Type", "Meaning"] : ["Field", "Type"];
   return el(
     "div",
-    { class: "table" },
+    { class: "table", tabIndex: 0, role: "group", "aria-label": "Fields" },
     el(
       "table",
       { class: "schema" },

@@ -21,3 +21,23 @@ export function el(tag, properties = {}, ...children) {
   element.append(...children.filter((child) => child !== null));
   return element;
 }
+
+/**
+ * Copy a text; where there is no clipboard (a page that came over plain http from another machine) select the element that
+ * shows it, for Ctrl+C.
+ * @returns {Promise<boolean>} whether it was copied
+ */
+export async function copyText(text, element) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    getSelection().selectAllChildren(element);
+    return document.execCommand("copy");
+  }
+}
+
+/** A number in an input, or null where it is empty. */
+export function numberIn(input) {
+  return input.value.trim() === "" ? null : Number(input.value);
+}

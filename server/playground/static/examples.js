@@ -15,12 +15,15 @@ const ANY = [
 ];
 
 /**
- * Examples for the joint model of a name.
+ * Examples for what is served: the pair's own question first, where its configuration has one (`example_prompt`).
+ * @param {{joint: string, example: string|null, chat: boolean}} served
  * @returns {{text: string, chat: string}[]} the same question as a text to continue, and as a message; the latter is its title.
  */
-export function examplesFor(joint) {
-  return (joint === "collm-demo" ? DEMO : ANY).map((text) => ({
-    text,
-    chat: text.replace(/^Question: /, "").replace(/\nAnswer:$/, ""),
-  }));
+export function examplesFor({ joint, example }) {
+  if (joint === "collm-demo") return DEMO.map(both);
+  return [...(example ? [{ text: example, chat: example }] : []), ...ANY.map(both)];
+}
+
+function both(text) {
+  return { text, chat: text.replace(/^Question: /, "").replace(/\nAnswer:$/, "") };
 }

@@ -41,7 +41,7 @@ def server_of_standins(
     experts: Sequence[str] = ("codes",),
     keys: Sequence[str] = (),
     queued: int = 64,
-    playground: str = "key",
+    playground: str = "open",
 ) -> Path:
     """Configuration and tokenizer of a server of stand-in lanes; gives the configuration's file."""
     tokenizer = byte_level_tokenizer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import signal
 import socket
@@ -13,10 +14,11 @@ from typing import Any
 import httpx
 import pytest
 from click.shell_completion import get_completion_class
+from rich.console import Console
 
 from server.commands.completion import SHELLS
 from server.commands.paint import STYLES, visible
-from server.commands.top import Scrape, View, plain
+from server.commands.top import Scrape, View, drawn, plain
 from tests.packaging.sources import ROOT
 from tests.server.commands.conftest import Terminal, environment, piped
 from tests.server.commands.servers import MODEL
@@ -110,8 +112,9 @@ def test_top_once(url: str) -> None:
     assert result.status == 0
     head, _, table = result.out.partition("\n\n")
     assert {line[:14].strip() for line in head.splitlines()} == {
-        "tokens/s", "deferral rate", "running", "waiting", "first token",
+        "tokens/s", "deferral rate", "running", "waiting", "first token", "request p95", "errors",
     }  # fmt: skip
+    assert re.search(r"errors +0.0/s, 0 since start", head)
     assert re.search(r"deferral rate - now, \d+% since start", head)
     rows = [line.split() for line in table.splitlines()]
     assert rows[0][:3] == ["lane", "up", "tokens/s"]
@@ -162,6 +165,71 @@ def test_top_reckons_rates_between_two_looks() -> None:
     assert "5.0 ms" in plain(view)
     restarted = View.between(Scrape(12.0, new.samples), Scrape(14.0, old.samples))
     assert restarted.tokens_per_s == 100
+
+
+def test_top_reckons_quantiles_and_errors() -> None:
+    def told(counts: tuple[int, ...], errors: int) -> str:
+        lines = zip(("0.1", "0.2", "0.4", "+Inf"), counts, strict=True)
+        buckets = [f'collm_request_seconds_bucket{{model_name="m",le="{le}"}} {count}' for le, count in lines]
+        failed = f'collm_requests_total{{model_name="m",outcome="error"}} {errors}'
+        return "\n".join(["# TYPE collm_request_seconds histogram", *buckets, failed, ""])
+
+    old = Scrape.take(Told(told((100, 100, 100, 100), 1)))  # type: ignore[arg-type]
+    new = Scrape.take(Told(told((100, 110, 120, 120), 7)))  # type: ignore[arg-type]
+    view = View.between(Scrape(10.0, old.samples), Scrape(12.0, new.samples))
+    # Of the 20 new ones 10 took up to 0.2 s and 10 up to 0.4: the 19th lies at nine tenths of the latter.
+    assert view.request_p95_ms == pytest.approx(380)
+    assert view.first_token_p95_ms is None
+    assert (view.errors, view.errors_per_s) == (7, 3)
+    slow = Scrape.take(Told(told((100, 110, 120, 150), 7)))  # type: ignore[arg-type]
+    beyond = View.between(Scrape(10.0, old.samples), Scrape(12.0, slow.samples))
+    assert beyond.request_p95_ms == pytest.approx(400)  # all that is known: beyond the last bound
+
+
+@pytest.mark.parametrize(("width", "complete"), [(60, False), (120, True)])
+def test_top_fits_the_terminal(width: int, complete: bool) -> None:
+    text = exposition(base=100, law=100, steps=10, seconds=1, alone=0)
+    scrape = Scrape.take(Told(text))  # type: ignore[arg-type]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(drawn(View.between(scrape, scrape), "http://" + "a" * 80, None, width))
+    shown = console.export_text()
+    assert all(len(line.rstrip()) <= width for line in shown.splitlines())
+    assert ("…" in shown.splitlines()[0]) is not complete
+    assert ("preempted" in shown) is complete
+    for name in ("base", "law", "25%", "q ends"):
+        assert name in shown
+
+
+def test_top_ends_by_q(url: str, terminal: type[Terminal]) -> None:
+    screen = terminal(["top", "-i", "5"], url)
+    screen.see("waiting for")
+    screen.type("q")
+    assert screen.end().status == 0
+
+
+def test_top_waits_for_a_server(terminal: type[Terminal]) -> None:
+    screen = terminal(["top", "-i", "0.2"], "http://127.0.0.1:9")
+    screen.see("waiting for it")
+    screen.type("q")
+    assert screen.end().status == 0
+
+
+def test_chat_confirms_settings_and_refuses_wrong_ones_at_once(url: str, terminal: type[Terminal]) -> None:
+    screen = terminal(["chat"], url)
+    screen.see("/help lists commands")
+    for line, answer in (
+        ("/threshold 0.25", "policy threshold, threshold 0.25"),
+        ("/threshold 1.5", "a threshold is between 0 and 1, not 1.5"),
+        ("/threshold much", "'much' is not a number"),
+        ("/policy gate", "this model has no policy 'gate'; it has "),
+        ("/policy never", "policy never, which has no threshold"),
+        ("/policy", "policy threshold, threshold 0.25"),
+        ("/threshold", "policy threshold, threshold 0.5"),
+        ("/system Be brief", "a new conversation with the system message 'Be brief'"),
+        ("/reset", "a new conversation"),
+    ):
+        screen.type(f"{line}\n")
+        screen.see(answer)
 
 
 def test_top_lives_until_it_is_interrupted(url: str, terminal: type[Terminal]) -> None:

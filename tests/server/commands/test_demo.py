@@ -43,6 +43,6 @@ def test_chat_in_a_terminal(demo: LiveServer, terminal: type[Terminal]) -> None:
     talk.type("/nonsense\n")
     talk.see("error: there is no command /nonsense")
     talk.type("/threshold x\n")
-    talk.see("error: 'x' is no number")
+    talk.see("error: 'x' is not a number")
     talk.type("/exit\n")
     assert talk.end().status == 0

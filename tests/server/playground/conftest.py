@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -56,7 +57,7 @@ KEY = "sk-very-secret"
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Stand-in lanes with two experts behind an API key, with pages that open without it."""
     folder = tmp_path_factory.mktemp("keyed")
-    with standins(folder, experts=("codes", "arithmetic"), keys=[KEY], playground="open") as address:
+    with standins(folder, experts=("codes", "arithmetic"), keys=[KEY]) as address:
         yield address
 
 
@@ -90,10 +91,10 @@ def open_page(tmp_path: Path) -> Iterator[Open]:
 
 
 @contextmanager
-def scripted(script: Script, *, gate: bool = True) -> Iterator[str]:
+def scripted(script: Script, **engine: Any) -> Iterator[str]:
     """The real application around an engine that writes what it is told; gives its address."""
     service = Service(settings(), TextTokenizer(byte_level_tokenizer()))
-    service.attach(FakeEngine(script, gate=gate))
+    service.attach(FakeEngine(script, **engine))
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         config = uvicorn.Config(create_app(service), log_config=None, lifespan="off")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,24 @@ class Page:
         """What a card shows: text, source and the gate's probability of each token."""
         found = self.js(
             "return [...document.querySelectorAll(`[data-model='${arguments[0]}'] .token`)].map(t =>"
-            " [t.textContent, t.dataset.source, t.dataset.p === undefined ? null : Number(t.dataset.p)])",
+            " [t.token.text, t.dataset.source, t.dataset.p === undefined ? null : Number(t.dataset.p)])",
             model,
         )
-        return [(text.replace("↵", "").replace("∎", ""), source, p) for text, source, p in found]
+        return [(text, source, p) for text, source, p in found]
+
+    def slide(self, threshold: float) -> None:
+        """Move the threshold's slider to the position nearest to a threshold, as the pointer does."""
+        inside = 0 < threshold < 1
+        position = round(100 * (1 + math.log(threshold / (1 - threshold)) / 7)) if inside else 200 * threshold
+        self.js(
+            "const t = arguments[0]; t.value = arguments[1]; t.dispatchEvent(new Event('input', {bubbles: true}))",
+            self.one("#threshold"),
+            position,
+        )
+
+    def posted(self) -> list[dict[str, Any]]:
+        """The bodies of the requests that were posted since the last look."""
+        return [json.loads(request["postData"]) for request in self.requests() if request["method"] == "POST"]
 
     def figure(self, model: str, name: str) -> str:
         """One of a card's figures."""

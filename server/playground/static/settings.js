@@ -1,0 +1,223 @@
+// The form as a value: what a run is made with. It becomes requests, and goes into share links and the history.
+
+import { byId, el, numberIn } from "./dom.js";
+import { positionOf, shown, SLIDER, thresholdAt } from "./odds.js";
+
+const POLICIES = {
+  threshold: { label: "The gate, by threshold", hint: "An expert writes where the gate's probability is above the threshold." },
+  sample: { label: "The gate, by drawing", hint: "An expert writes with the gate's probability." },
+  confidence: {
+    label: "The base's confidence",
+    hint: "An expert writes where 1 − the base's top probability is above the threshold. Needs no gate.",
+  },
+  random: { label: "Chance", hint: "An expert writes with a fixed probability: what a gate has to beat." },
+  always: { label: "Always the expert", hint: "The expert writes every token." },
+  never: { label: "Never the expert", hint: "The base writes every token." },
+};
+
+/** Policies that a threshold belongs to. */
+const WITH_THRESHOLD = ["threshold", "confidence"];
+
+const FIELDS = {
+  maxTokens: "max-tokens", temperature: "temperature", topP: "top-p", seed: "seed", maxExpertTokens: "max-expert-tokens",
+};
+
+export class Settings {
+  /** @param {{changed: () => void}} actions */
+  constructor({ changed }) {
+    this.changed = changed;
+    this.served = null;
+    this.turns = []; // of a chat, before the prompt: {role, content}
+    this.threshold = null; // the user's; null: the server's default
+    this.form = byId("form");
+    Object.assign(byId("threshold"), SLIDER);
+    byId("threshold").addEventListener("input", () => {
+      this.threshold = thresholdAt(Number(byId("threshold").value));
+    });
+    byId("threshold-reset").addEventListener("click", () => {
+      this.takeThreshold(null);
+      byId("threshold").focus();
+    });
+  }
+
+  /** What the server serves, once it is known: which policies there are, and the experts. */
+  serve(served) {
+    this.served = served;
+    const { collaboration } = served;
+    const policy = byId("policy");
+    const chosen = policy.value;
+    policy.replaceChildren(
+      ...Object.entries(POLICIES).map(([name, { label }]) =>
+        el("option", { value: name, disabled: !collaboration.policies.includes(name) }, label),
+      ),
+    );
+    policy.value = collaboration.policies.includes(chosen) ? chosen : collaboration.policy ?? collaboration.policies[0];
+    const experts = byId("experts");
+    if (experts.querySelectorAll("input").length !== collaboration.experts.length) {
+      experts.replaceChildren(
+        experts.querySelector("legend"),
+        ...collaboration.experts.map((name) =>
+          el("label", { class: "check" }, el("input", { type: "checkbox", checked: true, value: name }), name),
+        ),
+      );
+    }
+    experts.hidden = collaboration.experts.length < 2;
+    this.show();
+  }
+
+  /** "text" to continue, or a "chat" message. */
+  get kind() {
+    return this.form.elements.kind.value;
+  }
+
+  get policy() {
+    return byId("policy").value;
+  }
+
+  /** The threshold in force: the user's, or the server's default; null where the policy has none. */
+  get effectiveThreshold() {
+    if (!WITH_THRESHOLD.includes(this.policy)) return null;
+    return this.threshold ?? this.#default();
+  }
+
+  #default() {
+    return this.served?.collaboration.thresholds[this.policy] ?? 0.5;
+  }
+
+  /** Take a threshold as the user's own, or null for the default. */
+  takeThreshold(threshold) {
+    this.threshold = threshold;
+    this.show();
+    this.changed();
+  }
+
+  /** Bring the form's texts in line with its values. */
+  show() {
+    byId("policy-hint").textContent = POLICIES[this.policy]?.hint ?? "";
+    const at = this.effectiveThreshold;
+    byId("threshold-field").hidden = at === null;
+    byId("rate-field").hidden = this.policy !== "random";
+    if (at !== null) {
+      const own = this.threshold !== null;
+      byId("threshold").value = positionOf(at);
+      byId("threshold").setAttribute("aria-valuetext", shown(at));
+      const source = this.policy === "threshold" && this.served?.collaboration.gate ? "the gate's" : "the default";
+      byId("threshold-value").textContent = own ? shown(at) : `${shown(at)}, ${source}`;
+      byId("threshold-reset").textContent = `use ${source}`;
+      byId("threshold-reset").hidden = !own;
+    }
+    byId("rate-value").textContent = Number(byId("rate").value).toFixed(2);
+    byId("system-field").hidden = this.kind !== "chat";
+    this.#showTurns();
+  }
+
+  #showTurns() {
+    const list = byId("turns");
+    list.hidden = this.kind !== "chat" || !this.turns.length;
+    list.replaceChildren(
+      ...this.turns.map(({ role, content }) => el("li", { class: `turn ${role}` }, el("b", {}, role), el("span", {}, content))),
+      ...(this.turns.length
+        ? [el("li", {}, el("button", { type: "button", class: "link", onclick: () => this.takeTurns([]) }, "Begin a new conversation"))]
+        : []),
+    );
+  }
+
+  /** Take the turns of a conversation that the prompt goes on with. */
+  takeTurns(turns) {
+    this.turns = turns;
+    this.show();
+    this.changed();
+  }
+
+  #experts() {
+    const boxes = [...byId("experts").querySelectorAll("input")];
+    const chosen = boxes.filter((box) => box.checked).map((box) => box.value);
+    return chosen.length === boxes.length ? null : chosen;
+  }
+
+  /** The request's `collaboration`, but for `report`: what differs from the server's defaults. */
+  collaboration() {
+    const { collaboration } = this.served;
+    const chosen = {};
+    if (this.policy !== collaboration.policy) chosen.policy = this.policy;
+    if (this.threshold !== null && this.effectiveThreshold !== null) chosen.threshold = this.threshold;
+    if (this.policy === "random") chosen.rate = Number(byId("rate").value);
+    const most = numberIn(byId("max-expert-tokens"));
+    if (most !== null) chosen.max_expert_tokens = most;
+    const experts = this.#experts();
+    if (experts !== null) chosen.experts = experts;
+    return chosen;
+  }
+
+  /** The messages of a chat. */
+  messages() {
+    const system = byId("system").value;
+    return [
+      ...(system ? [{ role: "system", content: system }] : []),
+      ...this.turns,
+      { role: "user", content: byId("prompt").value },
+    ];
+  }
+
+  /**
+   * The body of a request.
+   * @param {{id: string, joint: boolean}} model
+   */
+  request(model) {
+    const body = {
+      model: model.id,
+      ...(this.kind === "chat" ? { messages: this.messages() } : { prompt: byId("prompt").value }),
+      max_tokens: numberIn(byId("max-tokens")),
+      temperature: numberIn(byId("temperature")),
+    };
+    for (const [field, id] of [["top_p", "top-p"], ["seed", "seed"]]) {
+      const value = numberIn(byId(id));
+      if (value !== null) body[field] = value;
+    }
+    const stop = this.#stop();
+    if (stop.length) body.stop = stop;
+    return { ...body, stream: true, collaboration: { ...(model.joint ? this.collaboration() : {}), report: true } };
+  }
+
+  /** One stop string for each line; \n in a line is a line break. */
+  #stop() {
+    return byId("stops").value.split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n"));
+  }
+
+  /** Everything that a share link carries and a run of the history needs. Never the key. */
+  read() {
+    const values = Object.fromEntries(Object.entries(FIELDS).map(([name, id]) => [name, byId(id).value]));
+    return {
+      ...values,
+      kind: this.kind,
+      prompt: byId("prompt").value,
+      system: byId("system").value,
+      turns: this.turns,
+      stops: byId("stops").value,
+      policy: this.policy,
+      threshold: this.threshold,
+      rate: byId("rate").value,
+      experts: this.#experts(),
+    };
+  }
+
+  /** Fill the form. What is missing or of another server (a policy, an expert) is left as it is. */
+  write(values) {
+    const text = (id, value) => typeof value === "string" && (byId(id).value = value);
+    for (const [name, id] of Object.entries(FIELDS)) text(id, values[name]);
+    for (const id of ["prompt", "system", "stops", "rate"]) text(id, values[id]);
+    if (["text", "chat"].includes(values.kind)) this.form.elements.kind.value = values.kind;
+    const option = [...byId("policy").options].find((each) => each.value === values.policy);
+    if (option && !option.disabled) byId("policy").value = values.policy;
+    this.threshold = typeof values.threshold === "number" && values.threshold >= 0 && values.threshold <= 1 ? values.threshold : null;
+    for (const box of byId("experts").querySelectorAll("input")) {
+      box.checked = !Array.isArray(values.experts) || values.experts.includes(box.value);
+    }
+    const turns = Array.isArray(values.turns) ? values.turns : [];
+    this.turns = turns
+      .filter((turn) => ["user", "assistant"].includes(turn?.role) && typeof turn.content === "string")
+      .map(({ role, content }) => ({ role, content }));
+    this.show();
+    this.changed();
+  }
+}
