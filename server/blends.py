@@ -122,6 +122,17 @@ class BlendTable:
         self.served = {preset.served_model_name: name for name, preset in presets.items() if preset.served_model_name}
         """Names of models whose default is a blend, and which."""
 
+    def usable(self, *, has_gate: bool) -> list[str]:
+        """Names that a request for this pair may give; none where nothing can be blended."""
+        return [] if self._obstacle is not None else [name for name in self._presets if self._fits(name, has_gate)]
+
+    def _fits(self, name: str, has_gate: bool) -> bool:
+        try:
+            self._checked(self._of_preset(self._presets[name]), has_gate=has_gate)
+        except BlendError:
+            return False
+        return True
+
     def check_presets(self, names: Sequence[str]) -> None:
         """Look at presets before anybody asks for them.
 

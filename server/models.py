@@ -66,7 +66,8 @@ class ModelTable:
         if gate is not None:
             thresholds["threshold"] = gate.threshold
         policy = gate.policy if gate is not None else self._default_policy or "confidence"
-        return ServedCollaboration(policy, policies, thresholds, gate is not None, list(self._experts))
+        blends = self._blends.usable(has_gate=gate is not None) if self._experts else []
+        return ServedCollaboration(policy, policies, thresholds, gate is not None, list(self._experts), blends)
 
     def collaboration(self, name: str, options: CollaborationOptions | None, info: EngineInfo) -> Collaboration:
         """What the engine is told.

@@ -189,6 +189,7 @@ class ServedCollaboration(Struct):
     thresholds: dict[str, float]
     gate: bool
     experts: list[str]
+    blends: list[str]
 
 
 class ModelCard(Struct):

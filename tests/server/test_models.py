@@ -53,6 +53,7 @@ async def test_the_joint_model_says_how_its_members_work_together(build: Build) 
         "thresholds": {"threshold": 0.5, "confidence": 0.5},
         "gate": True,
         "experts": ["codes"],
+        "blends": ["mixture", "union", "contrastive"],
     }
     assert (joint["chat"], joint["example_prompt"]) == (True, "Who?")
     assert all("collaboration" not in card for card in members)
@@ -73,4 +74,4 @@ def test_the_configured_policy_of_a_pair_without_a_gate_comes_first() -> None:
     table = ModelTable("pair", ("base", "codes"), "never")
     info = FakeEngine(writes([]), gate=False).info
     assert table.served(info).policy == "never"
-    assert table.collaboration(None, None, info).policy == "never"
+    assert table.collaboration("pair", None, info).policy == "never"

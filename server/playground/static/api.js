@@ -50,7 +50,7 @@ async function failure(response) {
 /**
  * What is served: the joint model, its members, and how they share the work unless a request says otherwise.
  * @returns {Promise<{joint: string, members: {id: string, name: string}[], collaboration: {policy: string,
- *   policies: string[], thresholds: Object<string, number>, gate: boolean, experts: string[]}, example: string|null,
+ *   policies: string[], thresholds: Object<string, number>, gate: boolean, experts: string[], blends: string[]}, example: string|null,
  *   chat: boolean}>}
  */
 export async function models(key) {

@@ -19,7 +19,7 @@ const AT_ONCE = 4; // requests of a run in flight: browsers open six connections
 
 const ui = Object.fromEntries(
   ["form", "prompt", "examples", "run", "stop", "auto", "models", "key", "answers", "metrics", "status", "notice", "announce",
-    "copy", "share", "sweep", "sweep-result", "threshold", "policy", "rate", "experts", "history",
+    "copy", "share", "sweep", "sweep-result", "threshold", "policy", "blend", "rate", "experts", "history",
   ].map((id) => [id, byId(id)]),
 );
 
@@ -341,7 +341,7 @@ for (const kind of ["input", "change"]) {
     settingsChanged();
   });
 }
-for (const control of [ui.policy, ui.threshold, ui.rate, ui.experts]) {
+for (const control of [ui.policy, ui.blend, ui.threshold, ui.rate, ui.experts]) {
   control.addEventListener("change", () => ui.auto.checked && run());
 }
 byId("threshold-reset").addEventListener("click", () => ui.auto.checked && run());

@@ -52,6 +52,14 @@ export class Settings {
       ),
     );
     policy.value = collaboration.policies.includes(chosen) ? chosen : collaboration.policy ?? collaboration.policies[0];
+    const blend = byId("blend");
+    const blended = blend.value;
+    blend.replaceChildren(
+      el("option", { value: "" }, "The expert's own token"),
+      ...collaboration.blends.map((name) => el("option", { value: name }, `Blend: ${name}`)),
+    );
+    blend.value = collaboration.blends.includes(blended) ? blended : "";
+    byId("blend-field").hidden = !collaboration.blends.length;
     const experts = byId("experts");
     if (experts.querySelectorAll("input").length !== collaboration.experts.length) {
       experts.replaceChildren(
@@ -142,6 +150,7 @@ export class Settings {
     if (this.policy !== collaboration.policy) chosen.policy = this.policy;
     if (this.threshold !== null && this.effectiveThreshold !== null) chosen.threshold = this.threshold;
     if (this.policy === "random") chosen.rate = Number(byId("rate").value);
+    if (byId("blend").value) chosen.blend = byId("blend").value;
     const most = numberIn(byId("max-expert-tokens"));
     if (most !== null) chosen.max_expert_tokens = most;
     const experts = this.#experts();
@@ -195,6 +204,7 @@ export class Settings {
       turns: this.turns,
       stops: byId("stops").value,
       policy: this.policy,
+      blend: byId("blend").value,
       threshold: this.threshold,
       rate: byId("rate").value,
       experts: this.#experts(),
@@ -209,6 +219,7 @@ export class Settings {
     if (["text", "chat"].includes(values.kind)) this.form.elements.kind.value = values.kind;
     const option = [...byId("policy").options].find((each) => each.value === values.policy);
     if (option && !option.disabled) byId("policy").value = values.policy;
+    if ([...byId("blend").options].some((each) => each.value === values.blend)) byId("blend").value = values.blend;
     this.threshold = typeof values.threshold === "number" && values.threshold >= 0 && values.threshold <= 1 ? values.threshold : null;
     for (const box of byId("experts").querySelectorAll("input")) {
       box.checked = !Array.isArray(values.experts) || values.experts.includes(box.value);

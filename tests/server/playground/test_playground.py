@@ -514,6 +514,22 @@ def test_moving_the_threshold_marks_what_would_change(demo: LiveServer, open_pag
     assert page.all(".flips") == []
 
 
+def test_a_blend_is_painted_by_the_experts_share(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.one("#blend option[value='mixture']").click()
+    page.ask(PROMPT)
+    page.run()
+    [joint] = [body for body in page.posted() if body["model"] == MODEL]
+    assert joint["collaboration"] == {"blend": "mixture", "report": True}
+    sources = [source for _, source, _ in page.tokens(MODEL)]
+    assert set(sources) == {"base", "blend"}
+    assert f"{sources.count('blend')} blend" in page.one(".joint .legend").text
+    shares = page.js("return [...document.querySelectorAll('.joint .token.blend')].map((t) =>"
+                     " Number(t.style.getPropertyValue('--experts')))")  # fmt: skip
+    assert all(0 <= share <= 1 for share in shares)
+    assert max(shares) > 0.5
+
+
 def test_five_thresholds_in_one_click(demo: LiveServer, open_page: Open) -> None:
     page = open_page(demo.url)
     page.ask(PROMPT)
