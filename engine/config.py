@@ -64,6 +64,12 @@ class LaneConfig(_Config):
                 raise ValueError(f"vllm.{ours} is set beside the table 'vllm', as '{ours}'")
         return self
 
+    @property
+    def structured_output(self) -> Any:
+        """vLLM's ``structured_outputs_config``, with the back end that is the default here."""
+        given = self.vllm.get("structured_outputs_config", {})
+        return {"backend": "guidance", **given} if isinstance(given, dict) else given
+
 
 class ExpertConfig(LaneConfig):
     """A domain expert. Its name is the source of the tokens that it writes."""
@@ -174,6 +180,14 @@ class EngineConfig(_Config):
                 raise ValueError(f"experts.name: {name!r} is taken")
         if len({lane.backend for lane in self.lanes}) > 1:
             raise ValueError("backend: all lanes must have the same one")
+        forms = {name: lane.structured_output for name, lane in zip(self.lane_names, self.lanes, strict=True)}
+        for name, options in forms.items():
+            if options != forms["base"]:
+                # What one lane forbids and another one allows ends requests in the middle of their answers.
+                raise ValueError(
+                    f"experts.{name}.vllm.structured_outputs_config: must be the same in all lanes; it is {options} "
+                    f"here and {forms['base']} in base"
+                )
         if self.gate.path is not None and not self.experts:
             raise ValueError("gate.path: a gate needs at least one expert")
         if self.scheduler.coordination == "overlapped":

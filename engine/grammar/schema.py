@@ -13,18 +13,19 @@ JSON-Schema-Test-Suite: no answer that a validator refuses). What is left is don
 - What no finite answer satisfies, ``{"$ref": "#"}`` for one, is refused (:mod:`engine.grammar.productive`).
 
 An answer may be narrower than what the schema allows, never wider. Unknown keywords are annotations, as the standard
-has it; so is a ``format`` that is not among :data:`FORMATS`.
+has it; so is a ``format`` that is not among :data:`~engine.grammar.formats.FORMATS`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
 from engine.grammar.disjoint import are_disjoint
 from engine.grammar.errors import FormError, shown
+from engine.grammar.formats import FORMATS
+from engine.grammar.keywords import CHECKS, listed
 from engine.grammar.merge import merged
 from engine.grammar.productive import is_productive
 from engine.grammar.regex import canonical, other_than
@@ -32,11 +33,11 @@ from engine.grammar.regex import canonical, other_than
 MAX_PARTS = 20_000
 """Subschemas, once branches are written out."""
 
+MAX_OPTIONAL_PROPERTIES = 1000
+"""Of one object; at every step each of them may come next."""
+
 MAX_MULTIPLE = 10**6
 """Of ``multipleOf``: the back end counts remainders."""
-
-FORMATS = frozenset(("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"))
-"""String formats that are followed; others are annotations."""
 
 UNSUPPORTED = frozenset(
     (
@@ -62,11 +63,9 @@ _SAYS_NOTHING: dict[str, Any] = {
 }
 """With these values they exclude no answer."""
 
-TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
-
 _COMBINING = ("$ref", "allOf", "anyOf", "oneOf")
 _VALUES = ("const", "enum", "format", "maxLength", "minLength", "multipleOf", "pattern", "type")
-_OF_STRINGS = ("allOf", "format", "maxLength", "minLength", "pattern")
+_OF_STRINGS = ("allOf", "maxLength", "minLength", "pattern")
 _BOUNDS = ("exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum")
 _ARRAYS = ("items", "maxItems", "minItems", "prefixItems")
 _OBJECTS = (
@@ -208,10 +207,10 @@ class _Writer:
         """A schema without combining keywords."""
         if isinstance(node, bool):
             return node
-        written = {key: value for key, value in node.items() if key in _VALUES and key != "pattern"}
-        if "format" in written and written["format"] not in FORMATS:
-            del written["format"]
-        patterns = [f"^(?:{_canonical(pattern, path)})$" for pattern in _listed(node.get("pattern"))]
+        written = {key: value for key, value in node.items() if key in _VALUES and key not in ("format", "pattern")}
+        patterns = [f"^(?:{_canonical(pattern, path)})$" for pattern in listed(node.get("pattern"))]
+        if (form := node.get("format")) in FORMATS:
+            patterns.append(f"^(?:{canonical(FORMATS[form], search=False)})$")
         if patterns:
             written["pattern"] = patterns[0]
             if patterns[1:]:
@@ -267,6 +266,11 @@ class _Writer:
         others = node.get("additionalProperties", not (declared or patterns))
         if patterns and others is not False and "additionalProperties" in node:
             raise FormError(f"additionalProperties beside patternProperties at {path} is not supported unless false")
+        if len(declared.keys() - set(required)) > MAX_OPTIONAL_PROPERTIES:
+            raise FormError(
+                f"properties at {path} has more than {MAX_OPTIONAL_PROPERTIES} that are not required, which is not "
+                "supported"
+            )
         if len(required) + 1 < node.get("minProperties", 0):
             # Names that are free may be written twice, which validators count once.
             raise FormError(f"minProperties at {path} is more than one above the required ones, which is not supported")
@@ -334,7 +338,7 @@ class _Writer:
         found = {key: value for key, value in node.items() if key in _HEEDED or key in _COMBINING}
         self._translate(node, found, path)
         for key, value in found.items():
-            problem = _CHECKS[key](value)
+            problem = CHECKS[key](value)
             if problem:
                 raise FormError(f"{key} at {path} {problem}")
         names = node.get("propertyNames", True)
@@ -387,107 +391,3 @@ def _canonical(pattern: str, path: str) -> str:
         return canonical(pattern, search=True)
     except FormError as error:
         raise FormError(f"pattern at {path}: {error}") from None
-
-
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
-
-
-# -- what a keyword's value must be: None, or what is wrong with it ---------------------------------------------
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _count(value: Any) -> str | None:
-    good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
-    return None if good else f"must be a whole number from 0 to {2**31 - 1}"
-
-
-def _number(value: Any) -> str | None:
-    return None if _is_number(value) else "must be a number"
-
-
-def _positive(value: Any) -> str | None:
-    return None if _is_number(value) and value > 0 else "must be a number greater than 0"
-
-
-def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) else "must be a string"
-
-
-def _patterns(value: Any) -> str | None:
-    # Merged schemas may have several.
-    return None if all(isinstance(each, str) for each in _listed(value)) else "must be a string"
-
-
-def _texts(value: Any) -> str | None:
-    good = isinstance(value, list) and all(isinstance(each, str) for each in value)
-    return None if good else "must be a list of strings"
-
-
-def _schemas(value: Any) -> str | None:
-    return None if isinstance(value, list) and value else "must be a list of at least one schema"
-
-
-def _listed_schemas(value: Any) -> str | None:
-    return None if isinstance(value, list) else "must be a list of schemas"
-
-
-def _named_schemas(value: Any) -> str | None:
-    return None if isinstance(value, dict) else "must be an object of schemas"
-
-
-def _schema(value: Any) -> str | None:
-    return None if isinstance(value, dict | bool) else "must be a schema"
-
-
-def _values(value: Any) -> str | None:
-    return _value(value) if isinstance(value, list) and value else "must be a list of at least one value"
-
-
-def _value(value: Any) -> str | None:
-    """The back end writes numbers as floats do."""
-    pending = [value]
-    while pending:
-        part = pending.pop()
-        if isinstance(part, int | float) and abs(part) > 2**53:
-            return "has a number beyond 2**53, which is not supported"
-        pending += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    return None
-
-
-def _type(value: Any) -> str | None:
-    good = isinstance(value, str | list) and value and all(each in TYPES for each in _listed(value))
-    return None if good else f"must be one or more of {', '.join(TYPES)}"
-
-
-_CHECKS: dict[str, Callable[[Any], str | None]] = {
-    "$ref": _text,
-    "additionalProperties": _schema,
-    "allOf": _schemas,
-    "anyOf": _schemas,
-    "const": _value,
-    "enum": _values,
-    "exclusiveMaximum": _number,
-    "exclusiveMinimum": _number,
-    "format": _text,
-    "items": _schema,
-    "maxItems": _count,
-    "maxLength": _count,
-    "maxProperties": _count,
-    "maximum": _number,
-    "minItems": _count,
-    "minLength": _count,
-    "minProperties": _count,
-    "minimum": _number,
-    "multipleOf": _positive,
-    "oneOf": _schemas,
-    "pattern": _patterns,
-    "patternProperties": _named_schemas,
-    "prefixItems": _listed_schemas,
-    "properties": _named_schemas,
-    "required": _texts,
-    "type": _type,
-}

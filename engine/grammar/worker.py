@@ -19,7 +19,7 @@ import msgspec
 
 from engine.grammar.errors import FormError
 from engine.grammar.forms import grammar_of, json_grammar, parsed
-from engine.grammar.schema import Schema, normalised
+from engine.grammar.schema import MAX_OPTIONAL_PROPERTIES, Schema, normalised
 from engine.types import StructuredOutputs
 
 if TYPE_CHECKING:
@@ -77,10 +77,13 @@ def tokenizer_of(setup: Setup) -> LLTokenizer:
 
 
 def parser_limits() -> LLParserLimits:
-    """Bounds that the back end itself keeps at every step: some milliseconds, and 50 MB of lexer states."""
+    """Bounds that the back end itself keeps at every step: some milliseconds, and 50 MB of lexer states.
+
+    Every optional property that may come next takes four items of a row.
+    """
     from llguidance import LLParserLimits
 
-    return LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+    return LLParserLimits(max_lexer_states=50_000, max_items_in_row=6 * MAX_OPTIONAL_PROPERTIES, verbose_errors=False)
 
 
 def examine(form: StructuredOutputs, setup: Setup, tokenizer: LLTokenizer, limits: LLParserLimits) -> Verdict:

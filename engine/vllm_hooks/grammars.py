@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from engine.grammar.worker import Setup
-from engine.types import SamplingSpec
+from engine.types import SamplingSpec, StructuredOutputs
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 MASK_SECONDS_AT_ONCE = 0.2
 MASK_SECONDS_PER_TOKEN = 0.01
 """Processor time that a request's masks may take: so much in advance, and so much more with every token. All
 requests of a batch wait for each other's masks."""
+
+TOO_COMPLEX = "the form became too complex to follow"
+_NOT_ALLOWED = "doesn't satisfy the grammar"
+"""In the back end's message where a token is not what the form allows; else it has met one of its own bounds."""
 
 
 def setup_of(tokenizer: Any, vocab_size: int, ends: list[int], *, any_whitespace: bool) -> Setup | None:
@@ -65,10 +75,12 @@ class LaneGrammar(StructuredOutputGrammar):
         self.problem: str | None = None
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
-        """Advance by decided tokens; False if one of them breaks the form."""
+        """Advance by decided tokens; False if one of them breaks the form, or makes it too complex: a problem."""
         for token in tokens:
             begin = time.thread_time()
             if not self._matcher.consume_token(token):
+                if _NOT_ALLOWED not in self._matcher.get_error():
+                    self.problem = TOO_COMPLEX
                 return False
             self._length += 1
             self._credit -= time.thread_time() - begin
@@ -82,7 +94,7 @@ class LaneGrammar(StructuredOutputGrammar):
         self._credit -= time.thread_time() - begin
         row = bitmask[batch_index].numpy()
         if self._matcher.is_error():
-            self.problem = "the form became too complex to follow"
+            self.problem = TOO_COMPLEX
         elif self._credit < 0:
             self.problem = "the form's masks take too long: other requests would wait for them"
         else:
@@ -128,6 +140,51 @@ class LaneGrammar(StructuredOutputGrammar):
     def reset(self) -> None:
         """Nobody asks: a request that starts anew gets another grammar."""
         raise NotImplementedError
+
+
+class VllmForms:
+    """Forms for back ends of a user's own choice: vLLM itself reads them.
+
+    Checking one takes time, steps wait for it, and the choices of a request all have the same one: results are kept.
+
+    Args:
+        tokenizer: vLLM's; None with skip_tokenizer_init.
+    """
+
+    def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._checked = lru_cache(128)(self._check)
+
+    def params(self, form: StructuredOutputs) -> StructuredOutputsParams:
+        """A form as vLLM takes it.
+
+        Raises:
+            VLLMValidationError, ValueError: what vLLM or the back end has against it.
+        """
+        found = self._checked(form)
+        if isinstance(found, Exception):
+            # The same object as last time: its traceback must not grow.
+            raise found.with_traceback(None)
+        return found
+
+    def _check(self, form: StructuredOutputs) -> StructuredOutputsParams | ValueError | VLLMValidationError:
+        params = StructuredOutputsParams(
+            json=form.json,
+            json_object=form.json_object or None,
+            regex=form.regex,
+            choice=list(form.choice) if form.choice is not None else None,
+            grammar=form.grammar,
+        )
+        config = self._config
+        try:
+            # Also chooses the back end.
+            SamplingParams(structured_outputs=params).verify(
+                config.model_config, None, config.structured_outputs_config, self._tokenizer
+            )
+        except (ValueError, VLLMValidationError) as error:
+            return error
+        return params
 
 
 def _bit(row: np.ndarray, token: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
@@ -34,7 +33,7 @@ from engine.types import (
     StructuredOutputs,
 )
 from engine.vllm_hooks import processor
-from engine.vllm_hooks.grammars import LaneGrammar, setup_of
+from engine.vllm_hooks.grammars import LaneGrammar, VllmForms, setup_of
 from engine.vllm_hooks.guest import GuestLane, lora_request
 from engine.vllm_hooks.hashes import PromptHashes
 from engine.vllm_hooks.logprobs import prompt_logprobs, row_logprobs
@@ -55,8 +54,6 @@ if TYPE_CHECKING:
 _NO_READINGS = Readings(None, None, [], None, {}, {})
 _USAGE = None if current_platform.is_cpu() else UsageContext.OPENAI_API_SERVER
 """On a GPU prompts are computed in chunks as large as vLLM's own server takes."""
-_GRAMMARS = 128
-"""How many grammars a lane remembers having checked."""
 
 
 class VllmLane:
@@ -152,8 +149,7 @@ class VllmLane:
             self._core.add_lora(lora)
         # vLLM loads it for its grammars; None with skip_tokenizer_init.
         self._tokenizer = getattr(self._core.structured_output_manager, "tokenizer", None)
-        # Checking a grammar takes time, steps wait for it, and the choices of a request all have the same one.
-        self._checked_grammar = lru_cache(_GRAMMARS)(self._check_grammar)
+        self._forms = None if self._reads_forms_itself else VllmForms(config, self._tokenizer)
         self._stats = LaneStats(name)
         self._seconds: list[float] = []
 
@@ -398,7 +394,7 @@ class VllmLane:
             # With a form the mask says where the answer may end.
             min_tokens=0 if follows else spec.min_tokens,
             detokenize=False,
-            structured_outputs=self._grammar(spec.structured_outputs),
+            structured_outputs=self._form(spec.structured_outputs),
         )
         if spec.bad_words:
             # vLLM makes these from text with a tokenizer of its own; here they come as token ids.
@@ -412,39 +408,12 @@ class VllmLane:
         params.verify(config.model_config, None, None, None)
         return params
 
-    def _grammar(self, spec: StructuredOutputs | None) -> StructuredOutputsParams | None:
-        """A grammar as vLLM takes it.
-
-        Raises:
-            VLLMValidationError, ValueError: what vLLM or the grammar's back end has against it.
-        """
-        if spec is None:
+    def _form(self, form: StructuredOutputs | None) -> StructuredOutputsParams | None:
+        if form is None:
             return None
-        if self._reads_forms_itself:
-            return StructuredOutputsParams(json_object=True)  # only that there is a grammar; it comes with the request
-        found = self._checked_grammar(spec)
-        if isinstance(found, Exception):
-            # The same object as last time: its traceback must not grow.
-            raise found.with_traceback(None)
-        return found
-
-    def _check_grammar(self, spec: StructuredOutputs) -> StructuredOutputsParams | ValueError | VLLMValidationError:
-        grammar = StructuredOutputsParams(
-            json=spec.json,
-            json_object=spec.json_object or None,
-            regex=spec.regex,
-            choice=list(spec.choice) if spec.choice is not None else None,
-            grammar=spec.grammar,
-        )
-        config = self._core.vllm_config
-        try:
-            # Also chooses the back end.
-            SamplingParams(structured_outputs=grammar).verify(
-                config.model_config, None, config.structured_outputs_config, self._tokenizer
-            )
-        except (ValueError, VLLMValidationError) as error:
-            return error
-        return grammar
+        if self._forms is None:
+            return StructuredOutputsParams(json_object=True)  # only that there is a form; it comes with the request
+        return self._forms.params(form)
 
     def _collect(
         self,

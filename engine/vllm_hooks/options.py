@@ -242,12 +242,12 @@ def engine_arguments(
         from engine.vllm_hooks.kernels_cpu import COMPILED_OPS, PROVIDER
 
         arguments.setdefault("ir_op_priority", {op: [PROVIDER, "native"] for op in COMPILED_OPS})
-    grammars = arguments.get("structured_outputs_config", {})
+    grammars = config.structured_output
     if isinstance(grammars, dict):
         # With "auto" a lane takes whatever back end suits the first grammar that it sees, for all that follow: two
         # lanes could come to differ in what they accept, and a later grammar in what of it is heeded.
         try:
-            arguments["structured_outputs_config"] = StructuredOutputsConfig(**{"backend": "guidance", **grammars})
+            arguments["structured_outputs_config"] = StructuredOutputsConfig(**grammars)
         except (TypeError, ValueError) as error:
             problem = " ".join(str(error).split())
             raise ConfigError(f"{label}.vllm.structured_outputs_config: {problem}") from error

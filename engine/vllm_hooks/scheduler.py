@@ -153,9 +153,13 @@ class LaneScheduler(Scheduler):
     def _accept(self, request: Request, tokens: list[int]) -> None:
         """Advance the request's grammar by decided tokens."""
         if not self.structured_output_manager.accept_tokens(request, tokens):
-            # Every lane masks what the grammar forbids, so this token should not exist.
-            message = "a written token breaks the grammar"
-            self._failures.append(Failure(request.request_id, message, ErrorCode.LANE_FAILURE))
+            problem = getattr(request.structured_output_request.grammar, "problem", None)
+            if problem is not None:
+                failure = Failure(request.request_id, problem, ErrorCode.INVALID_GRAMMAR)
+            else:
+                # Every lane masks what the grammar forbids, so this token should not exist.
+                failure = Failure(request.request_id, "a written token breaks the grammar", ErrorCode.LANE_FAILURE)
+            self._failures.append(failure)
 
     def extend(self, extension: Extension) -> int:
         """Cut a request if need be, append tokens, and make it runnable again. Returns its catch-up tokens."""

@@ -113,10 +113,26 @@ def test_missing_keys_are_refused_by_name(missing: str) -> None:
         ("experts.name: 'a' is taken", {"experts": [expert("a"), expert("b"), expert("a")]}),
         ("gate.path: a gate needs at least one expert", {"experts": [], "gate__path": "gate"}),
         ("scheduler.coordination: 'overlapped' needs", {"scheduler__coordination": "overlapped"}),
+        (
+            "a.vllm.structured_outputs_config: must be the same in all lanes; it is {'backend': 'xgrammar'}",
+            {"experts": [{**expert("a"), "vllm": {"structured_outputs_config": {"backend": "xgrammar"}}}]},
+        ),
+        (
+            "experts.a.vllm.structured_outputs_config: must be the same",
+            {
+                "base__vllm": {"structured_outputs_config": {"disable_any_whitespace": True}},
+                "experts": [expert("a")],
+            },
+        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused(message: str, changes: dict[str, Any]) -> None:
     assert message in problem(**changes)
+
+
+def test_the_default_back_end_is_the_same_as_its_name() -> None:
+    named = {"structured_outputs_config": {"backend": "guidance"}}
+    EngineConfig.model_validate({"base": {"model": "b", "vllm": named}, "experts": [expert("a")]})
 
 
 def test_what_a_lane_refuses_names_the_lane() -> None:

@@ -67,7 +67,8 @@ def test_a_form_that_takes_too_much_is_refused_and_the_next_is_read(
     checker_of: Callable[..., FormChecker], results: queue.SimpleQueue[Checked]
 ) -> None:
     checker = checker_of(memory=1 << 20)
-    many = {"type": "object", "properties": {f"name{number}": {} for number in range(2500)}}
+    names = [f"n{number}" for number in range(2500)]
+    many = {"type": "object", "properties": {name: {} for name in names}, "required": names}
     checker.submit(request("many", StructuredOutputs(json=json.dumps(many))))
     assert results.get(timeout=PATIENCE).problem in (TOO_LONG, "the form takes too much memory")
     checker.submit(request("easy", EASY))

@@ -9,14 +9,17 @@ from __future__ import annotations
 import json
 import random
 import re
+from datetime import datetime, time
 from typing import Any
 
 import jsonschema
+import jsonschema_rs
 import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from engine.grammar.errors import FormError
+from engine.grammar.formats import FORMATS
 from engine.grammar.forms import grammar_of
 from engine.grammar.worker import Setup, examine, parser_limits
 from engine.types import StructuredOutputs
@@ -157,6 +160,10 @@ def test_a_schema_is_followed(schema: Any, good: list[str], bad: list[str]) -> N
         ({"type": "strin"}, "type at # must be one or more of"),
         ({"properties": []}, "properties at # must be"),
         ({"minLength": -1}, "minLength at # must be"),
+        (
+            {"not": False, "properties": {f"{number}": {} for number in range(1001)}},
+            "properties at # has more than 1000 that are not required",
+        ),
         ({"minLength": 10**40}, "minLength at # must be"),
         ({"const": {"id": [2**53 + 1]}}, "const at # has a number beyond 2**53"),
         ({"properties": {"a": {"enum": [1, 1e30]}}}, "enum at #/properties/a has a number beyond 2**53"),
@@ -179,6 +186,63 @@ def test_a_schema_that_cannot_be_followed_is_refused_by_name(schema: Any, says: 
     problem = problem_of(StructuredOutputs(json=json.dumps(schema)))
     assert says in problem
     assert "\n" not in problem
+
+
+@pytest.mark.parametrize("optional", [600, 1000])
+def test_objects_of_many_properties_are_followed(optional: int) -> None:
+    names = [f"p{number}" for number in range(optional + 10)]
+    schema = {
+        "type": "object",
+        "properties": {name: {"type": "null"} for name in names},
+        "required": names[optional:],
+    }
+    matcher = matcher_of(StructuredOutputs(json=json.dumps(schema)))
+    few = json.dumps(dict.fromkeys([names[0], *names[optional - 1 :]]))
+    assert takes(matcher, few)
+    assert not takes(matcher, few.replace("null", "1", 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("date-time", ["2024-02-29T23:59:59.123456+02:00", "0001-01-01T00:00:00Z"], ["2024-01-01T00:00:60Z"]),
+        ("time", ["00:00:00Z", "23:59:59.5-23:59"], ["23:59:60Z", "00:00:00.1234567Z", "24:00:00Z", "00:00:00"]),
+        ("date", ["2000-02-29", "1999-12-31", "0004-02-29"], ["1900-02-29", "2023-02-29", "2023-04-31", "0000-01-01"]),
+        ("duration", ["P1Y2M3DT4H5M6S", "PT5M", "P3W", "P0D"], ["P", "PT", "P1S", "P1Y1W"]),
+        ("email", ["o'hara+x@mail.example.org", "a.b@c.de"], ["a@b", "a..b@c.de", ".a@b.cd", "a@b.cd."]),
+        ("hostname", ["www.example.org", "a-b.c1.de"], ["-a.de", "a-.de", "1.2.3.4", "a..de"]),
+        ("ipv4", ["0.0.0.0", "255.249.199.10"], ["256.0.0.1", "01.2.3.4", "1.2.3"]),
+        ("ipv6", ["::", "::1", "1::", "1:2:3:4:5:6:7:8", "fe80::a:b"], ["1:2:3:4:5:6:7", "1::2::3", ":1"]),
+        ("uuid", ["123e4567-E89B-12d3-a456-426614174000"], ["123e4567e89b12d3a456426614174000"]),
+        ("uri", ["https://a.example.org:80/b//c?d=/e#f", "mailto:a@b.cd", "urn:x:%20"], ["//a.bc", "a b:c", "x:%2"]),
+    ],
+)
+def test_a_format_is_what_all_validators_take(name: str, good: list[str], bad: list[str]) -> None:
+    schema = {"type": "string", "format": name}
+    matcher = matcher_of(StructuredOutputs(json=json.dumps(schema)))
+    validators = [
+        jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER),
+        jsonschema_rs.Draft202012Validator(schema, validate_formats=True),
+    ]
+    draw = random.Random(3)
+    walks = [walk(matcher, draw) for _ in range(60)]
+    texts = [str(json.loads(text)) for text in walks if text is not None]
+    assert len(set(texts)) > 20
+    for text in [*good, *texts]:
+        assert takes(matcher, json.dumps(text)), text
+        for validator in validators:
+            assert validator.is_valid(text), (validator, text)
+        if name in ("date", "date-time"):
+            datetime.fromisoformat(text)
+        elif name == "time":
+            time.fromisoformat(text)
+    for text in bad:
+        assert not takes(matcher, json.dumps(text)), text
+
+
+def test_every_format_that_is_followed_is_tried() -> None:
+    (marks,) = (mark for mark in test_a_format_is_what_all_validators_take.pytestmark if mark.name == "parametrize")
+    assert {case[0] for case in marks.args[1]} == set(FORMATS)
 
 
 def test_options_of_the_back_end_in_a_schema_are_not_heeded() -> None:

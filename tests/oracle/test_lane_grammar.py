@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits
 
 from engine.config import LaneConfig
 from engine.grammar.forms import grammar_of
@@ -22,7 +23,7 @@ prepare_environment((LaneConfig(model="none"),))
 with warnings.catch_warnings():
     # vLLM and torch warn of their own affairs while they are imported.
     warnings.simplefilter("ignore")
-    from engine.vllm_hooks.grammars import MASK_SECONDS_AT_ONCE, MASK_SECONDS_PER_TOKEN, LaneGrammar
+    from engine.vllm_hooks.grammars import MASK_SECONDS_AT_ONCE, MASK_SECONDS_PER_TOKEN, TOO_COMPLEX, LaneGrammar
 
 END = 7
 """Not the vocabulary's first id, which is text here."""
@@ -47,6 +48,9 @@ class Stub:
 
     def is_error(self) -> bool:
         return self.is_broken
+
+    def get_error(self) -> str:
+        return "a bound" if self.is_broken else "doesn't satisfy the grammar"
 
 
 def allowed_of(grammar: LaneGrammar) -> list[int]:
@@ -99,6 +103,25 @@ def test_a_token_that_breaks_the_form_is_not_accepted() -> None:
     grammar = LaneGrammar(Stub(allowed=(3,)), SamplingSpec(), [END], END)
     assert grammar.accept_tokens("one", [3, 3])
     assert not grammar.accept_tokens("one", [4])
+    assert grammar.problem is None
+
+
+def test_a_token_that_the_back_end_cannot_go_on_from_is_a_problem(random_pair: pairs.Served) -> None:
+    """Of two that are refused, one breaks the form; the other makes more of a row than the back end follows."""
+    text = (random_pair.base / "tokenizer.json").read_text()
+    tokenizer = tokenizer_of(Setup(text, 512, 0, any_whitespace=True, seconds=2, memory=1 << 30))
+    many = {"type": "object", "properties": {f"p{number}": {} for number in range(200)}}
+    form = grammar_of(StructuredOutputs(json=json.dumps(many)))
+    (brace,) = tokenizer.tokenize_str("{")
+    for limit, token, problem in (
+        (2000, brace, None),
+        (2000, brace + 1, None),
+        (500, brace, TOO_COMPLEX),
+    ):
+        limits = LLParserLimits(max_items_in_row=limit, verbose_errors=False)
+        grammar = LaneGrammar(LLMatcher(tokenizer, form, log_level=0, limits=limits), SamplingSpec(), [0], 0)
+        assert grammar.accept_tokens("one", [token]) is (limit == 2000 and token == brace)
+        assert grammar.problem == problem
 
 
 @pytest.mark.parametrize(
