@@ -65,7 +65,7 @@ def create_app(service: Service, traces: Traces | None = None) -> FastAPI:
         from server.trace.middleware import TraceRequests
 
         app.add_middleware(TraceRequests, traces=traces)
-    app.add_middleware(RequestContext, http_requests=service.metrics.http_requests)
+    app.add_middleware(RequestContext, http_requests=service.metrics.http_requests, access_log=config.access_log)
     return app
 
 

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 from fastapi import Request
 
 from engine.types import Collaboration, EngineInfo, GenerationRequest, SamplingSpec
+from server.access import Account
 from server.admission import Places
 from server.auth import client_of
 from server.choice import Choice, ChoiceObserver, RequestObserver
@@ -34,6 +35,7 @@ class Call(Generic[Body]):
         started: when it came, by ``time.perf_counter``.
         id: unique; the engine's ids of its choices begin with it.
         observer: is told of its choices; None where it is not traced.
+        account: is told what the answer takes, for the access log.
     """
 
     request: Request
@@ -45,6 +47,7 @@ class Call(Generic[Body]):
     started: float
     id: str
     observer: RequestObserver | None
+    account: Account
 
     @property
     def info(self) -> EngineInfo:
@@ -138,6 +141,7 @@ async def read_call(request: Request, body_type: type[Body], id_prefix: str) -> 
             f"'stop' has {len(body.stop_strings)} strings; this server takes at most {most} (server.max_stop_strings).",
             "stop",
         )
+    request.scope["account"] = account = Account(body.model)
     return Call(
         request,
         service,
@@ -148,4 +152,5 @@ async def read_call(request: Request, body_type: type[Body], id_prefix: str) -> 
         started,
         f"{id_prefix}-{uuid.uuid4().hex}",
         request.scope.get("trace"),
+        account,
     )

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in error.lines:
             print_error(line)
         return 2
-    _set_up_logging(settings.server.log_level)
+    _set_up_logging(settings.server.log_level, settings.server.log_format)
     try:
         # Before anything is loaded: minutes of loading are a long way to "address already in use".
         sock = bind(settings.server.host, settings.server.port)
@@ -161,10 +161,15 @@ def _problem(problem: Any) -> str:
     return " ".join((f"{location}: {message}" if location else message).split())
 
 
-def _set_up_logging(level: str) -> None:
+def _set_up_logging(level: str, form: str) -> None:
     logging.basicConfig(
         level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    if form == "json":
+        from server.access import JsonFormatter
+
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonFormatter())
 
 
 def print_status(line: str) -> None:

@@ -1,15 +1,17 @@
-"""The outermost middleware: request ids, counting of responses, and the catch-all error handler."""
+"""The outermost middleware: request ids, counting and logging of responses, and the catch-all error handler."""
 
 from __future__ import annotations
 
 import logging
 import re
+import time
 import uuid
 
 from prometheus_client import Counter
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.access import log_response
 from server.asgi import send_error
 from server.disconnect import ClientGone
 from server.errors import ApiError
@@ -19,7 +21,7 @@ logger = logging.getLogger(__name__)
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _GONE = "499"
-"""In metrics, the status of requests whose client hung up before the response began."""
+"""In metrics and logs, the status of requests whose client hung up before the response began."""
 
 
 class RequestContext:
@@ -27,10 +29,12 @@ class RequestContext:
 
     Args:
         http_requests: counter with the labels route, method and status.
+        access_log: log a line for each response.
     """
 
-    def __init__(self, app: ASGIApp, http_requests: Counter) -> None:
+    def __init__(self, app: ASGIApp, http_requests: Counter, *, access_log: bool = False) -> None:
         self._app = app
+        self._access_log = access_log
         self._http_requests = http_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -40,6 +44,7 @@ class RequestContext:
             return
         scope["request_id"] = request_id = _request_id(scope)
         status = _GONE
+        started = time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -63,6 +68,8 @@ class RequestContext:
             route = getattr(scope.get("route"), "path_format", "other")
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self._http_requests.labels(route, method, status).inc()
+            if self._access_log:
+                log_response(scope, status, time.perf_counter() - started)
 
 
 def _request_id(scope: Scope) -> str:

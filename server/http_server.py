@@ -43,7 +43,7 @@ def http_server(app: ASGIApp, settings: ServerConfig) -> HttpServer:
         ws="none",
         lifespan="off",
         log_config=None,
-        access_log=settings.access_log,
+        access_log=False,  # server.access writes it, with the tokens
         server_header=False,
         root_path=settings.root_path,
         timeout_keep_alive=settings.keep_alive_s,

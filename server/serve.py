@@ -82,6 +82,7 @@ async def _run(call: Call[Body], count: int, param: str, prepare: Prepare[Body])
         prepared = await prepare(call, places)
         call.meter.prompt_tokens.inc(prepared.prompt_tokens)
         renderer, counter = prepared.renderer, UsageCounter(prepared.prompt_tokens)
+        call.account.usage = counter
         if not body.stream:
             await collect(call.engine, prepared.choices)
             for choice in prepared.choices:
@@ -103,6 +104,7 @@ async def _run(call: Call[Body], count: int, param: str, prepare: Prepare[Body])
             if not isinstance(error, ApiError):
                 logger.exception("a stream failed")
                 error = ApiError(500, "Internal error.", code="internal_error")
+            call.account.error = error.code or error.type
             yield frame(error.body())
             return
         if body.include_usage:

@@ -112,8 +112,12 @@ class ServerConfig(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least severe messages to log."""
 
+    log_format: Literal["text", "json"] = "text"
+    """How to log: lines of text, or one JSON object per line."""
+
     access_log: bool = True
-    """Log one line for each response."""
+    """Log one line for each response: request id, client, path, status, seconds, and of generated answers the model and
+    the tokens."""
 
     otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^\s/]\S*$")
     """Collector of OpenTelemetry traces, e.g. http://collector:4318. Default: OTEL_EXPORTER_OTLP_ENDPOINT; without
