@@ -74,7 +74,7 @@ def _word(value: object) -> str:
 
 
 class JsonFormatter(logging.Formatter):
-    """A log record as one line of JSON: ``time`` (UTC), ``level``, ``logger``, and ``message`` or the record's fields."""
+    """A log record as a line of JSON: ``time`` (UTC), ``level``, ``logger``, and ``message`` or the record's fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         """See :class:`logging.Formatter`."""

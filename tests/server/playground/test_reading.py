@@ -1,0 +1,187 @@
+"""Reading an answer on the page: its writers, its trace, what the members and other thresholds would have made of it."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from tests.live import LiveServer
+from tests.server.fakes import byte_level_tokenizer, writes
+from tests.server.playground.conftest import Open, scripted
+from tests.server.playground.page import END, HOME
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.browser
+
+MODEL = "collm-demo"
+PROMPT = "Question: Which currency codes does Iceland Krona have?\nAnswer:"
+
+
+def test_experts_are_told_apart_without_colour(slow: str, open_page: Open) -> None:
+    page = open_page(slow)
+    page.set_number("#max-tokens", 60)
+    page.keys("#threshold", HOME)
+    page.run()
+    styles: dict[str, set[str]] = {}
+    found = page.js(
+        "return [...document.querySelectorAll('.joint .token:not(.blank)')].map(t =>"
+        " [t.dataset.source, getComputedStyle(t).textDecorationStyle, getComputedStyle(t).textDecorationLine])"
+    )
+    for source, style, line in found:
+        styles.setdefault(source, set()).add(style if line == "underline" else "no line")
+    assert set(styles) >= {"law", "codes", "art"}
+    assert all(len(each) == 1 for each in styles.values())
+    assert len({style for each in styles.values() for style in each}) == len(styles)
+
+
+def test_the_line_is_where_a_bar_of_that_probability_ends(slow: str, open_page: Open) -> None:
+    """Also where there are so many bars that they scroll; and the arrow keys scroll to the bar of their token."""
+    page = open_page(slow, 390, 800)
+    page.set_number("#max-tokens", 120)
+    page.run()
+    assert page.js("const s = document.querySelector('.joint .strip'); return s.scrollWidth > s.clientWidth")
+    for at in (0.25, 0.75):
+        page.slide(at)
+        shown = float(page.one("#threshold-value").text)
+        strip = page.one(".joint .strip").rect
+        line = page.one(".joint .threshold-line").rect
+        assert line["y"] == pytest.approx(strip["y"] + (1 - shown) * 72, abs=1.5)
+    answer = page.one(".joint .text")
+    page.js("arguments[0].focus()", answer)
+    answer.send_keys(END)
+    eventually(lambda: page.js("const s = document.querySelector('.joint .strip');"
+                               "return s.scrollLeft + s.clientWidth >= s.scrollWidth - 1"))  # fmt: skip
+
+
+TOPS = """
+const canvas = document.querySelector('.joint canvas'), strip = document.querySelector('.joint .strip');
+const width = Math.min(Math.max(strip.clientWidth / arguments[0], 4), 22);
+const pixels = canvas.getContext('2d');
+return [...Array(arguments[0]).keys()].map((number) => {
+  const column = pixels.getImageData(Math.floor((number + 0.4) * width), 0, 1, canvas.height).data;
+  for (let y = 0; y < canvas.height; y++) if (column[4 * y + 3] > 60) return 1 - y / canvas.height;
+  return 0;
+});
+"""
+
+
+def test_bars_are_as_high_as_the_probabilities(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.ask(PROMPT)
+    page.run()
+    values = [p for _, _, p in page.tokens(MODEL)]
+    page.js("return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    for top, p in zip(page.js(TOPS, len(values)), values, strict=True):
+        assert top == pytest.approx(p, abs=0.05)
+
+
+def test_members_are_asked_at_a_token(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.ask(PROMPT)
+    page.run()
+    number = [source for _, source, _ in page.tokens(MODEL)].index("codes")
+    page.all(".joint .token")[number].click()
+    eventually(lambda: len(page.all(".joint .position tbody tr")) == 3)
+    rows = {row.find_element("css selector", "th").text: row for row in page.all(".joint .position tbody tr")}
+    assert set(rows) == {"base", "codes", "arithmetic"}
+    text = page.tokens(MODEL)[number][0]
+    first = rows["codes"].find_element("css selector", "td")
+    assert first.text.startswith(f"“{text.replace(' ', '␣')}”")
+    assert "written" in first.get_attribute("class")
+    assert not rows["base"].find_element("css selector", "td").text.startswith(f"“{text.replace(' ', '␣')}”")
+
+
+def test_members_are_asked_in_a_chat_too(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.one("input[value='chat']").click()
+    page.run()
+    page.all(".joint .token")[0].click()
+    eventually(lambda: len(page.all(".joint .position tbody tr")) == 3)
+    assert page.tokens(MODEL)[0][0].strip() in page.one(".joint .position td").text
+
+
+def test_moving_the_threshold_marks_what_would_change(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.ask(PROMPT)
+    page.run()
+    assert page.all(".flips") == []
+    page.keys("#threshold", END)  # nobody above 1: the expert's tokens would be the base's
+    sources = [source for _, source, _ in page.tokens(MODEL)]
+    marked = page.js("return [...document.querySelectorAll('.joint .flips')].map((t) => t.number)")
+    assert marked == [number for number, source in enumerate(sources) if source == "codes"]
+    assert f"{len(marked)} would change writers" in page.one(".joint .trace-caption").text
+    page.keys("#threshold", HOME)
+    marked = page.js("return [...document.querySelectorAll('.joint .flips')].map((t) => t.number)")
+    assert marked == [number for number, source in enumerate(sources) if source == "base"]
+    page.one("#threshold-reset").click()
+    assert page.all(".flips") == []
+    page.one("#policy option[value='confidence']").click()
+    page.keys("#threshold", END)  # the answer's values are the gate's: nothing can be said
+    assert page.all(".flips") == []
+
+
+def test_a_blend_is_painted_by_the_experts_share(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.one("#blend option[value='mixture']").click()
+    page.ask(PROMPT)
+    page.run()
+    [joint] = [body for body in page.posted() if body["model"] == MODEL]
+    assert joint["collaboration"] == {"blend": "mixture", "report": True}
+    sources = [source for _, source, _ in page.tokens(MODEL)]
+    assert set(sources) == {"base", "blend"}
+    assert f"{sources.count('blend')} blend" in page.one(".joint .legend").text
+    shares = page.js("return [...document.querySelectorAll('.joint .token.blend')].map((t) =>"
+                     " Number(t.style.getPropertyValue('--experts')))")  # fmt: skip
+    assert all(0 <= share <= 1 for share in shares)
+    assert max(shares) > 0.5
+
+
+def test_five_thresholds_in_one_click(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.ask(PROMPT)
+    page.run()
+    page.requests()
+    page.one("#sweep").click()
+    eventually(lambda: page.one("#announce").get_attribute("textContent") == "Five thresholds are answered.")
+    rows = [
+        [cell.text for cell in row.find_elements("css selector", "td")] for row in page.all("#sweep-result tbody tr")
+    ]
+    asked = [body["collaboration"]["threshold"] for body in page.posted()]
+    assert len(rows) == len(asked) >= 3
+    assert asked == sorted(asked, reverse=True)
+    assert rows[0][1] == "0 %"
+    assert rows[-1][1] == "100 %"
+    base = "".join(text for text, _, _ in page.tokens(f"{MODEL}/base"))
+    assert rows[0][2].strip() == base.strip()
+    page.all("#sweep-result button")[0].click()
+    page.wait()
+    assert page.figure(MODEL, "rate") == "0 %"
+
+
+def test_an_answer_is_copied_without_marks(open_page: Open) -> None:
+    """Neither an end mark nor one inside a character of several tokens; and the text reads as prose."""
+    text = "Ünïcode 日本 😀\nnext line"
+    with scripted(writes(byte_level_tokenizer().encode(text).ids)) as address:
+        page = open_page(address)
+        page.set_number("#max-tokens", 100)
+        page.run()
+        permissions = {"origin": address, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+        page.driver.execute_cdp_cmd("Browser.grantPermissions", permissions)
+        page.one(".joint .card-actions button:last-child").click()
+        eventually(lambda: page.one(".joint .card-actions button:last-child").text == "Copied")
+        assert page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])") == text
+        assert page.js("return document.querySelector('.joint .text').innerText").strip() == text
+        assert page.all(".token.end") == []
+        assert page.all(".joint [role='option']") == []
+
+
+def test_unsure_tokens_are_marked(demo: LiveServer, open_page: Open) -> None:
+    page = open_page(demo.url)
+    page.ask(PROMPT)
+    page.run()
+    body = {"model": f"{MODEL}/base", "prompt": PROMPT, "max_tokens": 64, "temperature": 0, "logprobs": 0}
+    found = httpx.post(f"{demo.url}/v1/completions", json=body).json()["choices"][0]["logprobs"]["token_logprobs"]
+    marked = page.js("return [...document.querySelectorAll(`[data-model='${arguments[0]}'] .token`)].map((t) =>"
+                     " t.classList.contains('unsure'))", f"{MODEL}/base")  # fmt: skip
+    assert marked == [value < -0.6931 for value in found]
+    assert any(marked)
