@@ -36,7 +36,9 @@ FILES = {
         "tests/server/live/test_sdk.py",
         "tests/server/live/test_vllm_fields.py",
         "tests/server/playground/test_playground.py",
+        "tests/server/playground/test_reading.py",
         "tests/server/playground/test_reference.py",
+        "tests/server/playground/test_runs.py",
     ),
 }
 FIXTURES = ("kept_engines", "live", "tight", "twin_engine", "demo")

@@ -1,4 +1,4 @@
-"""Reading an answer on the page: its writers, its trace, what the members and other thresholds would have made of it."""
+"""Reading an answer on the page: writers, trace, what members and other thresholds would have made of it."""
 
 from __future__ import annotations
 
