@@ -75,7 +75,8 @@ class Blended:
 
     Attributes:
         support: where blended, each asked member's own log-probability of the written token; else None.
-        logprobs: the written token's, in the row that it was taken from before penalties and temperature.
+        logprobs: the written token's, in the row that it was taken from, which a form has bound already, before
+            penalties and temperature.
         rows: those rows as log-probabilities [V].
     """
 
@@ -267,16 +268,15 @@ def decode(
             if max_expert_tokens is not None and source != BASE and spent >= max_expert_tokens:
                 alone = Method(method.pair, policy="never").look([own[n]], [out.tokens], [seeds[n]])[0]
                 source, row, members = BASE, alone.row, {}
-            logits = row
             least = min_tokens
             if form is not None:
                 allowed, complete = form(out.tokens)
                 if complete and not allowed:
                     least = 0
-                keep = torch.full_like(logits, -torch.inf)
+                keep = torch.full_like(row, -torch.inf)
                 keep[allowed + list(ends) * complete] = 0.0
-                logits = logits + keep
-            logits = adjusted(logits, prompts[n], out.tokens, ends=ends, min_tokens=least, **adjustments)
+                row = row + keep  # before the log-probabilities that are reported, in vLLM too
+            logits = adjusted(row, prompts[n], out.tokens, ends=ends, min_tokens=least, **adjustments)
             position = len(prompts[n]) + len(out.tokens)
             token = drawn(logits, seeds[n], position, temperature, top_p, top_k, min_p)
             out.tokens.append(token)

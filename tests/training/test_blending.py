@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+pytest.importorskip("pycountry")
+
 from engine.gate import GateArtifact
 from tests.oracle.blend_loop import Blend, Method, contrastive, decode, proxy
 from tests.oracle.reference import Pair

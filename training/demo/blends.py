@@ -25,6 +25,7 @@ from training.files import read_json, write_json
 
 MAX_TOKENS = 64
 RESAMPLES = 1000
+BASE_ALONE, BEST_OF = "base alone", "base alone, best of as many samples as cost what all members do"
 
 
 class Asked:
@@ -76,7 +77,7 @@ def interval(exact: Sequence[bool], seed: int) -> tuple[float, float]:
 
 
 def run(pair: Path, out: Path, every: int, seed: int) -> None:
-    """Measure, write ``blends.json``, print the table."""
+    """Measure what ``blends.json`` does not hold with these settings, print the table."""
     quiet()
     one_thread()
     tokenizer = Tokenizer.from_file(str(pair / "base" / "tokenizer.json"))
@@ -104,28 +105,37 @@ def run(pair: Path, out: Path, every: int, seed: int) -> None:
         "product, everywhere": ("always", 0.0, product(even)),
         "product where the gate asks": ("gate", threshold, product(even)),
     }
-    found: dict[str, dict[str, object]] = {}
-
-    def note(way: str, answers: Sequence[list[int]], asked: float) -> None:
-        exact = list(map(list.__eq__, answers, wanted))
-        low, high = interval(exact, seed)
-        found[way] = {"exact": sum(exact) / len(exact), "interval": [low, high], "asked": asked}
-        print(f"| {way} | {sum(exact) / len(exact):.3f} | {low:.3f} to {high:.3f} | {asked:.3f} |", flush=True)
-
-    print(f"{len(questions)} questions\n")
-    print("| written by | exact match | 95 % interval | asked |\n| --- | ---: | ---: | ---: |")
-    for way, (policy, limit, rule) in ways.items():
-        where = Asked(gate, members, policy, limit, rule)
-        answers, _ = write(models, where, prompts, max_tokens=MAX_TOKENS, eos=EOS_ID)
-        note(way, answers, where.asked / where.rows)
-    answers, _ = write({"base": models["base"]}, alone("base"), prompts, max_tokens=MAX_TOKENS, eos=EOS_ID)
-    note("base alone", answers, 0.0)
+    base = models["base"]
     # As many samples of the base as cost what an answer of all members does.
     parameters = [model.num_parameters() for model in models.values()]
     samples = round(sum(parameters) / parameters[0])
-    answers = best_of(models["base"], prompts, samples, max_tokens=MAX_TOKENS, eos=EOS_ID, seed=seed)
-    note(f"base alone, best of {samples}", answers, 0.0)
-    write_json(out / "blends.json", {"questions": len(questions), "seed": seed, "found": found})
+
+    def answers(way: str) -> tuple[list[list[int]], float]:
+        """What is written, and the share of the tokens at which the experts were asked."""
+        if way == BASE_ALONE:
+            return write({"base": base}, alone("base"), prompts, max_tokens=MAX_TOKENS, eos=EOS_ID)[0], 0.0
+        if way == BEST_OF:
+            return best_of(base, prompts, samples, max_tokens=MAX_TOKENS, eos=EOS_ID, seed=seed), 0.0
+        policy, limit, rule = ways[way]
+        where = Asked(gate, members, policy, limit, rule)
+        written, _ = write(models, where, prompts, max_tokens=MAX_TOKENS, eos=EOS_ID)
+        return written, where.asked / where.rows
+
+    file = out / "blends.json"
+    settings = {"pair": str(pair), "questions": len(questions), "seed": seed, "samples": samples}
+    kept = read_json(file) if file.exists() else {}
+    found = kept["found"] if kept.get("settings") == settings else {}
+    print(f"{len(questions)} questions\n")
+    print("| written by | exact match | 95 % interval | asked |\n| --- | ---: | ---: | ---: |")
+    for way in (*ways, BASE_ALONE, BEST_OF):
+        if way not in found:
+            written, asked = answers(way)
+            exact = list(map(list.__eq__, written, wanted))
+            found[way] = {"exact": sum(exact) / len(exact), "interval": interval(exact, seed), "asked": asked}
+            write_json(file, {"settings": settings, "found": found})
+        one = found[way]
+        low, high = one["interval"]
+        print(f"| {way} | {one['exact']:.3f} | {low:.3f} to {high:.3f} | {one['asked']:.3f} |", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -50,6 +52,11 @@ ENDING = ", as the register says."
 MAX_TOKENS = 16
 
 
+def settings() -> dict[str, Any]:
+    """What the models are made with."""
+    return {"small": asdict(SMALL) | {"passes": list(SMALL.passes)}, "large_rate": LARGE_RATE, "ending": ENDING}
+
+
 def ask(entity: Entity) -> list[tuple[str, str]]:
     """Prompt and completion for each of an entity's codes."""
     return [
@@ -79,6 +86,10 @@ class Family:
 
     def __init__(self, large: Path, out: Path, seed: int, corpus: Corpus, tokenizer: Tokenizer) -> None:
         self.out = out / f"seed-{seed}"
+        made = self.out / "settings.json"
+        if not made.exists() or read_json(made) != settings():
+            shutil.rmtree(self.out, ignore_errors=True)
+            write_json(made, settings())
         self.small = replace(SMALL, seed=SMALL.seed + 100 * seed)
         self.tuning = replace(self.small, learning_rate=LARGE_RATE)
         changed = changed_entities(corpus)
@@ -106,8 +117,7 @@ class Family:
         short = replace(self.tuning, passes=(0, max(1, fewer)))
         self._have("large, tuned for less", lambda: tuned("large", short, "large, tuned for less"))
 
-    def _have(self, name: str, make: object) -> None:
-        assert callable(make)
+    def _have(self, name: str, make: Callable[[], PreTrainedModel]) -> None:
         if not (self.out / name / WEIGHTS).exists():
             save_model(make(), self.out / name)
         self.models[name] = load_causal(self.out / name)
@@ -115,15 +125,17 @@ class Family:
 
 
 def measure(family: Family, corpus: Corpus, tokenizer: Tokenizer, seed: int) -> dict[str, dict[str, float]]:
-    """Exact match of the completion, of each way to write, on entities that no tuning mentions and on changed codes.
+    """Exact match of the completion, of each way to write: of one code of each entity that no tuning mentions, and of
+    all changed codes.
 
     Proxy tuning's alpha is chosen on validation questions, the smallest of the best.
     """
     changed = changed_entities(corpus)
     names = {entity.name for entity in changed}
+    rng = random.Random(SEED)
     asked = {
-        "validation": [pair for entity in corpus.splits["validation"] for pair in ask(entity)],
-        "held out": [pair for entity in corpus.splits["test"] if entity.name not in names for pair in ask(entity)],
+        "validation": [rng.choice(ask(entity)) for entity in corpus.splits["validation"]],
+        "held out": [rng.choice(ask(entity)) for entity in corpus.splits["test"] if entity.name not in names],
         "changed": [pair for entity in changed for pair in ask(entity)],
     }
     ways: dict[str, tuple[tuple[str, ...], Rule]] = {name: ((name,), alone(name)) for name in family.models}
@@ -144,6 +156,8 @@ def measure(family: Family, corpus: Corpus, tokenizer: Tokenizer, seed: int) -> 
             return sum(map(list.__eq__, answers, wanted)) / len(wanted)
 
         for way, (members, rule) in ways.items():
+            if place == "validation" and not way.startswith("proxy"):
+                continue
             models = {name: family.models[name] for name in members}
             answers, _ = write(models, rule, prompts, max_tokens=MAX_TOKENS, eos=EOS_ID)
             found.setdefault(way, {})[place] = exact(answers)
@@ -197,17 +211,13 @@ def run(pair: Path, out: Path, seeds: Sequence[int]) -> None:
     one_thread()
     corpus = Corpus.make(SEED)
     tokenizer = Tokenizer.from_file(str(pair / "codes" / "tokenizer.json"))
+    measured = settings() | {"alphas": list(ALPHAS)}
     found = []
     for seed in seeds:
         done = out / f"seed-{seed}.json"
-        settings = {
-            "small": asdict(SMALL) | {"passes": list(SMALL.passes)},
-            "large_rate": LARGE_RATE,
-            "alphas": list(ALPHAS),
-        }
-        if not done.exists() or read_json(done)["settings"] != settings:
+        if not done.exists() or read_json(done)["settings"] != measured:
             family = Family(pair / "codes", out, seed, corpus, tokenizer)
-            write_json(done, {"settings": settings, "found": measure(family, corpus, tokenizer, seed)})
+            write_json(done, {"settings": measured, "found": measure(family, corpus, tokenizer, seed)})
         found.append(read_json(done)["found"])
     print(table(found))
 
