@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from engine.adapters import Adapter, is_adapter
@@ -67,8 +67,16 @@ def load_causal(path: Path, dtype: str = "float32", device: torch.device = _CPU)
         composed: Any = load_composed(path, lambda member: load_causal(member, dtype, device))
         return cast("PreTrainedModel", composed)
     try:
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True
+            str(path),
+            config=config,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            # The faster attention of transformers leaves a soft cap out (Gemma 2), which serving engines do not.
+            attn_implementation="eager" if capped else None,
         )
     except Exception as error:
         raise ModelError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from error

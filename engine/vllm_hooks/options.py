@@ -23,6 +23,9 @@ CPU_KV_CACHE_BYTES = 1 << 30
 CPU_BLOCK_SIZE = 32
 """CPU attention wants a multiple of 32; small blocks waste least on the many short rows of an expert."""
 
+MOST_PLACES = 2048
+"""Of rows in a lane that computes for guests; the least number of tokens in a step that vLLM sets by itself."""
+
 LARGE_BYTES = 64 << 20
 """Weights from which on a step on two threads is faster than on one. Below, waking the second one costs more."""
 
@@ -163,6 +166,14 @@ def _is_large(model: str) -> bool:
     return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors")) >= LARGE_BYTES
 
 
+def _places(max_num_seqs: int, guests: int, most: int) -> int:
+    """Rows that a lane holds at once: a request waits in its place in each lane that has it, guests' among them.
+
+    With fewer places parked rows give theirs up, and are computed anew; vLLM wants no more than tokens in a step.
+    """
+    return max(max_num_seqs, min(max_num_seqs * (1 + guests), most))
+
+
 def check_names(options: Iterable[str], known: Sequence[str], label: str) -> None:
     """Refuse options that vLLM does not have, or that a lane sets itself.
 
@@ -223,11 +234,7 @@ def engine_arguments(
     arguments: dict[str, Any] = {
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
-        # A row waits in its place, in each lane that has it. vLLM wants no more places than tokens in a step.
-        "max_num_seqs": max(
-            max_num_seqs,
-            min(max_num_seqs * (1 + guests), config.vllm.get("max_num_batched_tokens", max_num_seqs * (1 + guests))),
-        ),
+        "max_num_seqs": _places(max_num_seqs, guests, config.vllm.get("max_num_batched_tokens", MOST_PLACES)),
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
