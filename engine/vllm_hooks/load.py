@@ -88,6 +88,8 @@ def make_plan(config: EngineConfig) -> Plan:
                 if (adapter.directory / TOKENIZER).is_file() and "tokenizer" not in lane.vllm:
                     checkpoint = checkpoint.with_tokenizer(adapter.directory)
             if is_composed(checkpoint.directory):
+                if lane.adapter is not None:
+                    raise ConfigError(f"{label}.adapter: {lane.model} is a composed model, which takes no adapters")
                 Composition.load(checkpoint.directory).check()
             members.append(Member(name, checkpoint.vocabulary, checkpoint.rows, checkpoint.ends))
         except (CheckpointError, CompositionError) as error:

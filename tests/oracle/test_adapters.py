@@ -271,3 +271,14 @@ def test_the_check_says_whose_weights_an_adapter_uses(pair: Adapted) -> None:
     own = [line for line in report(pair.config(own_lanes=True)) if line.startswith("adapter1: ")]
     assert len(own) == 2
     assert "LoRA adapter; rank 5" in own[1]
+
+
+def test_a_composed_model_takes_no_adapters(pair: Adapted, tmp_path: Path) -> None:
+    shutil.copytree(pair.served.base, tmp_path / "composed")
+    (tmp_path / "composed" / "composition.json").write_text("{}")
+    fields = pair.config().model_dump()
+    fields["base"]["model"] = str(tmp_path / "composed")
+    # The base is looked at first; its own damage is not what is told here.
+    fields["base"]["adapter"] = str(pair.served.experts["adapter1"])
+    with pytest.raises(ConfigError, match=r"^base\.adapter: .*composed is a composed model, which takes no adapters"):
+        make_plan(EngineConfig.model_validate(fields))
