@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from engine.check import report
+from engine.composed.artifact import CONFIG_KEY
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.offline import Engine
@@ -275,7 +276,8 @@ def test_the_check_says_whose_weights_an_adapter_uses(pair: Adapted) -> None:
 
 def test_a_composed_model_takes_no_adapters(pair: Adapted, tmp_path: Path) -> None:
     shutil.copytree(pair.served.base, tmp_path / "composed")
-    (tmp_path / "composed" / "composition.json").write_text("{}")
+    file = tmp_path / "composed" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {CONFIG_KEY: {}}))
     fields = pair.config().model_dump()
     fields["base"]["model"] = str(tmp_path / "composed")
     # The base is looked at first; its own damage is not what is told here.
