@@ -44,7 +44,6 @@ from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vllm.config import VllmConfig
     from vllm.lora.request import LoRARequest
     from vllm.v1.core.kv_cache_utils import BlockHash
 
@@ -95,7 +94,7 @@ class VllmLane:
         self.notes: list[str] = []
         """What who starts the lane should know, one line each."""
         if current_platform.is_cpu():
-            changes = self._suit_cpu(name, arguments, config)
+            changes, self.notes = processor.suited(name, arguments, config.model_config)
             if changes:
                 config = EngineArgs(**arguments | changes).create_engine_config(usage_context=_USAGE)
         if config.use_v2_model_runner:
@@ -346,23 +345,6 @@ class VllmLane:
         """Names blocks by their tokens, and by the adapter that they were computed with."""
         name = None if lora is None else lora.lora_name
         return self._hashes.shared(self._core.request_block_hasher, (*self._scheme, name))
-
-    def _suit_cpu(self, name: str, arguments: dict[str, Any], config: VllmConfig) -> dict[str, Any]:
-        """What of the arguments must be otherwise for this model on this processor; says so in ``notes``."""
-        model = config.model_config
-        changes: dict[str, Any] = {}
-        if model.has_inner_state and arguments["enable_prefix_caching"]:
-            # vLLM's CPU back end dies when a prompt's recurrent state is to be cached in small blocks.
-            changes["enable_prefix_caching"] = False
-            self.notes.append(f"{name}: no prefix caching: the model has recurrent state, and computes on a CPU")
-        if arguments.get("dtype", "auto") == "auto" and model.quantization is None and processor.is_slow(model.dtype):
-            changes["dtype"] = "float32"
-            saved = str(model.dtype).removeprefix("torch.")
-            self.notes.append(
-                f"{name}: computes in float32, many times faster than {saved} on this processor "
-                f"({processor.vector_units()}); its weights take twice the memory"
-            )
-        return changes
 
     def _complaint(self, spec: SamplingSpec) -> str | None:
         try:

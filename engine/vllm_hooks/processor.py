@@ -1,10 +1,15 @@
-"""What the processor of a CPU lane computes quickly."""
+"""What the processor of a CPU lane computes quickly, and what of a lane's options must be otherwise there."""
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 
 def vector_units() -> str:
@@ -27,3 +32,26 @@ def is_slow(dtype: torch.dtype) -> bool:
         and platform.machine() in ("x86_64", "AMD64")
         and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     )
+
+
+def suited(name: str, arguments: Mapping[str, Any], model: ModelConfig) -> tuple[dict[str, Any], list[str]]:
+    """What of vLLM's engine arguments must be otherwise for a model on this processor, and a line about each.
+
+    Args:
+        name: the lane's.
+        model: as vLLM reads it with these arguments.
+    """
+    changes: dict[str, Any] = {}
+    notes = []
+    if model.has_inner_state and arguments["enable_prefix_caching"]:
+        # vLLM's CPU back end dies when a prompt's recurrent state is to be cached in small blocks.
+        changes["enable_prefix_caching"] = False
+        notes.append(f"{name}: no prefix caching: the model has recurrent state, and computes on a CPU")
+    if arguments.get("dtype", "auto") == "auto" and model.quantization is None and is_slow(model.dtype):
+        changes["dtype"] = "float32"
+        saved = str(model.dtype).removeprefix("torch.")
+        notes.append(
+            f"{name}: computes in float32, many times faster than {saved} on this processor "
+            f"({vector_units()}); its weights take twice the memory"
+        )
+    return changes, notes

@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 
 from engine.lanes import LaneReport, StandinLane
+from engine.lanes.shelf import Shelf
 from engine.loop import StepLoop
 from engine.strategies.deferral.pacing import Pacer
 from tests.engine.builders import make_lanes, make_scheduler, mixed_requests
@@ -40,7 +41,8 @@ class Host(StandinLane):
 
 def _loop(coordination: Literal["lockstep", "overlapped"], **options: int) -> StepLoop:
     kinds = (Host, Guest, StandinLane, Guest)
-    lanes = [make_lanes(PAIR, kind, **options)[number] for number, kind in enumerate(kinds)]
+    shelf = Shelf()
+    lanes = [make_lanes(PAIR, kind, shelf=shelf, **options)[number] for number, kind in enumerate(kinds)]
     host = lanes[0]
     assert isinstance(host, Host)
     host.guests = {1: lanes[1], 3: lanes[3]}
