@@ -85,17 +85,18 @@ class Scheduler:
             self._changed[sequence] = None
         else:
             sequence.note_collaboration(decoding.in_force())
-            cost = PROMPT_TOKEN_COST * len(request.prompt)
+            cost = PROMPT_TOKEN_COST * sum(map(len, request.all_prompts))
             self._waiting.push(request.request_id, decoding, client=request.client, cost=cost)
 
     def _begin(self, sequence: Sequence) -> Decoding:
         request = sequence.request
         if request.request_id in self._running or request.request_id in self._waiting:
             raise Rejected("request_id is already in use")
-        if not request.prompt:
-            raise Rejected("prompt is empty")
-        if len(request.prompt) >= self._max_model_len:
-            raise Rejected(f"prompt has {len(request.prompt)} tokens, the context is {self._max_model_len}")
+        for prompt in request.all_prompts:
+            if not prompt:
+                raise Rejected("prompt is empty")
+            if len(prompt) >= self._max_model_len:
+                raise Rejected(f"prompt has {len(prompt)} tokens, the context is {self._max_model_len}")
         if request.sampling.max_tokens < 1:
             raise Rejected("max_tokens must be at least 1")
         decoding = self._strategy.begin(sequence)

@@ -46,7 +46,8 @@ class Sequence:
         self.min_tokens = 0 if follows else sampling.min_tokens
         ignores_eos = sampling.ignore_eos and not follows
         self.stop_token_ids = frozenset(sampling.stop_token_ids) | (frozenset() if ignores_eos else eos)
-        self.max_output = min(sampling.max_tokens, max_model_len - self.prompt_length)
+        longest = max(map(len, request.all_prompts))
+        self.max_output = min(sampling.max_tokens, max_model_len - longest)
         self.tokens: list[int] = []
         self.waits_for: int | None = None
         self.parked_at = 0.0

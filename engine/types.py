@@ -115,6 +115,7 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
         run_ahead: how many tokens the base may draft past a deferral before the expert has written: "auto" as many as
             pay, "off", or a number; None is the engine's default. What is written does not depend on it.
         blend: what is written where the experts are asked; None is the expert's own token.
+        prompts: (lane, token ids) of members that have another prompt than the request's, which is the base's.
     """
 
     member: int | None = None
@@ -125,6 +126,7 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
     experts: tuple[int, ...] | None = None
     run_ahead: RunAhead | None = None
     blend: Blend | None = None
+    prompts: tuple[tuple[int, list[int]], ...] = ()
 
 
 class GenerationRequest(msgspec.Struct, frozen=True):
@@ -144,6 +146,11 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     collaboration: Collaboration = Collaboration()
     timeline: bool = False
     client: str = ""
+
+    @property
+    def all_prompts(self) -> list[list[int]]:
+        """The base's, and those of members that have another one."""
+        return [self.prompt, *(prompt for _, prompt in self.collaboration.prompts)]
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

@@ -43,12 +43,14 @@ class LaneRequest(NamedTuple):
     """A request that is new to a lane.
 
     Attributes:
-        prompt: token ids; the same in every lane.
+        prompt: token ids, the lane's own.
         written: tokens already written, by whichever model; output, not prompt, so that penalties, min_tokens and
             stop rules mean the same in every lane. Those from ``final`` on are drafts.
         final: how many of them can no longer be cut.
         asked: positions at which to sample besides the end, in order, see :class:`Extension`.
         wants_top_probability: report the top probability beside each sample.
+        draw_offset: added to a position where the draw at it is keyed, so that lanes with prompts of different lengths
+            draw alike.
         part: in a blend; None if the lane samples its own distribution and nobody else needs that.
     """
 
@@ -60,6 +62,7 @@ class LaneRequest(NamedTuple):
     asked: tuple[int, ...] = ()
     wants_top_probability: bool = False
     part: Part | None = None
+    draw_offset: int = 0
 
 
 class Extension(msgspec.Struct, frozen=True, gc=False):

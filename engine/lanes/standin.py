@@ -110,8 +110,9 @@ class StandinLane:
 
     def refusal(self, request: GenerationRequest) -> Refusal | None:
         """Only token ids outside the vocabulary are refused."""
-        if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
-            return Refusal(f"prompt has a token id outside [0, {self._vocab_size})")
+        for prompt in request.all_prompts:
+            if not 0 <= min(prompt) <= max(prompt) < self._vocab_size:
+                return Refusal(f"prompt has a token id outside [0, {self._vocab_size})")
         return None
 
     def form_setup(self) -> None:

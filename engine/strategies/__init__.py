@@ -9,6 +9,7 @@ from engine.strategies.alone import Alone
 from engine.strategies.base import Counters, Decoding, Rejected
 from engine.strategies.deferral import Deferral
 from engine.strategies.deferral.blending import Blends
+from engine.types import BASE
 
 
 class Strategies:
@@ -39,6 +40,9 @@ class Strategies:
         member = answer.request.collaboration.member
         if member is not None and not 0 <= member < self._lanes:
             raise Rejected(f"member {member} does not exist")
+        for lane, _ in answer.request.collaboration.prompts:
+            if member is not None or not BASE < lane < self._lanes:
+                raise Rejected("prompts are for the experts of the joint model")
         if answer.request.collaboration.blend is not None:
             return self.blends.begin(answer)
         if member is not None or not self.deferral.experts(answer):

@@ -35,8 +35,8 @@ class AloneDecoding(SharedText):
 
     def awaits(self, lane: int, position: int) -> bool:
         """The next position, by the one lane, if it has been told all before it."""
-        answer = self.answer
-        return lane == self.primary_lane and position == answer.position and self.known[lane] == len(answer.tokens)
+        index = position - self.prompt_lengths[lane]
+        return lane == self.primary_lane and index == len(self.answer.tokens) == self.known[lane]
 
     def on_sample(self, lane: int, sample: Sample, fault: End | None) -> Iterable[Decision]:
         """It stands."""

@@ -122,20 +122,27 @@ class Decoding(ABC):
 
 
 class SharedText(Decoding):
-    """A decoding whose lanes all hold the same tokens: one vocabulary, one prompt, one list.
+    """A decoding whose lanes all write the same tokens: one vocabulary, one list. Prompts may differ.
 
     There are no phases, only counters: ``known[lane]`` output tokens have been told to a lane and are still true, and
     the lane catches up.
 
     Attributes:
         known: per lane; NEVER_TOLD for one that does not hold the request.
+        prompts: per lane.
+        prompt_lengths: per lane.
     """
 
-    __slots__ = ("known",)
+    __slots__ = ("known", "prompt_lengths", "prompts")
 
     def __init__(self, answer: Sequence, primary_lane: int, lanes: int) -> None:
         super().__init__(answer, primary_lane)
         self.known = [NEVER_TOLD] * lanes
+        request = answer.request
+        self.prompts = [request.prompt] * lanes
+        for lane, prompt in request.collaboration.prompts:
+            self.prompts[lane] = prompt
+        self.prompt_lengths = [len(prompt) for prompt in self.prompts]
 
     def sampling(self, lane: int) -> SamplingSpec:
         """The sampling parameters that a lane is given."""
@@ -151,7 +158,12 @@ class SharedText(Decoding):
         request = answer.request
         self.known[lane] = len(answer.tokens)
         return LaneRequest(
-            request.request_id, request.prompt, list(answer.tokens), self.sampling(lane), final=len(answer.tokens)
+            request.request_id,
+            self.prompts[lane],
+            list(answer.tokens),
+            self.sampling(lane),
+            final=len(answer.tokens),
+            draw_offset=answer.prompt_length - self.prompt_lengths[lane],
         )
 
     def extend(self, lane: int) -> Extension | None:

@@ -171,8 +171,9 @@ class VllmLane:
 
     def refusal(self, request: GenerationRequest) -> Refusal | None:
         """What vLLM itself has against the sampling parameters, or a token id that the model does not have."""
-        if not 0 <= min(request.prompt) <= max(request.prompt) < self._vocab_size:
-            return Refusal(f"prompt has a token id outside [0, {self._vocab_size})")
+        for prompt in request.all_prompts:
+            if not 0 <= min(prompt) <= max(prompt) < self._vocab_size:
+                return Refusal(f"prompt has a token id outside [0, {self._vocab_size})")
         spec = request.sampling
         if spec.structured_outputs is not None:
             if spec.allowed_token_ids is not None or spec.bad_words:

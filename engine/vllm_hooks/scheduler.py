@@ -54,6 +54,7 @@ class _Row(msgspec.Struct):
         followed: how many output tokens the runner's last sample followed; -1 if that is of no interest any more.
         sample: the runner's last sample.
         part: the lane's part in the request's blend.
+        draw_offset: see LaneRequest.
     """
 
     request: Request
@@ -63,6 +64,7 @@ class _Row(msgspec.Struct):
     followed: int = -1
     sample: int = -1
     part: Part | None = None
+    draw_offset: int = 0
 
 
 class LaneScheduler(Scheduler):
@@ -103,7 +105,9 @@ class LaneScheduler(Scheduler):
         # error, and written tokens that another request wrote before may well be cached.
         request.prefill_stats = None
         final = request.num_prompt_tokens + added.final
-        self._rows[request.request_id] = _Row(request, final, list(added.asked), part=added.part)
+        self._rows[request.request_id] = _Row(
+            request, final, list(added.asked), part=added.part, draw_offset=added.draw_offset
+        )
         if added.wants_top_probability:
             self._wants_top_probability.add(request.request_id)
         structured = request.structured_output_request
@@ -283,11 +287,14 @@ class LaneScheduler(Scheduler):
         edits: dict[str, Edit] = {}
         asked: dict[str, list[int]] = {}
         parts: dict[str, Part] = {}
+        offsets: dict[str, int] = {}
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             row = self._rows[request_id]
             request = row.request
             if row.part is not None:
                 parts[request_id] = row.part
+            if row.draw_offset:
+                offsets[request_id] = row.draw_offset
             if row.asked:
                 begin = request.num_computed_tokens - num_tokens
                 if indices := [position - 1 - begin for position in _pass(row)]:
@@ -299,7 +306,9 @@ class LaneScheduler(Scheduler):
         setattr(
             output,
             EDITS,
-            LaneEdits(edits, bool(wanted) and not wanted.isdisjoint(output.num_scheduled_tokens), asked, parts),
+            LaneEdits(
+                edits, bool(wanted) and not wanted.isdisjoint(output.num_scheduled_tokens), asked, parts, offsets
+            ),
         )
         return output
 

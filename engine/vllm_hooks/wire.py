@@ -35,6 +35,7 @@ class LaneEdits(NamedTuple):
         top_probability: whether any scheduled row wants its top probability.
         asked: request id -> indices into the chunk that is computed for it: the token after each of these is sampled
             besides the one at the end.
+        draw_offsets: request id -> see LaneRequest, of scheduled requests where it is not 0.
         parts: request id -> the lane's part in its blend, of scheduled requests that have one.
     """
 
@@ -42,6 +43,7 @@ class LaneEdits(NamedTuple):
     top_probability: bool
     asked: dict[str, list[int]]
     parts: dict[str, Part]
+    draw_offsets: dict[str, int]
 
 
 class Readings(NamedTuple):

@@ -271,6 +271,7 @@ class LaneWorkerMixin(_Worker):
             begin += self._collm_chunks[request_id]
         rows: list[int] = []
         places: list[blend.Place] = []
+        offsets = self._collm_edits.draw_offsets
         params: list[SamplingParams] = []
         generators: dict[int, torch.Generator] = {}
         for request_id, indices in self._collm_edits.asked.items():
@@ -282,7 +283,9 @@ class LaneWorkerMixin(_Worker):
                     written = position - state.num_prompt_tokens
                     places.append(blend.Place(len(rows), written, part))
                 if state.generator is not None:
-                    generators[len(rows)] = self._collm_generator(len(rows), state.sampling_params.seed, position)
+                    generators[len(rows)] = self._collm_generator(
+                        len(rows), state.sampling_params.seed, position + offsets.get(request_id, 0)
+                    )
                 rows.append(begins[request_id] + index)
                 params.append(state.sampling_params)
         logits_AV = self._collm_reader(hidden_TD[torch.tensor(rows, device=hidden_TD.device)])
@@ -326,7 +329,8 @@ class LaneWorkerMixin(_Worker):
                 continue
             position = state.num_computed_tokens + self._collm_chunks[request_id]
             if position == state.num_tokens:
-                state.generator.manual_seed(_generator_seed(state.sampling_params.seed, position))
+                keyed = position + self._collm_edits.draw_offsets.get(request_id, 0)
+                state.generator.manual_seed(_generator_seed(state.sampling_params.seed, keyed))
                 batch.generators[row] = state.generator
             else:
                 # An unfinished chunk's sample is thrown away. vLLM would rewind the generator, which a CPU

@@ -131,8 +131,10 @@ def refused(request: GenerationRequest, pair: Pair) -> bool:
     if (blend := request.collaboration.blend) is not None and impossible(blend, request, pair):
         return True
     experts = allowed_experts(request, pair)
+    own = dict(request.collaboration.prompts)
     return (
-        not 0 < len(request.prompt) < pair.max_model_len
+        any(not 0 < len(prompt) < pair.max_model_len for prompt in (request.prompt, *own.values()))
+        or bool(own and (member is not None or not all(1 <= lane < pair.lanes for lane in own)))
         or request.sampling.max_tokens < 1
         or not 0 <= (member or 0) < pair.lanes
         or any(not 1 <= lane < pair.lanes for lane in experts)
@@ -186,14 +188,17 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
         whole.finish_reason = "error"
         return whole
     sampling = request.sampling
+    own = dict(request.collaboration.prompts)
+    longest = max(map(len, (request.prompt, *own.values())))
     while whole.finish_reason is None:
         prefix = [*request.prompt, *whole.tokens]
+        prefixes = [[*own.get(lane, request.prompt), *whole.tokens] for lane in range(pair.lanes)]
         expert_tokens = sum(source != BASE for source in whole.sources)
         writer, deferral = look(request, pair, prefix, expert_tokens)
-        token = next_token(writer, prefix, pair.vocab_size)
+        token = next_token(writer, prefixes[writer], pair.vocab_size)
         blend = request.collaboration.blend
         if writer != BASE and blend is not None and not own_distribution(blend):
-            said = [distribution(lane, prefix) for lane, _ in members(blend)]
+            said = [distribution(lane, prefixes[lane]) for lane, _ in members(blend)]
             combined = msgspec.structs.replace(blend, weights=tuple(members(blend)))
             gate = gate_values(prefix, pair.experts) if blend.from_gate else None
             token, writer = blended_token(combined, said, gate, pair.vocab_size), BLEND
@@ -204,7 +209,7 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
         ends = token in sampling.stop_token_ids or (token in pair.eos and not sampling.ignore_eos)
         if ends and len(whole.tokens) >= sampling.min_tokens:
             whole.finish_reason, whole.stop_token = "stop", token
-        elif len(whole.tokens) == sampling.max_tokens or len(prefix) + 1 == pair.max_model_len:
+        elif len(whole.tokens) == sampling.max_tokens or longest + len(whole.tokens) == pair.max_model_len:
             whole.finish_reason = "length"
     return whole
 

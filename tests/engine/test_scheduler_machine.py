@@ -77,6 +77,8 @@ def requests(draw: st.DrawFn, request_id: str, pair: Pair) -> GenerationRequest:
     longest = pair.max_model_len
     length = draw(st.one_of(st.integers(1, 4), st.integers(1, longest - 1), st.integers(longest - 3, longest)))
     token = st.integers(0, pair.vocab_size - 1)
+    prompt = st.lists(token, min_size=1, max_size=9)
+    own = st.dictionaries(st.integers(1, pair.experts), prompt) if pair.experts else st.just({})
     experts = st.lists(st.integers(1, pair.experts), unique=True).map(tuple) if pair.experts else st.just(())
     return request(
         request_id,
@@ -97,6 +99,7 @@ def requests(draw: st.DrawFn, request_id: str, pair: Pair) -> GenerationRequest:
         experts=draw(st.none() | experts),
         run_ahead=draw(st.sampled_from((None, "off", "auto", 1, 2, 7))),
         blend=draw(st.none() | st.none() | blends(pair)),
+        prompts=tuple(draw(st.just({}) | own).items()),
     )
 
 
@@ -230,7 +233,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         if offset > 0 and stray.collaboration.run_ahead not in (None, "off"):
             return  # a draft, maybe
         entry = TokenLogprobs([1], [-1.0], 1)
-        position = len(stray.prompt) + len(tokens) + offset
+        prompts = dict(stray.collaboration.prompts)
+        position = len(prompts.get(lane, stray.prompt)) + len(tokens) + offset
         self.inject(lane, Sample(stray.request_id, position, 1, [1.0] * self.pair.experts, 0.5, entry))
 
     @rule(lane=LANE)

@@ -96,7 +96,7 @@ class BlendDecoding(DeferralDecoding):
         """Those that only lay down what they say may do so for several drafts in one visit."""
         if lane in (BASE, self.blend.writer):
             return super().awaits(lane, position)
-        index = position - self.answer.prompt_length
+        index = position - self.prompt_lengths[lane]
         ahead = index - len(self.answer.tokens)
         return 0 <= ahead < len(self.window) and index <= self.known[lane] and self.window[ahead].writer == lane
 
@@ -104,7 +104,7 @@ class BlendDecoding(DeferralDecoding):
         """The base has drafted, or the combination is drawn, or a member has laid down what it says."""
         if lane in (BASE, self.blend.writer):
             return super().on_sample(lane, sample, fault)
-        ahead = sample.position - self.answer.position
+        ahead = sample.position - self.prompt_lengths[lane] - len(self.answer.tokens)
         following = self.experts[self.experts.index(lane) + 1]
         self.window[ahead].writer = following
         return () if ahead else (self.shared.waits[following],)

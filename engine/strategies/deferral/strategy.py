@@ -186,9 +186,8 @@ class DeferralDecoding(SharedText):
 
     def awaits(self, lane: int, position: int) -> bool:
         """The base is awaited behind the drafts, an expert at the first of them."""
-        answer = self.answer
-        index = position - answer.prompt_length
-        written = len(answer.tokens)
+        index = position - self.prompt_lengths[lane]
+        written = len(self.answer.tokens)
         if lane == self.primary_lane:
             # Told of more or of less: the sample is an aborted namesake's, or follows drafts that have been cut.
             return index == written + len(self.window) == self.known[lane]
@@ -208,12 +207,13 @@ class DeferralDecoding(SharedText):
         request = self.answer.request
         return LaneRequest(
             request.request_id,
-            request.prompt,
+            self.prompts[lane],
             self._between(0, end),
             self.sampling(lane),
             final=len(self.answer.tokens),
             asked=probes,
             wants_top_probability=lane == BASE and self.policy.needs == "top_probability",
+            draw_offset=self.answer.prompt_length - self.prompt_lengths[lane],
         )
 
     def extend(self, lane: int) -> Extension | None:
@@ -240,13 +240,14 @@ class DeferralDecoding(SharedText):
         if lane == self.primary_lane:
             return len(self.answer.tokens) + len(self.window), ()
         probes = []
+        begin = self.prompt_lengths[lane] + len(self.answer.tokens)
         for index, draft in enumerate(self.window):
             if draft.writer == lane:
-                probes.append(self.answer.position + index)
+                probes.append(begin + index)
             elif draft.writer != BASE:
                 break
         *before, last = probes
-        return last - self.answer.prompt_length, tuple(before)
+        return last - self.prompt_lengths[lane], tuple(before)
 
     def _between(self, begin: int, end: int) -> list[int]:
         """Tokens, written ones then drafts, from index ``begin`` up to but without ``end``."""
