@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from engine.types import BASE, MOST_DRAFTS, PolicyName
+from engine.types import BASE, MOST_DRAFTS, NEGATIVE, PolicyName
 
 OF_BASE = "(base)"
 """Stands for the model of an expert that is an adapter of the base's weights."""
@@ -75,7 +75,7 @@ class ExpertConfig(LaneConfig):
     """A domain expert. Its name is the source of the tokens that it writes."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    """Name, unique among the experts; "base" and "blend" are taken."""
+    """Name, unique among the experts; "base", "blend" and "negative" are taken."""
 
     @model_validator(mode="before")
     @classmethod
@@ -151,6 +151,10 @@ class SchedulerConfig(_Config):
     The expert decides all of a window's deferred positions in one visit. "auto" adapts to how often the expert
     agrees with the drafts. What is written does not depend on it."""
 
+    guidance: bool = False
+    """Serve the blend "cfg": a request has a second row in the base, with its negative prompt. The base keeps places
+    for twice as many rows, which on a GPU takes memory. Needs executor "uni"."""
+
     step_timeout_seconds: float = Field(default=60.0, gt=0)
     """A lane whose step takes longer counts as lost until the step ends. Requests that wait for it end with an error,
     or go on as ``expert_failure`` says. A lost base, or a lane that computes in the engine's own process, ends the
@@ -176,7 +180,7 @@ class EngineConfig(_Config):
     def _check(self) -> Self:
         names = [expert.name for expert in self.experts]
         for name in names:
-            if name in ("base", "blend") or names.count(name) > 1:
+            if name in ("base", "blend", NEGATIVE) or names.count(name) > 1:
                 raise ValueError(f"experts.name: {name!r} is taken")
         if len({lane.backend for lane in self.lanes}) > 1:
             raise ValueError("backend: all lanes must have the same one")
@@ -188,6 +192,8 @@ class EngineConfig(_Config):
                     f"experts.{name}.vllm.structured_outputs_config: must be the same in all lanes; it is {options} "
                     f"here and {forms['base']} in base"
                 )
+        if self.scheduler.guidance and self.base.executor != "uni":
+            raise ValueError("scheduler.guidance needs executor 'uni' for the base")
         if self.gate.path is not None and not self.experts:
             raise ValueError("gate.path: a gate needs at least one expert")
         if self.scheduler.coordination == "overlapped":
@@ -212,10 +218,15 @@ class EngineConfig(_Config):
         return bool(own) and len(taken) == len(set(taken))
 
     @property
+    def all_hosts(self) -> tuple[int, ...]:
+        """``hosts``, with that of the base's negative prompts: the base, or itself where lanes are stand-ins."""
+        if not self.scheduler.guidance:
+            return self.hosts
+        return (*self.hosts, len(self.hosts) if self.base.backend == "standin" else BASE)
+
+    @property
     def blend_obstacle(self) -> str | None:
         """Why no blend can be served; None if nothing is in the way."""
-        if not self.experts:
-            return "no expert is served"
         for name, lane in zip(self.lane_names, self.lanes, strict=True):
             if lane.executor != "uni":
                 return f"{name} computes in worker processes (executor {lane.executor!r}), where blends cannot reach it"

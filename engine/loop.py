@@ -29,6 +29,7 @@ class StepLoop:
     Args:
         scheduler: decides.
         lanes: compute; the scheduler's lane numbers index this list.
+        members: how many of the lanes are members; others have no account. None: all.
         hosts: for each lane the one in whose steps it computes; None: each in its own.
         coordination: see the module's docstring.
         pacer: told of every step; says in lockstep when an expert's lane should wait. None never lets one wait.
@@ -47,9 +48,11 @@ class StepLoop:
         step_timeout: float = 60.0,
         wake: Callable[[], None] = lambda: None,
         hosts: Sequence[int] | None = None,
+        members: int | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._lanes = lanes
+        self._members = lanes[:members]
         own = range(len(lanes)) if hosts is None else hosts
         # Lanes that step, each with those that it computes for: itself first, then its guests.
         self._together = {host: [host] for number, host in enumerate(own) if number == host}
@@ -117,7 +120,7 @@ class StepLoop:
         """The engine's account; list-valued fields are handed out once."""
         scheduler = self._scheduler
         counters = scheduler.counters
-        lanes = [lane.stats() for lane in self._lanes]
+        lanes = [lane.stats() for lane in self._members]
         for number in self._lost:
             lanes[number].up = False
         return EngineStats(

@@ -42,7 +42,7 @@ from engine.messages import (
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies
 from engine.strategies.deferral.pacing import Pacer
-from engine.types import EngineInfo, ErrorCode, GateInfo, GenerationRequest
+from engine.types import NEGATIVE, EngineInfo, ErrorCode, GateInfo, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,8 @@ class EngineProcess:
             pacer,
             step_timeout=config.scheduler.step_timeout_seconds,
             wake=lambda: self._inbox.put(None),
-            hosts=config.hosts,
+            hosts=config.all_hosts,
+            members=len(config.lanes),
         )
         if (setup := lanes[0].form_setup()) is not None:
             self._forms = FormChecker(setup, self._inbox.put)
@@ -240,6 +241,8 @@ def build(
             StandinLane(number, name, experts=len(config.experts) if number == 0 else 0, shelf=shelf, **lane.vllm)
             for number, (name, lane) in enumerate(zip(config.lane_names, config.lanes, strict=True))
         ]
+        if config.scheduler.guidance:
+            lanes.append(StandinLane(len(lanes), NEGATIVE, shelf=shelf, **config.base.vllm))
         vocab_size = config.base.vllm.get("vocab_size", 256)
         eos_token_ids: list[int] = [0]
         gate = None
@@ -283,7 +286,8 @@ def build(
         guests=any(number != host for number, host in enumerate(config.hosts)),
     )
     strategies = Strategies(
-        len(lanes),
+        len(config.lanes),
+        guidance=config.scheduler.guidance,
         has_gate=gate is not None,
         policy=gate.policy if gate is not None else (config.gate.policy or "never"),
         threshold=gate.threshold if gate is not None else 0.5,
@@ -304,9 +308,8 @@ def build(
         strategy=strategies,
         reject_reason=lambda request: next(filter(None, (lane.refusal(request) for lane in lanes)), None),
     )
-    info = EngineInfo(
-        [lane.info for lane in lanes], vocab_size, max_model_len, eos_token_ids, coordination, gate, versions
-    )
+    members = [lane.info for lane in lanes[: len(config.lanes)]]
+    info = EngineInfo(members, vocab_size, max_model_len, eos_token_ids, coordination, gate, versions)
     return scheduler, lanes, info, pacer
 
 

@@ -17,6 +17,9 @@ from engine.blends import Blend
 BASE = 0
 """The base lane's number, and the source of every token that the base writes."""
 
+NEGATIVE = "negative"
+"""Name of the lane that the base has for negative prompts, behind all members; see ``scheduler.guidance``."""
+
 BLEND = -1
 """The source of a token that was drawn from a combination of members."""
 

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from engine.blends import GREATEST_TOP, Blend, BlendKind, problem
+from engine.blends import GREATEST_TOP, GREATEST_WEIGHT, Blend, BlendKind, problem
 from engine.types import BASE, PolicyName
 from server.errors import ApiError, invalid, shown
 from server.protocol.common import BlendOptions, CollaborationOptions
@@ -16,6 +16,7 @@ PARAM = "collaboration.blend"
 
 DEFAULT_PLAUSIBILITY = 0.1
 DEFAULT_BETA = 0.5
+DEFAULT_GAMMA = 1.5
 
 
 class BlendPreset(BaseModel):
@@ -23,10 +24,11 @@ class BlendPreset(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    kind: Literal["mixture", "product", "union", "proxy", "contrastive"]
+    kind: Literal["mixture", "product", "union", "proxy", "contrastive", "cfg"]
     """What is written where the experts are asked. "mixture": average of probabilities. "product": weighted sum of
     logits. "union": the average over the most probable tokens of each member. "proxy" and "contrastive": products, see
-    ``tuned`` and ``expert``."""
+    ``tuned`` and ``expert``. "cfg": classifier-free guidance, a product of the base and the base under a negative
+    prompt; needs ``scheduler.guidance``."""
 
     weights: dict[str, float] | Literal["gate"] | None = None
     """Weight of each member ("base", or an expert's name), or "gate" for a mixture by the gate's probabilities. None:
@@ -59,9 +61,15 @@ class BlendPreset(BaseModel):
     beta: float | None = Field(default=None, ge=0, le=9)
     """"contrastive": weight of the amateur. Default: 0.5."""
 
+    gamma: float | None = Field(default=None, ge=0, le=GREATEST_WEIGHT)
+    """"cfg": how far from the negative prompt; 1 is the base alone. Default: 1.5."""
+
+    negative_prompt: str | None = Field(default=None, min_length=1)
+    """"cfg": for requests that have none."""
+
     policy: PolicyName | None = None
-    """Where the experts are asked, for requests that do not say. None: everywhere ("always") for "proxy" and
-    "contrastive", else the pair's default."""
+    """Where the experts are asked, for requests that do not say. None: everywhere ("always") for "proxy", "contrastive"
+    and "cfg", else the pair's default."""
 
     threshold: float | None = Field(default=None, ge=0, le=1)
     """Threshold of that policy, for requests that do not say."""
@@ -72,7 +80,7 @@ class BlendPreset(BaseModel):
     @property
     def usual_policy(self) -> PolicyName | None:
         """See ``policy``."""
-        return self.policy or ("always" if self.kind in ("proxy", "contrastive") else None)
+        return self.policy or ("always" if self.kind in ("proxy", "contrastive", "cfg") else None)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -88,6 +96,7 @@ _FIELDS: dict[str, tuple[str, ...]] = {
     "union": ("weights", "top"),
     "proxy": ("tuned", "untuned", "alpha"),
     "contrastive": ("expert", "amateur", "alpha", "beta"),
+    "cfg": ("gamma", "negative_prompt"),
 }
 
 BUILT_IN: dict[str, BlendPreset] = {
@@ -95,11 +104,18 @@ BUILT_IN: dict[str, BlendPreset] = {
     "union": BlendPreset(kind="union"),
     "proxy": BlendPreset(kind="proxy"),
     "contrastive": BlendPreset(kind="contrastive"),
+    "cfg": BlendPreset(kind="cfg"),
 }
 """What every server knows by name, unless its configuration gives the name another meaning."""
 
-_PARAMETERS: dict[str, tuple[str, ...]] = {"proxy": ("alpha",), "contrastive": ("alpha", "beta")}
+_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "proxy": ("alpha",),
+    "contrastive": ("alpha", "beta"),
+    "cfg": ("gamma", "negative_prompt"),
+}
 """What a request may change of a preset, by the preset's kind."""
+
+_CHANGEABLE = ("alpha", "beta", "gamma", "negative_prompt")
 
 
 class BlendError(ValueError):
@@ -113,12 +129,21 @@ class BlendTable:
         presets: of the configuration.
         lane_names: "base" and the experts, in the order of lane numbers.
         obstacle: why none can be served, see :attr:`engine.config.EngineConfig.blend_obstacle`.
+        guidance: the base has a lane for negative prompts, behind all members.
     """
 
-    def __init__(self, presets: Mapping[str, BlendPreset], lane_names: Sequence[str], obstacle: str | None) -> None:
+    def __init__(
+        self,
+        presets: Mapping[str, BlendPreset],
+        lane_names: Sequence[str],
+        obstacle: str | None,
+        *,
+        guidance: bool = False,
+    ) -> None:
         self._presets = BUILT_IN | dict(presets)
         self._lanes = {name: number for number, name in enumerate(lane_names)}
         self._obstacle = obstacle
+        self._guidance = guidance
         self.served = {preset.served_model_name: name for name, preset in presets.items() if preset.served_model_name}
         """Names of models whose default is a blend, and which."""
 
@@ -170,7 +195,7 @@ class BlendTable:
             ApiError: 400, naming the field.
         """
         kind = preset.kind if preset is not None else None
-        for field in ("alpha", "beta"):
+        for field in _CHANGEABLE:
             if getattr(options, field) is not None and field not in _PARAMETERS.get(kind or "", ()):
                 having = " and ".join(f"'{name}'" for name, fields in _PARAMETERS.items() if field in fields)
                 raise invalid(f"'collaboration.{field}' is for blends of the kind {having}.", f"collaboration.{field}")
@@ -181,7 +206,7 @@ class BlendTable:
             raise invalid(f"'{PARAM}' cannot be served here: {self._obstacle}.", PARAM)
         try:
             if preset is not None:
-                changed = {field: getattr(options, field) for field in ("alpha", "beta")}
+                changed = {field: getattr(options, field) for field in _CHANGEABLE}
                 changed = {field: value for field, value in changed.items() if value is not None}
                 blend = self._of_preset(preset.model_copy(update=changed), options.experts)
             else:
@@ -191,14 +216,39 @@ class BlendTable:
             if options.experts is not None:
                 names = {number: name for name, number in self._lanes.items()}
                 for lane in blend.effective().lanes:
-                    if lane != BASE and names[lane] not in options.experts:
+                    if BASE < lane < len(names) and names[lane] not in options.experts:
                         raise BlendError(f"{names[lane]} is a member of the blend, but not among the experts")
         except BlendError as error:
             raise invalid(f"'{PARAM}': {error}.", PARAM) from None
         return blend
 
+    def prompts(
+        self, options: CollaborationOptions, preset: BlendPreset | None, blend: Blend | None
+    ) -> dict[int, tuple[str, str]]:
+        """By lane: the field and the text of prompts that are not the request's own.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        found: dict[int, tuple[str, str]] = {}
+        for name, text in (options.prompts or {}).items():
+            if self._lanes.get(name, BASE) == BASE:
+                raise invalid(
+                    f"'collaboration.prompts' names {shown(name)}, which is no expert.", "collaboration.prompts"
+                )
+            found[self._lanes[name]] = (f"collaboration.prompts.{name}", text)
+        negative = len(self._lanes)
+        if blend is not None and negative in blend.effective().lanes:
+            own = preset.negative_prompt if preset is not None else None
+            given = own if options.negative_prompt is None else options.negative_prompt
+            param = "collaboration.negative_prompt"
+            if given is None:
+                raise invalid(f"'{param}' is required by the blend 'cfg'.", param, "missing_field")
+            found[negative] = (param, given)
+        return found
+
     def _checked(self, blend: Blend, *, has_gate: bool) -> None:
-        if (reason := problem(blend, len(self._lanes), has_gate=has_gate)) is not None:
+        if (reason := problem(blend, len(self._lanes) + self._guidance, has_gate=has_gate)) is not None:
             raise BlendError(reason)
 
     def _of_options(self, options: BlendOptions, experts: Sequence[str] | None) -> Blend:
@@ -215,6 +265,11 @@ class BlendTable:
             tuned = self._role(preset.tuned, "tuned", preset.tuned or "tuned")
             untuned = self._role(preset.untuned, "untuned", preset.untuned or "untuned")
             return self._combination("product", {"base": 1.0, tuned: alpha, untuned: -alpha})
+        if preset.kind == "cfg":
+            if not self._guidance:
+                raise BlendError("guidance is not served here: set scheduler.guidance")
+            gamma = DEFAULT_GAMMA if preset.gamma is None else preset.gamma
+            return Blend("product", ((BASE, gamma), (len(self._lanes), 1.0 - gamma)))
         if preset.kind == "contrastive":
             beta = DEFAULT_BETA if preset.beta is None else preset.beta
             plausibility = DEFAULT_PLAUSIBILITY if preset.alpha is None else preset.alpha

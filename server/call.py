@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import msgspec
 from fastapi import Request
 
 from engine.types import Collaboration, EngineInfo, GenerationRequest, SamplingSpec
@@ -17,6 +18,7 @@ from server.choice import Choice, ChoiceObserver, RequestObserver
 from server.engine_port import Engine
 from server.errors import invalid
 from server.metrics import ModelMeter, RequestMeter
+from server.prompts import check_prompt, prompt_tokens
 from server.protocol.common import GenerationFields, read_body
 from server.rendering.common import Head
 from server.service import Service, service_of
@@ -72,6 +74,23 @@ class Call(Generic[Body]):
             ApiError: 400, naming the field.
         """
         return self.service.models.collaboration(self.body.model, self.body.collaboration, self.info)
+
+    async def with_prompts(self, collaboration: Collaboration, *, special: bool) -> Collaboration:
+        """With the prompts of members that have their own.
+
+        Args:
+            special: see :func:`~server.prompts.prompt_tokens`.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        texts = self.service.models.prompts(self.body.model, self.body.collaboration, collaboration)
+        found = []
+        for lane, (param, text) in texts.items():
+            ids = await prompt_tokens(text, self.service.tokenizer, self.body, self.info, param, special=special)
+            check_prompt(ids, self.info.vocab_size, param)
+            found.append((lane, ids))
+        return msgspec.structs.replace(collaboration, prompts=tuple(found)) if found else collaboration
 
     def generation(
         self, index: int, prompt: list[int], sampling: SamplingSpec, collaboration: Collaboration

@@ -76,7 +76,7 @@ class ModelTable:
             name: of the model that is asked for.
 
         Raises:
-            ApiError: 400, naming the field.
+            ApiError: 400, naming the field. Prompts of members are not in it yet, see :meth:`prompts`.
         """
         member = self.member(name)
         if member is not None:
@@ -112,6 +112,22 @@ class ModelTable:
             run_ahead=options.run_ahead,
             blend=blend,
         )
+
+    def prompts(
+        self, name: str, options: CollaborationOptions | None, collaboration: Collaboration
+    ) -> dict[int, tuple[str, str]]:
+        """By lane: the field and the text of prompts that are not the request's own.
+
+        Args:
+            collaboration: of the same request.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        if options is None or collaboration.member is not None:
+            options = CollaborationOptions()
+        preset = self._blends.preset(options, self._blends.served.get(name))
+        return self._blends.prompts(options, preset, collaboration.blend)
 
     def _check_gate(self, policy: PolicyName | None, options: CollaborationOptions, info: EngineInfo) -> None:
         if info.gate is not None or not self._experts:

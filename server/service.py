@@ -35,7 +35,9 @@ class Service:
         lane_names = settings.engine.lane_names
         self.settings = settings
         self.tokenizer = tokenizer
-        blends = BlendTable(settings.blends, lane_names, settings.engine.blend_obstacle)
+        blends = BlendTable(
+            settings.blends, lane_names, settings.engine.blend_obstacle, guidance=settings.scheduler.guidance
+        )
         self.models = ModelTable(settings.served_model_name, lane_names, settings.gate.policy, blends)
         self.metrics = Metrics(self.models.names, lane_names)
         config = settings.server

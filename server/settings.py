@@ -224,7 +224,9 @@ class Settings(BaseSettings):
     def _check(self) -> Self:
         # Raises what only the parts together can get wrong, such as two experts of one name.
         engine = self.engine
-        BlendTable(self.blends, engine.lane_names, engine.blend_obstacle).check_presets(list(self.blends))
+        BlendTable(
+            self.blends, engine.lane_names, engine.blend_obstacle, guidance=self.scheduler.guidance
+        ).check_presets(list(self.blends))
         names = [name for preset in self.blends.values() if (name := preset.served_model_name) is not None]
         taken = [self.served_model_name, *(f"{self.served_model_name}/{name}" for name in engine.lane_names)]
         for name in names:

@@ -16,7 +16,8 @@ class Strategies:
     """Gives every request to the strategy that it asks for.
 
     Args:
-        lanes: number of lanes; 0 is the base, the others are experts.
+        members: number of members; 0 is the base, the others are experts.
+        guidance: there is one lane more, for the base under negative prompts.
         blend_obstacle: why no blend can be served; None if nothing is in the way.
         deferral: further arguments of :class:`~engine.strategies.deferral.Deferral`.
 
@@ -24,12 +25,16 @@ class Strategies:
         counters: what they count, all together.
     """
 
-    def __init__(self, lanes: int, *, blend_obstacle: str | None = None, **deferral: Any) -> None:
+    def __init__(
+        self, members: int, *, guidance: bool = False, blend_obstacle: str | None = None, **deferral: Any
+    ) -> None:
         self.counters = Counters()
+        lanes = members + guidance
         self.alone = Alone(lanes)
-        self.deferral = Deferral(lanes=lanes, counters=self.counters, **deferral)
+        self.deferral = Deferral(lanes=lanes, members=members, counters=self.counters, **deferral)
         self.blends = Blends(self.deferral, self.alone, blend_obstacle)
         self._lanes = lanes
+        self._members = members
 
     def begin(self, answer: Sequence) -> Decoding:
         """Take a request on.
@@ -38,7 +43,7 @@ class Strategies:
             Rejected: it cannot be served as it asks to be.
         """
         member = answer.request.collaboration.member
-        if member is not None and not 0 <= member < self._lanes:
+        if member is not None and not 0 <= member < self._members:
             raise Rejected(f"member {member} does not exist")
         for lane, _ in answer.request.collaboration.prompts:
             if member is not None or not BASE < lane < self._lanes:

@@ -1,4 +1,4 @@
-"""Adapters of a lane's model as lanes of their own, whose rows are computed in that lane's steps."""
+"""Adapters of a lane's model, and other prompts for it, as lanes of their own; their rows are computed in its steps."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ def lora_request(adapter: LaneAdapter) -> LoRARequest:
 
 
 class GuestLane:
-    """An adapter of another lane's model. See :class:`engine.lanes.interface.Lane` for the contract.
+    """Another lane's model with an adapter, or with another prompt. See :class:`engine.lanes.interface.Lane`.
 
     Args:
         host: holds the weights and computes.
+        adapter: None is the model as the host's own rows have it.
     """
 
-    def __init__(self, host: VllmLane, adapter: LaneAdapter) -> None:
+    def __init__(self, host: VllmLane, number: int, name: str, adapter: LaneAdapter | None) -> None:
         self._host = host
-        self.number = adapter.number
-        self.lora = lora_request(adapter)
-        self.counts = LaneStats(adapter.name)
-        self._info = msgspec.structs.replace(host.info, name=adapter.name, adapter=adapter.folder)
+        self.number = number
+        self.lora = host.lora if adapter is None else lora_request(adapter)
+        self.counts = LaneStats(name)
+        folder = host.info.adapter if adapter is None else adapter.folder
+        self._info = msgspec.structs.replace(host.info, name=name, adapter=folder)
         self.held: set[str] = set()
         """Requests that the lane was told of."""
 

@@ -104,7 +104,7 @@ class VllmLane:
         self._scheduler = cast("LaneScheduler", self._core.scheduler)
         self._hashes = hashes
         self._scheme = (self._scheduler.hash_block_size, config.cache_config.prefix_caching_hash_algo)
-        self._lora = None if adapter is None else lora_request(adapter)
+        self.lora = None if adapter is None else lora_request(adapter)
         self._in_process = issubclass(executor, UniProcExecutor)
         self._number = number
         self._shelf = shelf or Shelf()
@@ -140,10 +140,10 @@ class VllmLane:
             can_cut=fixed is None,
             adapter=None if adapter is None else adapter.folder,
         )
-        self._guests = {each.number: GuestLane(self, each) for each in guests}
+        self._guests = {each.number: GuestLane(self, each.number, each.name, each) for each in guests}
         # Rows of guests: whose, and the request's id.
         self._guest_rows: dict[str, tuple[GuestLane, str]] = {}
-        for lora in filter(None, (self._lora, *(guest.lora for guest in self._guests.values()))):
+        for lora in filter(None, (self.lora, *(guest.lora for guest in self._guests.values()))):
             # Now, not in the step of the first request that needs it; there is room for all, so none is ever dropped.
             self._core.add_lora(lora)
         # vLLM loads it for its grammars; None with skip_tokenizer_init.
@@ -189,6 +189,11 @@ class VllmLane:
             return Refusal(problem, ErrorCode.INVALID_GRAMMAR) if without is None else Refusal(without)
         return Refusal(problem)
 
+    def add_voice(self, number: int, name: str) -> GuestLane:
+        """A further lane for rows of the same model, which may have other prompts."""
+        voice = self._guests[number] = GuestLane(self, number, name, None)
+        return voice
+
     def guest_lanes(self) -> dict[int, GuestLane]:
         """The lanes of the adapters among its guests, by lane number."""
         return self._guests
@@ -196,7 +201,7 @@ class VllmLane:
     def apply(self, work: LaneWork) -> None:
         """Take in what changed."""
         self._tidy_shelf(self._number, work)
-        self._take_in(work, self._lora, self._stats)
+        self._take_in(work, self.lora, self._stats)
 
     def apply_for(self, guest: GuestLane, work: LaneWork) -> None:
         """Take in what changed for a guest."""

@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.errors import CheckpointError, CompositionError, ConfigError, GateError
 from engine.gate import GateArtifact
 from engine.lanes.shelf import Shelf
-from engine.types import GateInfo, PolicyName
+from engine.types import NEGATIVE, GateInfo, PolicyName
 from engine.vllm_hooks.adapters import LaneAdapter, lora_arguments
 from engine.vllm_hooks.memory import memory_shares
 from engine.vocabulary import Member, SharedVocabulary, difference, missing_rows
@@ -203,7 +203,7 @@ def load_lanes(
             gate_in_head=plan.gate_in_head and is_base,
             memory_share=shares[number],
             lora=lora_arguments([*([] if adapter is None else [adapter]), *guests]),
-            guests=len(guests),
+            guests=len(guests) + (is_base and config.scheduler.guidance),
         )
         try:
             with _visible_devices(lane.devices):
@@ -233,6 +233,9 @@ def load_lanes(
                 f"{name} computes in {dtype}, which this processor ({vector_units()}) does many times slower than"
                 f' float32: set {label}.vllm.dtype to "float32" unless memory is short'
             )
+    if config.scheduler.guidance:
+        assert isinstance(lanes[0], VllmLane)
+        lanes.append(lanes[0].add_voice(len(lanes), NEGATIVE))
     return lanes
 
 

@@ -32,6 +32,9 @@ MAX_LOGPROBS = 20
 MAX_METADATA = 16
 MAX_EXPERTS = 64
 
+MAX_PROMPT_LENGTH = 1 << 24
+"""Characters of a member's own prompt; whether it fits the context is looked at later."""
+
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
@@ -43,6 +46,7 @@ MetadataValue = Annotated[str, Field(max_length=512)]
 
 
 NAMED, SPELLED_OUT = VARIANTS
+PromptText = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_LENGTH)]
 Weight = Annotated[float, Field(ge=-GREATEST_WEIGHT, le=GREATEST_WEIGHT)]
 
 
@@ -104,8 +108,8 @@ class CollaborationOptions(Strict):
         ]
         | None
     ) = None
-    """What is written where the experts are asked: the name of a preset ("mixture", "union", "proxy", "contrastive", or
-    one of the server's own), or a combination of the members. Default: the expert's own token."""
+    """What is written where the experts are asked: the name of a preset ("mixture", "union", "proxy", "contrastive",
+    "cfg", or one of the server's own), or a combination of the members. Default: the expert's own token."""
 
     alpha: float | None = Field(default=None, ge=0, le=10)
     """Blend "proxy": how much of the experts' difference is added to the base; default 1. Blend "contrastive": tokens
@@ -113,6 +117,15 @@ class CollaborationOptions(Strict):
 
     beta: float | None = Field(default=None, ge=0, le=GREATEST_WEIGHT - 1)
     """Blend "contrastive": weight of the amateur. Default: 0.5."""
+
+    gamma: float | None = Field(default=None, ge=0, le=GREATEST_WEIGHT)
+    """Blend "cfg": how far from the negative prompt; 1 is the base alone. Default: 1.5."""
+
+    negative_prompt: PromptText | None = None
+    """Blend "cfg": the prompt whose answers are to be avoided, in the place of the request's."""
+
+    prompts: Annotated[dict[ModelName, PromptText], Field(max_length=MAX_EXPERTS)] | None = None
+    """Experts that get another prompt than the request's: a text by each one's name."""
 
     report: bool | None = None
     """Return each token's text, source and deferral probability in ``choices[].collaboration``."""

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET
 
 from engine.blends import Blend
-from engine.types import BASE, BLEND, TokenLogprobs
+from engine.types import BASE, BLEND, NEGATIVE, TokenLogprobs
 from server.choice import Choice
 from server.protocol.responses import CollaborationReport, CompletionTokensDetails, PromptLogprob, PromptLogprobs, Usage
 from server.text.pieces import Piece
@@ -89,7 +89,8 @@ def report(piece: Piece, lane_names: Sequence[str], blend: Blend | None = None) 
     sources = ["blend" if source == BLEND else lane_names[source] for source in piece.sources]
     whole = CollaborationReport(piece.token_texts, sources, piece.deferrals)
     if blend is not None:
-        members = [lane_names[lane] for lane in blend.effective().lanes]
+        names = (*lane_names, NEGATIVE)
+        members = [names[lane] for lane in blend.effective().lanes]
         support: list[dict[str, float] | None] = [None] * len(sources)
         for number, values in piece.support:
             support[number] = {name: finite(value) for name, value in zip(members, values, strict=True)}

@@ -50,7 +50,8 @@ async def create_chat_completion(request: Request) -> Response:
 
 async def _prepare(call: Call[ChatRequest], places: Places) -> Prepared:
     service, body, info = call.service, call.body, call.info
-    collaboration = call.collaboration()
+    collaboration = await call.with_prompts(call.collaboration(), special=False)
+    others = [len(own) for _, own in collaboration.prompts]
     sampling = sampling_of(
         body,
         info,
@@ -60,7 +61,8 @@ async def _prepare(call: Call[ChatRequest], places: Places) -> Prepared:
     )
     prompt = await _prompt_ids(service, body, info)
     check_prompt(prompt, info.vocab_size, "messages")
-    limit = fit(len(prompt), body.limit, None, info.max_model_len, "messages", body.limit_name, body.min_tokens)
+    longest = max(len(prompt), *others, 0)
+    limit = fit(longest, body.limit, None, info.max_model_len, "messages", body.limit_name, body.min_tokens)
     choices = []
     for index in range(body.n or 1):
         generation = call.generation(index, prompt, for_choice(sampling, index, limit), collaboration)

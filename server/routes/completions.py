@@ -50,7 +50,8 @@ async def create_completion(request: Request) -> Response:
 
 async def _prepare(call: Call[CompletionRequest], places: Places) -> Prepared:
     service, body, info = call.service, call.body, call.info
-    collaboration = call.collaboration()
+    collaboration = await call.with_prompts(call.collaboration(), special=True)
+    others = [len(own) for _, own in collaboration.prompts]
     ranked = body.candidates > (body.n or 1)
     sampling = sampling_of(
         body,
@@ -62,7 +63,10 @@ async def _prepare(call: Call[CompletionRequest], places: Places) -> Prepared:
     )
     prompts = await _prompt_ids(service, body, info)
     asked, context, least = body.max_tokens or None, info.max_model_len, body.min_tokens
-    limits = [fit(len(prompt), asked, DEFAULT_MAX_TOKENS, context, "prompt", "max_tokens", least) for prompt in prompts]
+    limits = [
+        fit(max(len(prompt), *others, 0), asked, DEFAULT_MAX_TOKENS, context, "prompt", "max_tokens", least)
+        for prompt in prompts
+    ]
     echo_only = body.max_tokens == 0
     choices: list[Choice] = []
     for prompt_index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):

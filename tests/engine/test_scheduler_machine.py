@@ -425,7 +425,7 @@ def keeps_the_first_offer(self: Shelf, lane: int, request_id: str, index: int, o
 def skips_members(self: BlendDecoding, sample: Sample) -> tuple[int, float | None]:
     """The one that writes is asked at once; those before it never."""
     writer, deferral = BLEND_DECIDE(self, sample)
-    return (self.experts[-1] if writer else writer), deferral
+    return (self.chain[-1] if writer else writer), deferral
 
 
 def loses_support(self: Sequence, token: Token) -> None:

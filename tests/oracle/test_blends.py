@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders
@@ -332,6 +333,79 @@ def test_abandoned_at_any_moment(engine: Engine, prompts: list[list[int]]) -> No
     future = asyncio.run_coroutine_threadsafe(all_of_them(engine.client), engine._loop)
     future.result(timeout=300)
     assert_empty(engine)
+
+
+def test_a_prompt_per_member(engine: Engine, related: pairs.Served, prompts: list[list[int]]) -> None:
+    """Greedy, and drawn with the noise of the base's position; alone, and as members of a blend."""
+    own = [[3, *prompt[::2], 7] for prompt in prompts[:6]]
+    for kind, temperature in ((None, 0.0), ("proxy", 0.0), ("mixture", 0.9)):
+        loop = None if kind is None else LOOPS[kind]
+        policy = "threshold" if kind is None else "always"
+        items = []
+        for number, prompt in enumerate(prompts[:6]):
+            items += requests(
+                [prompt],
+                loop and engine_blend(loop),
+                f"own{kind}{number}",
+                policy=policy,
+                prompts=((1, own[number]),),
+                temperature=temperature,
+                ignore_eos=True,
+                run_ahead=3,
+            )
+        items = [
+            msgspec.structs.replace(item, sampling=msgspec.structs.replace(item.sampling, seed=number))
+            for number, item in enumerate(items)
+        ]
+        want = decode(
+            Method(related.reference, loop, policy=policy),
+            prompts[:6],
+            24,
+            seeds=list(range(6)),
+            others={1: own},
+            temperature=temperature,
+            ignore_eos=True,
+        )
+        same(engine.generate(items), want)
+    assert_empty(engine)
+
+
+def test_guidance(related: pairs.Served, prompts: list[list[int]]) -> None:
+    """Two rows of one lane."""
+    negative = [[11, 4], [12], [50] * 7, [1, 2, 3], [9] * 40, [400, 2]]
+    scheduler = {"guidance": True}
+    with Engine(related.config(scheduler=scheduler, max_num_seqs=4)) as engine:
+        for gamma, temperature in ((2.0, 0.0), (3.0, 0.9), (0.0, 0.0)):
+            blend = Blend("product", ((0, gamma), (3, 1.0 - gamma)))
+            items = [
+                GenerationRequest(
+                    f"{gamma}-{number}",
+                    prompt,
+                    SamplingSpec(seed=number, max_tokens=24, temperature=temperature, ignore_eos=True),
+                    Collaboration(policy="always", blend=blend, prompts=((3, negative[number]),)),
+                )
+                for number, prompt in enumerate(prompts[:6])
+            ]
+            want = decode(
+                Method(related.reference, blend_loop.guidance(gamma)),
+                prompts[:6],
+                24,
+                seeds=list(range(6)),
+                others={blend_loop.NEGATIVE: negative},
+                temperature=temperature,
+                ignore_eos=True,
+            )
+            for expected in want:
+                # Here the negative prompt's lane is the last one.
+                expected.support = [
+                    told and {3 if member < 0 else member: value for member, value in told.items()}
+                    for told in expected.support
+                ]
+            same(engine.generate(items), want)
+        (one,) = engine.generate(requests([[1]], Blend("product", ((0, 2.0), (3, -1.0))), "no negative prompt"))
+        assert one.error is not None
+        assert "negative prompt" in one.error
+        assert len(assert_empty(engine).lanes) == 3
 
 
 def test_ties_go_to_the_lowest_id(engine: Engine, prompts: list[list[int]]) -> None:

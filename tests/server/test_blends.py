@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from engine.blends import Blend
 from engine.types import BLEND, Collaboration, Delta, GenerationRequest
+from server.text.tokenizer import TextTokenizer
 from tests.server.conftest import Build, House
 from tests.server.fakes import MODEL, check_error, deltas_of, events, letters, settings
 
@@ -146,13 +147,45 @@ async def test_no_support_where_nothing_is_blended(house: House) -> None:
     assert "blended_tokens" not in response.json()["usage"]["completion_tokens_details"]
 
 
+async def test_guidance(build: Build, tokenizer: TextTokenizer) -> None:
+    """Two rows of the base, the second one under the negative prompt."""
+    house = await build(blends(), scheduler={"guidance": True})
+    response = await house.complete(
+        max_tokens=2, collaboration={"blend": "cfg", "gamma": 2, "negative_prompt": "bad", "report": True}
+    )
+    assert response.status_code == 200, response.text
+    seen = house.engine.seen[-1].collaboration
+    assert seen.policy == "always"
+    assert seen.blend == Blend("product", ((0, 2.0), (2, -1.0)))
+    assert seen.prompts == ((2, await tokenizer.encode("bad", add_special_tokens=True)),)
+    assert response.json()["choices"][0]["collaboration"]["support"] == [None, {"base": -1.0, "negative": -3.0}]
+    error = check_error(await house.complete(collaboration={"blend": "cfg"}), 400, "collaboration.negative_prompt")
+    assert "required" in error["message"]
+    seen = await asked(house, blend="cfg", gamma=1)
+    assert (seen.prompts, seen.blend) == ((), Blend("product", ((0, 1.0), (2, 0.0))))
+
+
+async def test_a_prompt_per_member(build: Build, tokenizer: TextTokenizer) -> None:
+    house = await build(**THREE)
+    seen = await asked(house, blend="proxy", prompts={"small": "a chat", "plain": "a text"})
+    assert dict(seen.prompts) == {
+        1: await tokenizer.encode("a chat", add_special_tokens=True),
+        2: await tokenizer.encode("a text", add_special_tokens=True),
+    }
+    response = await house.chat(max_tokens=1, collaboration={"prompts": {"small": "a chat"}})
+    assert response.status_code == 200
+    assert house.engine.seen[-1].collaboration.prompts == (
+        (1, await tokenizer.encode("a chat", add_special_tokens=False)),
+    )
+
+
 B = "collaboration.blend"
 
 
 @pytest.mark.parametrize(
     ("collaboration", "param", "says"),
     [
-        ({"blend": "nothing"}, B, "there are: contrastive"),
+        ({"blend": "nothing"}, B, "contrastive, mixture"),
         ({"blend": ""}, B, ""),
         ({"blend": 3}, B, "name of a blend"),
         ({"blend": {}}, f"{B}.kind", ""),
@@ -176,6 +209,12 @@ B = "collaboration.blend"
         ({"blend": "contrastive", "alpha": 2}, B, "plausibility"),
         ({"blend": HALF, "beta": 1}, "collaboration.beta", "'contrastive'"),
         ({"blend": HALF, "experts": []}, B, "not among the experts"),
+        ({"blend": "cfg", "negative_prompt": "x"}, B, "scheduler.guidance"),
+        ({"negative_prompt": "x"}, "collaboration.negative_prompt", "'cfg'"),
+        ({"prompts": {"base": "x"}}, "collaboration.prompts", "no expert"),
+        ({"prompts": {"who": "x"}}, "collaboration.prompts", "no expert"),
+        ({"prompts": {"codes": ""}}, "collaboration.prompts", ""),
+        ({"prompts": {"codes": "x" * 100000}}, "collaboration.prompts", "maximum context"),
     ],
 )
 async def test_refused(collaboration: dict[str, Any], param: str, says: str, house: House) -> None:

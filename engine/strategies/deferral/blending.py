@@ -53,16 +53,22 @@ class Blends:
         if reason is not None:
             raise Rejected(f"blend: {reason}")
         blend = asked.effective()
-        experts = tuple(lane for lane in blend.lanes if lane != BASE)
+        chain = tuple(lane for lane in blend.lanes if lane != BASE)
+        # The base under its negative prompt is no expert.
+        experts = tuple(lane for lane in chain if lane < shared.members)
         if not set(experts) <= set(shared.experts(answer)):
             raise Rejected("blend: a member is not among the experts of the request")
-        if not experts:
+        if not chain:
             return self._alone.begin(answer)
         policy, threshold = shared.rules(answer, experts)
+        if not experts and policy.needs == "gate":
+            raise Rejected(f"blend: the policy {policy.name!r} asks the gate for an expert, and none takes part")
+        if len(experts) < len(chain) and chain[-1] not in dict(collaboration.prompts):
+            raise Rejected("blend: guidance needs a negative prompt")
         window = shared.window_limit(answer)
-        if blend.sole is not None:
+        if blend.sole is not None and experts:
             return DeferralDecoding(answer, shared, policy, threshold, experts, window)
-        return BlendDecoding(answer, shared, policy, threshold, experts, window, blend)
+        return BlendDecoding(answer, shared, policy, threshold, experts, window, blend, chain)
 
 
 class BlendDecoding(DeferralDecoding):
@@ -70,9 +76,10 @@ class BlendDecoding(DeferralDecoding):
 
     Args:
         blend: without members that weigh nothing.
+        chain: its lanes in the order in which they speak after the base.
     """
 
-    __slots__ = ("blend", "parts")
+    __slots__ = ("blend", "chain", "parts")
 
     def __init__(
         self,
@@ -83,9 +90,13 @@ class BlendDecoding(DeferralDecoding):
         experts: tuple[int, ...],
         window_limit: int | None,
         blend: Blend,
+        chain: tuple[int, ...],
     ) -> None:
         super().__init__(answer, shared, policy, threshold, experts, window_limit)
         self.blend = blend
+        self.chain = chain
+        if not experts:
+            self.uniform_weights = [(chain[0], 1.0)]
         self.parts = {lane: Part(lane, answer.request.request_id, blend) for lane in blend.lanes}
 
     def open(self, lane: int) -> LaneRequest:
@@ -105,13 +116,15 @@ class BlendDecoding(DeferralDecoding):
         if lane in (BASE, self.blend.writer):
             return super().on_sample(lane, sample, fault)
         ahead = sample.position - self.prompt_lengths[lane] - len(self.answer.tokens)
-        following = self.experts[self.experts.index(lane) + 1]
+        following = self.chain[self.chain.index(lane) + 1]
         self.window[ahead].writer = following
         return () if ahead else (self.shared.waits[following],)
 
     def _decide(self, sample: Sample) -> tuple[int, float | None]:
+        if not self.experts:
+            sample.gate = None
         writer, deferral = super()._decide(sample)
-        return (BASE if writer == BASE else self.experts[0]), deferral
+        return (BASE if writer == BASE else self.chain[0]), deferral
 
     def _on_expert_sample(self, sample: Sample) -> Iterable[Decision]:
         if sample.support is None or any(map(math.isnan, sample.support)):

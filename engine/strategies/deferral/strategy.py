@@ -34,7 +34,8 @@ class Deferral:
     """What all requests of the strategy share. See :class:`~engine.strategies.base.Strategy`.
 
     Args:
-        lanes: number of lanes; 0 is the base, the others are experts.
+        lanes: number of lanes.
+        members: how many of them are members; 0 is the base, the others are experts.
         has_gate: whether the base lane's samples carry gate values.
         policy: for requests that name none.
         threshold: for requests that name none.
@@ -54,6 +55,7 @@ class Deferral:
         self,
         *,
         lanes: int,
+        members: int,
         counters: Counters,
         has_gate: bool,
         policy: PolicyName = "threshold",
@@ -65,6 +67,7 @@ class Deferral:
         shelf_has_room: Callable[[], bool] = lambda: True,
     ) -> None:
         self.lanes = lanes
+        self.members = members
         self.counters = counters
         self.expert_failure = expert_failure
         self.draft_pays = draft_pays
@@ -97,7 +100,7 @@ class Deferral:
         """
         collaboration = answer.request.collaboration
         policy = POLICIES[collaboration.policy or self._policy]
-        if any(not 0 < lane < self.lanes for lane in experts):
+        if any(not 0 < lane < self.members for lane in experts):
             raise Rejected("experts names a lane that does not exist")
         if policy.needs == "gate" and not self.has_gate:
             raise Rejected(f"policy {policy.name!r} needs a gate, and none is served")
@@ -113,7 +116,7 @@ class Deferral:
     def experts(self, answer: Sequence) -> tuple[int, ...]:
         """Lanes that may be deferred to, each once."""
         experts = answer.request.collaboration.experts
-        return tuple(range(1, self.lanes)) if experts is None else tuple(dict.fromkeys(experts))
+        return tuple(range(1, self.members)) if experts is None else tuple(dict.fromkeys(experts))
 
 
 class DeferralDecoding(SharedText):
