@@ -80,7 +80,7 @@ def form(related: pairs.Served) -> Form:
 
 
 def requests(
-    prompts: Sequence[list[int]], blend: Blend | None, tag: str = "", *, tokens: int = 24, **fields: Any
+    prompts: Sequence[list[int]], blend: Blend | None, tag: str = "", /, *, tokens: int = 24, **fields: Any
 ) -> list[GenerationRequest]:
     """One for each prompt, by its number as the seed; ``fields`` are the collaboration's and the sampling's."""
     how = {name: fields.pop(name) for name in list(fields) if name in Collaboration.__struct_fields__}
@@ -125,7 +125,8 @@ def same(got: Sequence[Completion], want: Sequence[Blended]) -> None:
         for index, support in one.support:
             told = expected.support[index]
             assert told is not None
-            assert support == pytest.approx([told[lane] for lane in sorted(told)], abs=1e-4)
+            # 1e-4, and where a token is improbable what float32 rounds in other shapes of a batch.
+            assert support == pytest.approx([told[lane] for lane in sorted(told)], abs=1e-4, rel=2e-5)
         if one.logprobs is not None:
             assert [entry.logprobs[0] for entry in one.logprobs] == pytest.approx(expected.logprobs, abs=1e-3)
             for entry, row in zip(one.logprobs, expected.rows, strict=True):
