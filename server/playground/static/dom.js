@@ -38,6 +38,6 @@ export async function copyText(text, element) {
 }
 
 /** A number in an input, or null where it is empty. */
-export function numberIn(input) {
+export function valueOf(input) {
   return input.value.trim() === "" ? null : Number(input.value);
 }

@@ -1,6 +1,6 @@
 // The form as a value: what a run is made with. It becomes requests, and goes into share links and the history.
 
-import { byId, el, numberIn } from "./dom.js";
+import { byId, el, valueOf } from "./dom.js";
 import { positionOf, shown, SLIDER, thresholdAt } from "./odds.js";
 
 const POLICIES = {
@@ -151,7 +151,7 @@ export class Settings {
     if (this.threshold !== null && this.effectiveThreshold !== null) chosen.threshold = this.threshold;
     if (this.policy === "random") chosen.rate = Number(byId("rate").value);
     if (byId("blend").value) chosen.blend = byId("blend").value;
-    const most = numberIn(byId("max-expert-tokens"));
+    const most = valueOf(byId("max-expert-tokens"));
     if (most !== null) chosen.max_expert_tokens = most;
     const experts = this.#experts();
     if (experts !== null) chosen.experts = experts;
@@ -176,11 +176,11 @@ export class Settings {
     const body = {
       model: model.id,
       ...(this.kind === "chat" ? { messages: this.messages() } : { prompt: byId("prompt").value }),
-      max_tokens: numberIn(byId("max-tokens")),
-      temperature: numberIn(byId("temperature")),
+      max_tokens: valueOf(byId("max-tokens")),
+      temperature: valueOf(byId("temperature")),
     };
     for (const [field, id] of [["top_p", "top-p"], ["seed", "seed"]]) {
-      const value = numberIn(byId(id));
+      const value = valueOf(byId(id));
       if (value !== null) body[field] = value;
     }
     const stop = this.#stop();
