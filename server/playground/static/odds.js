@@ -15,7 +15,7 @@ export function thresholdAt(position) {
 }
 
 /** The position of the slider that is nearest to a threshold. */
-export function positionOf(threshold) {
+export function sliderAt(threshold) {
   if (threshold <= 0) return 0;
   if (threshold >= 1) return STEPS;
   const at = (Math.log(threshold / (1 - threshold)) / EDGE + 1) * (STEPS / 2);

@@ -1,7 +1,7 @@
 // The form as a value: what a run is made with. It becomes requests, and goes into share links and the history.
 
 import { byId, el, valueOf } from "./dom.js";
-import { positionOf, shown, SLIDER, thresholdAt } from "./odds.js";
+import { sliderAt, shown, SLIDER, thresholdAt } from "./odds.js";
 
 const POLICIES = {
   threshold: { label: "The gate, by threshold", hint: "An expert writes where the gate's probability is above the threshold." },
@@ -107,7 +107,7 @@ export class Settings {
     byId("rate-field").hidden = this.policy !== "random";
     if (at !== null) {
       const own = this.threshold !== null;
-      byId("threshold").value = positionOf(at);
+      byId("threshold").value = sliderAt(at);
       byId("threshold").setAttribute("aria-valuetext", shown(at));
       const source = this.policy === "threshold" && this.served?.collaboration.gate ? "the gate's" : "the default";
       byId("threshold-value").textContent = own ? shown(at) : `${shown(at)}, ${source}`;
