@@ -329,6 +329,25 @@ async def test_a_refusal_blames_the_grammar_only_for_its_own_faults(
         assert error["code"] == (None if param is None else "invalid_structured_output")
 
 
+async def test_a_form_that_cannot_be_followed_any_further_is_the_client_s_to_mend(build: Build) -> None:
+    """Some tokens are written when its masks take too long."""
+
+    def script(request: GenerationRequest) -> list[Delta]:
+        begun = deltas_of(request, [A, A + 1])[0]
+        rest = Delta(
+            request.request_id, finish_reason="error", error="too long", refused=True, code=ErrorCode.INVALID_GRAMMAR
+        )
+        return [begun, rest]
+
+    house = await build(script)
+    fields = {"structured_outputs": {"regex": "ab"}, "max_tokens": 5}
+    whole = check_error(await house.complete(**fields), 400, "structured_outputs.regex")
+    first, second = events((await house.complete(stream=True, **fields)).text)
+    assert first["choices"][0]["text"] == "a"
+    assert second["error"] == whole
+    assert whole["code"] == "invalid_structured_output"
+
+
 @pytest.mark.parametrize("schema", [True, False, {}, {"type": "null"}])
 async def test_a_schema_is_taken_alike_in_both_places(house: House, schema: object) -> None:
     assert (await house.complete(**schema_of(schema))).status_code == 200
