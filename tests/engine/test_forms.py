@@ -100,6 +100,7 @@ FOLLOWED: list[tuple[str, Any, list[str], list[str]]] = [
     ("patternProperties", {"type": "object", "patternProperties": {"^x": {"type": "integer"}}}, ['{"xa":1}'], ['{"xa":"s"}', '{"\\u0078a":"s"}']),  # noqa: E501
     ("propertyNames", {"type": "object", "propertyNames": {"enum": ["a"]}, "additionalProperties": {"type": "integer"}}, ['{"a":1}'], ['{"b":1}']),  # noqa: E501
     ("required, undeclared", {"type": "object", "required": ["z"]}, ['{"z":1}'], ['{"a":1}', "{}"]),
+    ("required, undeclared, beside others", {**OPEN, "required": ["z"]}, ['{"a":1,"z":"x"}', '{"z":"x","b":"y"}'], ['{"a":1}', '{"z":1}', '{"b":"y"}']),  # noqa: E501
     ("minProperties", {"type": "object", "minProperties": 1}, ['{"a":1}'], ["{}"]),
     ("keywords beside anyOf", {"type": "object", "anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, ['{"a":1}'], ["3", "{}", '{"c":1}']),  # noqa: E501
     ("keywords beside allOf", {**INTEGERS, "allOf": [{"required": ["b"], "properties": {"b": {"type": "null"}}}]}, ['{"a":1,"b":null}'], ['{"a":1}', '{"b":1}']),  # noqa: E501

@@ -348,6 +348,14 @@ async def test_a_form_that_cannot_be_followed_any_further_is_the_client_s_to_men
     assert whole["code"] == "invalid_structured_output"
 
 
+@pytest.mark.parametrize("strict", [None, False, True])
+async def test_strict_changes_nothing(house: House, strict: bool | None) -> None:
+    """Client libraries send false by default; the schema is followed all the same."""
+    json_schema = {"name": "x", "schema": {"type": "null"}, "strict": strict}
+    assert (await house.chat(response_format={"type": "json_schema", "json_schema": json_schema})).status_code == 200
+    assert house.engine.seen[0].sampling.structured_outputs == StructuredOutputs(json='{"type":"null"}')
+
+
 @pytest.mark.parametrize("schema", [True, False, {}, {"type": "null"}])
 async def test_a_schema_is_taken_alike_in_both_places(house: House, schema: object) -> None:
     assert (await house.complete(**schema_of(schema))).status_code == 200
