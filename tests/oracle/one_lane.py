@@ -10,11 +10,20 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from typing import Any
 
+from llguidance import LLMatcher
+
 from engine.config import LaneConfig
+from engine.grammar.checker import Templates
+from engine.grammar.forms import grammar_of
+from engine.grammar.worker import parser_limits, tokenizer_of
 from engine.lanes.interface import Extension, LaneRequest, LaneWork, Sample
-from engine.types import SamplingSpec
+from engine.loop import StepLoop
+from engine.scheduler import Scheduler
+from engine.strategies import Strategies
+from engine.types import GenerationRequest, SamplingSpec, StructuredOutputs
 from engine.vllm_hooks.options import engine_arguments, prepare_environment
 
 SAMPLING = SamplingSpec(temperature=0.0, logprobs=3)
@@ -38,8 +47,10 @@ def main() -> None:
     arguments = engine_arguments(
         options, label="base", max_num_seqs=4, vocab_size=512, gate_path=None, gate_in_head=False
     )
-    lane = VllmLane("base", arguments, eos_token_ids=[0], hashes=PromptHashes())
-    json.dump({"drafts": drafts(lane), "texts": texts(lane)}, sys.stdout)
+    templates = Templates()
+    lane = VllmLane("base", arguments, eos_token_ids=[0], hashes=PromptHashes(), templates=templates)
+    found = {"drafts": drafts(lane), "texts": texts(lane), "masks": masks(lane, templates)}
+    json.dump(found, sys.stdout)
     lane.shutdown()
 
 
@@ -94,6 +105,55 @@ def texts(lane: Any) -> list[int]:
     lane._scheduler.schedule = schedule
     run(lane, LaneWork(remove=["sits", "other-0", "other-1", "other-2"]))
     return counts
+
+
+class Slow:
+    """A form of which every mask takes some processor time."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._matcher, name)
+
+    def deep_copy(self) -> Slow:
+        return Slow(self._matcher.deep_copy())
+
+    def compute_bitmask(self) -> bytes:
+        begin = time.thread_time()
+        while time.thread_time() - begin < 0.06:
+            pass
+        return bytes(self._matcher.compute_bitmask())
+
+
+def masks(lane: Any, templates: Templates) -> dict[str, Any]:
+    """One request's masks take longer than its share, some tokens after its beginning; another one goes on."""
+    scheduler = Scheduler(
+        lanes=1,
+        max_num_seqs=4,
+        max_model_len=192,
+        eos_token_ids=[0],
+        strategy=Strategies(1, has_gate=False, policy="never", threshold=0.5),
+        reject_reason=lane.refusal,
+    )
+    loop = StepLoop(scheduler, [lane], "lockstep")
+    setup = lane.form_setup()
+    form = StructuredOutputs(regex="[ab]{100}")
+    matcher = LLMatcher(tokenizer_of(setup), grammar_of(form), log_level=0, limits=parser_limits())
+    templates.hold("slow", Slow(matcher))
+    free = SamplingSpec(temperature=0.0, max_tokens=30, ignore_eos=True)
+    scheduler.add(GenerationRequest("slow", PROMPT, SamplingSpec(max_tokens=100, structured_outputs=form)))
+    scheduler.add(GenerationRequest("other", PROMPT, free))
+    while loop.step():
+        pass
+    scheduler.add(GenerationRequest("alone", PROMPT, free))
+    while loop.step():
+        pass
+    answers: dict[str, Any] = {}
+    for delta in scheduler.take_deltas():
+        code = None if delta.code is None else delta.code.value
+        answers[delta.request_id] = [delta.tokens, delta.finish_reason, delta.error, code, delta.refused]
+    return {**answers, "leftovers": lane.leftovers()}
 
 
 if __name__ == "__main__":

@@ -104,11 +104,12 @@ def demo() -> Served:
     return Served(DEMO / "base", experts, DEMO / "gate", reference, max_model_len=256)
 
 
-def random_pair(directory: Path, experts: int = 1, *, related: bool = False) -> Served:
+def random_pair(directory: Path, experts: int = 1, *, related: bool = False, end: int = 0) -> Served:
     """A base of 2 layers and experts of 3, of two architectures, over a byte-level vocabulary of 512.
 
     Args:
         related: the experts are disturbed copies of the base instead, so that they often agree with it.
+        end: the id of the token that ends a text.
     """
     vocab_size = 512
     names = [f"expert{number}" for number in range(1, experts + 1)]
@@ -125,7 +126,7 @@ def random_pair(directory: Path, experts: int = 1, *, related: bool = False) -> 
             "num_key_value_heads": 2,
             "max_position_embeddings": 1024,
             "initializer_range": 0.3,
-            "eos_token_id": 0,
+            "eos_token_id": end,
             "bos_token_id": None,
         }
         if number == 0:
@@ -138,7 +139,7 @@ def random_pair(directory: Path, experts: int = 1, *, related: bool = False) -> 
         else:
             model = Qwen2ForCausalLM(Qwen2Config(**settings))
         model.save_pretrained(directory / name)
-        save_tokenizer(directory / name, vocab_size)
+        save_tokenizer(directory / name, vocab_size, end)
     torch.manual_seed(100)
     paths = {name: directory / name for name in names}
     GateArtifact(
@@ -150,15 +151,16 @@ def random_pair(directory: Path, experts: int = 1, *, related: bool = False) -> 
     ).save(directory / "gate")
     gate = load_file(str(directory / "gate" / "gate.safetensors"))
     reference = Pair(
-        _load(directory / "base"), [_load(path) for path in paths.values()], gate["theta"], gate["bias"], 0
+        _load(directory / "base"), [_load(path) for path in paths.values()], gate["theta"], gate["bias"], end
     )
     return Served(directory / "base", paths, directory / "gate", reference, max_model_len=192)
 
 
-def save_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A byte-level tokenizer: EOS, the 256 bytes, and fillers up to ``vocab_size``."""
+def save_tokenizer(directory: Path, vocab_size: int, end: int = 0) -> None:
+    """A byte-level tokenizer: the 256 bytes, and fillers up to ``vocab_size``; EOS has the id ``end`` amid them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["<|endoftext|>", *alphabet, *(f"<filler{number}>" for number in range(vocab_size - 1 - len(alphabet)))]
+    words = [*alphabet, *(f"<filler{number}>" for number in range(vocab_size - 1 - len(alphabet)))]
+    words.insert(end, "<|endoftext|>")
     tokenizer = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

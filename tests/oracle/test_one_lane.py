@@ -38,3 +38,15 @@ def test_drafts_are_never_in_a_block_that_others_read(found: dict[str, Any]) -> 
 def test_no_whole_text_travels_with_a_step(found: dict[str, Any]) -> None:
     assert len(found["texts"]) >= 7
     assert set(found["texts"]) == {0}
+
+
+def test_masks_that_take_too_long_end_their_own_request(found: dict[str, Any]) -> None:
+    """With a reason that is the client's to mend; who shares the batch gets what it gets alone."""
+    masks = found["masks"]
+    tokens, reason, error, code, refused = masks["slow"]
+    assert 1 <= len(tokens) < 20
+    assert (reason, code, refused) == ("error", "invalid_grammar", True)
+    assert "masks take too long" in error
+    assert len(masks["other"][0]) == 30
+    assert masks["other"] == masks["alone"]
+    assert masks["leftovers"] == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -131,6 +132,29 @@ def test_what_is_wrong_beside_a_good_grammar_is_not_its_fault(plain_engine: Engi
     assert bad.code is ErrorCode.INVALID_REQUEST
 
 
+END = 40
+"""Of the pair whose end of text has an id amid those of text."""
+
+
+@pytest.fixture(scope="module")
+def late_pair(tmp_path_factory: pytest.TempPathFactory) -> pairs.Served:
+    return pairs.random_pair(tmp_path_factory.mktemp("late-pair"), end=END)
+
+
+@pytest.fixture(scope="module")
+def late_engine(late_pair: pairs.Served) -> Iterator[Engine]:
+    with Engine(late_pair.config()) as engine:
+        yield engine
+
+
+@pytest.fixture(params=[0, END])
+def by_end(request: pytest.FixtureRequest) -> tuple[int, pairs.Served, Engine]:
+    """An end of text, a pair that has it, and its engine."""
+    names = ("random_pair", "plain_engine") if request.param == 0 else ("late_pair", "late_engine")
+    served, engine = map(request.getfixturevalue, names)
+    return request.param, served, engine
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -149,25 +173,29 @@ def test_what_is_wrong_beside_a_good_grammar_is_not_its_fault(plain_engine: Engi
 def test_a_complete_form_ends_the_answer_whatever_else_is_asked(
     structured: StructuredOutputs,
     sampling: SamplingSpec,
-    plain_engine: Engine,
-    random_pair: pairs.Served,
+    by_end: tuple[int, pairs.Served, Engine],
     prompts: list[list[int]],
 ) -> None:
+    end, served, engine = by_end
     spec = msgspec.structs.replace(sampling, max_tokens=20, seed=1, structured_outputs=structured)
-    (completion,) = plain_engine.generate([GenerationRequest("one", prompts[0], spec)])
+    (completion,) = engine.generate([GenerationRequest("one", prompts[0], spec)])
     assert completion.finish_reason == "stop"
     assert completion.error is None
-    assert completion.tokens[-1] in (0, *sampling.stop_token_ids)
-    assert _text(random_pair, msgspec.structs.replace(completion, tokens=completion.tokens[:-1])) == "ab"
+    assert completion.tokens[-1] in (end, *sampling.stop_token_ids)
+    assert _text(served, msgspec.structs.replace(completion, tokens=completion.tokens[:-1])) == "ab"
 
 
-def test_min_tokens_hold_as_far_as_the_form_lets_them(plain_engine: Engine, prompts: list[list[int]]) -> None:
+def test_min_tokens_hold_as_far_as_the_form_lets_them(
+    by_end: tuple[int, pairs.Served, Engine], prompts: list[list[int]]
+) -> None:
+    end, _, engine = by_end
     spec = SamplingSpec(min_tokens=9, max_tokens=40, structured_outputs=StructuredOutputs(regex="[ab]{2,12}"))
-    for completion in plain_engine.generate(
+    for completion in engine.generate(
         GenerationRequest(f"{number}", prompt, msgspec.structs.replace(spec, seed=number))
         for number, prompt in enumerate(prompts[:6])
     ):
         assert completion.finish_reason == "stop"
+        assert completion.tokens[-1] == end
         assert 9 <= len(completion.tokens) <= 13
 
 
