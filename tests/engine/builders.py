@@ -76,7 +76,7 @@ def mixed_requests(count: int, pair: Pair, seed: int = 0) -> list[GenerationRequ
     return [one(number) for number in range(count)]
 
 
-OF_DEFERRAL = ("expert_failure", "run_ahead", "draft_pays")
+OF_DEFERRAL = ("expert_failure", "run_ahead", "draft_pays", "shelf_has_room")
 
 
 def make_scheduler(pair: Pair, kind: type[Scheduler] = Scheduler, **options: Any) -> Scheduler:

@@ -23,11 +23,9 @@ from hypothesis.stateful import (
 
 from engine.blends import Blend
 from engine.lanes import LaneWork, Sample, StandinLane
-from engine.lanes.shelf import Offer, Shelf
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.strategies.base import Decision, SharedText
-from engine.strategies.deferral.blending import BlendDecoding
 from engine.strategies.deferral.strategy import DeferralDecoding
 from engine.types import BASE, Delta, GenerationRequest, Token, TokenLogprobs
 from tests.engine.builders import POLICY_NAMES, make_lanes, make_scheduler, request
@@ -416,32 +414,8 @@ def trusts_every_draft(self: DeferralDecoding) -> Iterator[Decision]:
     return COMMIT(self)
 
 
-def keeps_the_first_offer(self: Shelf, lane: int, request_id: str, index: int, offer: Offer) -> None:
-    """What was laid down after a text that has been cut stays."""
-    if self.get(lane, request_id, index) is None:
-        PUT(self, lane, request_id, index, offer)
-
-
-def skips_members(self: BlendDecoding, sample: Sample) -> tuple[int, float | None]:
-    """The one that writes is asked at once; those before it never."""
-    writer, deferral = BLEND_DECIDE(self, sample)
-    return (self.chain[-1] if writer else writer), deferral
-
-
-def loses_support(self: Sequence, token: Token) -> None:
-    WRITE(self, msgspec.structs.replace(token, support=None))
-
-
-def believes_all_members(self: BlendDecoding, lane: int, position: int) -> bool:
-    """A member's word counts for what it says at any position that it was told of, cut or not."""
-    ahead = position - self.answer.position
-    return AWAITS(self, lane, position) or (0 <= ahead < len(self.window) and self.window[ahead].writer == lane)
-
-
 WRITE, DECIDE, CUT = Sequence.write, DeferralDecoding._decide, DeferralDecoding._cut
 COMMIT = DeferralDecoding._commit_drafts
-PUT, SETTLE = Shelf.put, Shelf.settle
-BLEND_DECIDE, AWAITS = BlendDecoding._decide, BlendDecoding.awaits
 SABOTAGED_SCHEDULERS = (
     AcceptsOldPositions, AcceptsAnyLane, ForgetsTokenOfExtension, RepeatsTokenOfExtension, ForgetsWhatWasWritten,
     ForgetsRemovalInExpert, ForgetsToCallOffWork, SendsLastDeltaTwice, AdmitsOneTooMany,
@@ -454,14 +428,6 @@ PATCHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "draws are advanced": lambda patch: patch.setattr(DeferralDecoding, "_decide", advances_draws),
     "what was rejected is kept": lambda patch: patch.setattr(DeferralDecoding, "_cut", keeps_what_was_rejected),
     "every draft is trusted": lambda patch: patch.setattr(DeferralDecoding, "_commit_drafts", trusts_every_draft),
-    "an offer is never replaced": lambda patch: patch.setattr(Shelf, "put", keeps_the_first_offer),
-    "an offer is never forgotten": lambda patch: patch.setattr(Shelf, "forget", lambda *_: None),
-    "an offer is settled too early": lambda patch: patch.setattr(
-        Shelf, "settle", lambda self, lane, request_id, final: SETTLE(self, lane, request_id, final + 1)
-    ),
-    "members are skipped": lambda patch: patch.setattr(BlendDecoding, "_decide", skips_members),
-    "members are believed after a cut": lambda patch: patch.setattr(BlendDecoding, "awaits", believes_all_members),
-    "support is lost": lambda patch: patch.setattr(Sequence, "write", loses_support),
     "a position does not count the prompt": lambda patch: patch.setattr(
         Sequence, "position", property(lambda self: len(self.tokens))
     ),
