@@ -261,10 +261,10 @@ def test_structured_output_is_valid_whoever_writes(
 @pytest.mark.parametrize(
     ("options", "param"),
     [
-        ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}},
-            "response_format",
+            "response_format.json_schema.schema",
         ),
     ],
 )
