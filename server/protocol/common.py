@@ -58,7 +58,7 @@ class BlendOptions(Strict):
     probable tokens of each member."""
 
     weights: (
-        Literal["gate"] | Annotated[dict[ModelName, Weight], Field(min_length=1, max_length=MAX_EXPERTS)] | None
+        Literal["gate"] | Annotated[dict[ModelName, Weight], Field(min_length=1, max_length=MAX_EXPERTS + 1)] | None
     ) = None
     """Weight of each member, or "gate" for a mixture by the gate's probabilities at each position. The weights of a
     mixture or union sum to 1. Default: equal weights; a product needs some."""

@@ -274,7 +274,8 @@ def decode(
                 if complete and not allowed:
                     least = 0
                 keep = torch.full_like(row, -torch.inf)
-                keep[allowed + list(ends) * complete] = 0.0
+                ended = complete and len(out.tokens) >= least
+                keep[allowed + list(ends) * ended] = 0.0
                 row = row + keep  # before the log-probabilities that are reported, in vLLM too
             logits = adjusted(row, prompts[n], out.tokens, ends=ends, min_tokens=least, **adjustments)
             position = len(prompts[n]) + len(out.tokens)
