@@ -15,7 +15,6 @@ from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -34,7 +33,8 @@ from engine.types import BASE, RunAhead
 _CONTEXT = 1 << 20
 
 
-class Stretch(NamedTuple):
+@dataclass(frozen=True)
+class Stretch:
     """What a stretch of work was made of: the counts that its seconds are explained by."""
 
     counts: tuple[float, ...]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from typing import Any, NamedTuple
+from typing import Any
 
 from bench import processes
 from bench.account import Account
@@ -35,7 +35,8 @@ PLAIN, PACED = "lockstep", "automatic"
 _WARM_UP_TOKENS = 8
 
 
-class Checked(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Checked:
     """One cell of one round: what was measured, and what the model made of the same jobs."""
 
     outcome: Outcome

@@ -7,10 +7,11 @@ the one that *ends* first wins, and among those that end together the longest.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Match(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Match:
     """A stop string that was found.
 
     Attributes:

@@ -1,4 +1,9 @@
-"""A span for every generation request."""
+"""A span for every generation request.
+
+opentelemetry-instrumentation-asgi makes such a span too, and is not used: it traces every request, probes and /metrics
+included, unless their addresses are excluded one by one; it adds a span per message, that is per token of a stream; its
+releases are all betas; and what is left here would be needed all the same, since a choice's spans hang on this one.
+"""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ _SEVERITY = ("stop", "length", "aborted", "error")
 Attributes = dict[str, Any]
 
 
-class Traces:
-    """Makes spans and sends them, in threads of its own.
+def start_provider(config: ServerConfig) -> TracerProvider:
+    """A provider that sends spans, in a thread of its own.
 
     Args:
         config: where to. What it leaves open is taken from OpenTelemetry's own environment variables.
@@ -62,16 +62,26 @@ class Traces:
         ImportError: the exporter is not installed.
         ValueError: a setting of OpenTelemetry's is wrong.
     """
+    resource = Resource.create(
+        {"service.name": "collm", "service.version": __version__, **OTELResourceDetector().detect().attributes}
+    )
+    queue = None if os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE") else QUEUE
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(quiet_exporter(config), max_queue_size=queue))
+    return provider
 
-    def __init__(self, config: ServerConfig, models: ModelTable) -> None:
+
+class Traces:
+    """Makes spans.
+
+    Args:
+        provider: sends them; see :func:`start_provider`.
+    """
+
+    def __init__(self, provider: TracerProvider, models: ModelTable) -> None:
         self.models = models
-        resource = Resource.create(
-            {"service.name": "collm", "service.version": __version__, **OTELResourceDetector().detect().attributes}
-        )
-        queue = None if os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE") else QUEUE
-        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(quiet_exporter(config), max_queue_size=queue))
-        self.tracer = self._provider.get_tracer("collm.server", __version__)
+        self._provider = provider
+        self.tracer = provider.get_tracer("collm.server", __version__)
         self._propagator = TraceContextTextMapPropagator()
         # A choice's stretches can be more than a hundred spans, which would hold up everybody's answers.
         self.background = ThreadPoolExecutor(1, thread_name_prefix="traces")

@@ -23,9 +23,9 @@ def start_tracing(config: ServerConfig, models: ModelTable) -> Traces | None:
     if not _wanted(config):
         return None
     try:
-        from server.trace.spans import Traces
+        from server.trace.spans import Traces, start_provider
 
-        return Traces(config, models)
+        return Traces(start_provider(config), models)
     except ImportError as error:
         raise ConfigFileError(
             f"server.otlp_endpoint: traces need opentelemetry-sdk and opentelemetry-exporter-otlp, see: {error}"
