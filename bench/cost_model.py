@@ -20,10 +20,10 @@ import numpy as np
 
 from bench.account import Account
 from bench.contenders.engine_alone import engine_request
+from bench.standin import StandinLane, next_token
 from bench.workload import Job
 from engine.config import SchedulerConfig
 from engine.lanes.interface import Lane, LaneReport
-from engine.lanes.standin import StandinLane, next_token
 from engine.loop import StepLoop
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies

@@ -30,8 +30,9 @@ class LaneConfig(_Config):
     """Folder of a LoRA adapter of the model (or its name on a hub). An expert that has an adapter and no ``model``
     adapts the base's own weights and computes in the base's steps, so it has none of the options below."""
 
-    backend: Literal["vllm", "standin"] = "vllm"
-    """What computes. "standin" is the deterministic stand-in: no model, for testing the scheduler and clients."""
+    backend: str = Field(default="vllm", pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")
+    """What computes: "vllm", or the name of a Python module that makes lanes of its own (``engine/lanes/backend.py``
+    says how). One for all lanes."""
 
     executor: Literal["uni", "mp", "ray"] = "uni"
     """vLLM executor: "uni" in the engine's process, "mp" in worker processes, "ray" on a Ray cluster."""

@@ -22,9 +22,9 @@ import zmq
 from engine.config import EngineConfig
 from engine.errors import CollmError
 from engine.grammar.checker import Checked, FormChecker, Templates
+from engine.lanes.backend import Backend, backend
 from engine.lanes.interface import Lane, Refusal
 from engine.lanes.shelf import Shelf
-from engine.lanes.standin import StandinLane
 from engine.loop import StepLoop
 from engine.messages import (
     Abort,
@@ -42,7 +42,7 @@ from engine.messages import (
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies
 from engine.strategies.deferral.pacing import Pacer
-from engine.types import NEGATIVE, EngineInfo, ErrorCode, GateInfo, GenerationRequest
+from engine.types import EngineInfo, ErrorCode, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -230,51 +230,18 @@ def build(
     """Scheduler, lanes and pacer as configured.
 
     Raises:
-        ConfigError, GateError: what does not fit; see :func:`engine.vllm_hooks.load.make_plan`.
+        CollmError: what does not fit, in one line.
     """
-    gate: GateInfo | None
-    lanes: list[Lane]
-    blend_obstacle = config.blend_obstacle
-    shelf = Shelf()
-    if config.base.backend == "standin":
-        lanes = [
-            StandinLane(number, name, experts=len(config.experts) if number == 0 else 0, shelf=shelf, **lane.vllm)
-            for number, (name, lane) in enumerate(zip(config.lane_names, config.lanes, strict=True))
-        ]
-        if config.scheduler.guidance:
-            lanes.append(StandinLane(len(lanes), NEGATIVE, shelf=shelf, **config.base.vllm))
-        vocab_size = config.base.vllm.get("vocab_size", 256)
-        eos_token_ids: list[int] = [0]
-        gate = None
-        if config.experts:
-            threshold = 0.5 if config.gate.threshold is None else config.gate.threshold
-            gate = GateInfo("standin", config.gate.policy or "threshold", threshold)
-        versions = {}
+    load: Backend
+    if config.base.backend == "vllm":
+        from engine.vllm_hooks.backend import load
     else:
-        from engine.vllm_hooks.options import prepare_environment
-
-        log = prepare_environment(config.lanes)
-        if log is not None:
-            on_progress(f"vLLM logs to {log}")
-        on_progress("checking checkpoints and gate")
-        from engine.vllm_hooks.load import load_lanes, make_plan, versions_in_use
-
-        plan = make_plan(config)
-        for line in plan.notes():
-            on_progress(line)
-        on_progress("importing vLLM")
-        lanes = load_lanes(
-            config,
-            plan,
-            on_progress=on_progress,
-            on_ready=on_ready,
-            on_failure=on_failure,
-            templates=templates,
-            shelf=shelf,
-        )
-        vocab_size, eos_token_ids, gate = plan.vocab_size, plan.eos_token_ids, plan.gate
-        blend_obstacle = blend_obstacle or plan.blend_obstacle
-        versions = versions_in_use()
+        load = backend(config.base.backend)
+    shelf = Shelf()
+    loaded = load(
+        config, on_progress=on_progress, on_ready=on_ready, on_failure=on_failure, templates=templates, shelf=shelf
+    )
+    lanes, gate = loaded.lanes, loaded.gate
     coordination = config.scheduler.coordination
     if coordination == "auto":
         coordination = "overlapped" if config.on_separate_devices else "lockstep"
@@ -296,20 +263,27 @@ def build(
         drafting=all(lane.info.can_cut for lane in lanes),
         draft_pays=pacer.draft_pays,
         shelf_has_room=lambda: shelf.has_room,
-        blend_obstacle=blend_obstacle,
+        blend_obstacle=config.blend_obstacle or loaded.blend_obstacle,
     )
     scheduler = Scheduler(
         lanes=len(lanes),
         max_num_seqs=config.scheduler.max_num_seqs,
         max_model_len=max_model_len,
         # An end of text may be one member's alone, beyond what all have.
-        vocab_size=max([vocab_size, *(end + 1 for end in eos_token_ids)]),
-        eos_token_ids=eos_token_ids,
+        vocab_size=max([loaded.vocab_size, *(end + 1 for end in loaded.eos_token_ids)]),
+        eos_token_ids=loaded.eos_token_ids,
         strategy=strategies,
         reject_reason=lambda request: next(filter(None, (lane.refusal(request) for lane in lanes)), None),
     )
-    members = [lane.info for lane in lanes[: len(config.lanes)]]
-    info = EngineInfo(members, vocab_size, max_model_len, eos_token_ids, coordination, gate, versions)
+    info = EngineInfo(
+        [lane.info for lane in lanes[: len(config.lanes)]],
+        loaded.vocab_size,
+        max_model_len,
+        loaded.eos_token_ids,
+        coordination,
+        gate,
+        loaded.versions,
+    )
     return scheduler, lanes, info, pacer
 
 

@@ -236,8 +236,8 @@ class LaneSettings(Section):
 class EngineSettings(LaneSettings):
     """The serving engine that calibration and evaluation decode with. What stands here is for all lanes."""
 
-    backend: Literal["vllm", "standin"] = "vllm"
-    """"standin" decodes nothing real: for tests."""
+    backend: str = "vllm"
+    """What computes, as in the engine's configuration."""
     max_num_seqs: int = Field(default=64, ge=1)
     lanes: dict[str, LaneSettings] = Field(default_factory=dict)
     """What differs in one lane, by "base" or the expert's name; its table ``vllm`` is added to that of all lanes."""

@@ -45,7 +45,7 @@ connect = {{ normalize = true }}
 compute = {{ threads = 1 }}
 train = {{ epochs = 6, batch_size = 8, learning_rate = 1e-2, evaluate_every = 4 }}
 evaluate = {{ controls = ["random", "lora"] }}
-engine = {{ backend = "standin" }}
+engine = {{ backend = "bench.standin" }}
 """)
     return tmp_path / "compose.toml"
 

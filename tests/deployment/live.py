@@ -32,13 +32,13 @@ tokenizer = "{folder}"
 
 [base]
 model = "standin-base"
-backend = "standin"
+backend = "bench.standin"
 vllm = {{ vocab_size = {vocabulary}, max_model_len = 256, kv_tokens = 700, step_seconds = 0.003 }}
 
 [[experts]]
 name = "codes"
 model = "standin-codes"
-backend = "standin"
+backend = "bench.standin"
 vllm = {{ vocab_size = {vocabulary}, max_model_len = 256, kv_tokens = 700, step_seconds = 0.006 }}
 
 [gate]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.lanes.standin import StandinLane
+from bench.standin import StandinLane
 from engine.loop import StepLoop
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies

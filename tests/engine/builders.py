@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from bench.standin import StandinLane
 from engine.blends import Blend
 from engine.config import EngineConfig, ExpertConfig, LaneConfig
-from engine.lanes import Lane, LaneRequest, Sample, StandinLane
+from engine.lanes import Lane, LaneRequest, Sample
 from engine.lanes.shelf import Shelf
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies
@@ -168,9 +169,9 @@ def standin_config(
     """Stand-in lanes for an engine process; ``options`` are the stand-in's own."""
     standin = {"vocab_size": pair.vocab_size, "max_model_len": pair.max_model_len, **options}
     return EngineConfig(
-        base=LaneConfig(model="base", backend="standin", vllm=standin),
+        base=LaneConfig(model="base", backend="bench.standin", vllm=standin),
         experts=tuple(
-            ExpertConfig(name=f"expert-{number}", model="expert", backend="standin", vllm=standin)
+            ExpertConfig(name=f"expert-{number}", model="expert", backend="bench.standin", vllm=standin)
             for number in range(1, pair.lanes)
         ),
         gate={"policy": pair.policy, "threshold": pair.threshold},

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from bench.standin import blended_token, distribution, gate_values, next_token, support
 from engine import draws
 from engine.blends import Blend
-from engine.lanes.standin import blended_token, distribution, gate_values, next_token, support
 from engine.types import BASE, BLEND, Completion, Delta, GenerationRequest, PolicyName, TokenLogprobs
 
 NEEDS_GATE = ("threshold", "sample")

@@ -59,7 +59,7 @@ def test_base_alone() -> None:
     ("names", "changes"),
     [
         ("base.model", {"base__model": ""}),
-        ("base.backend", {"base__backend": "sglang"}),
+        ("base.backend", {"base__backend": "bench/standin.py"}),
         ("base.executor", {"base__executor": "threads"}),
         ("base.tensor_parallel_size", {"base__tensor_parallel_size": 0}),
         ("base.kv_cache_memory_bytes", {"base__kv_cache_memory_bytes": 0}),
@@ -185,7 +185,12 @@ def test_overlapped_with_one_lane_in_process() -> None:
 
 
 def test_standins_may_overlap() -> None:
-    make(scheduler__coordination="overlapped", base__backend="standin", experts__backend="standin")
+    make(scheduler__coordination="overlapped", base__backend="bench.standin", experts__backend="bench.standin")
+
+
+@pytest.mark.parametrize("name", ["", "bench/standin.py", "bench.standin:load", "..standin"])
+def test_a_backend_is_a_module_s_name(name: str) -> None:
+    assert "backend" in problem(base__backend=name)
 
 
 def test_an_adapter_of_the_base_is_a_guest_of_its_lane() -> None:
@@ -214,5 +219,5 @@ def test_a_guest_has_no_options_of_its_own(message: str, options: dict[str, Any]
 
 def test_mixed_backends_are_refused() -> None:
     """A lane must not silently become a stand-in because another one is."""
-    assert "backend" in problem(base__backend="standin")
-    assert "backend" in problem(experts__backend="standin")
+    assert "backend" in problem(base__backend="bench.standin")
+    assert "backend" in problem(experts__backend="bench.standin")

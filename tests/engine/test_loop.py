@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import pytest
 
-from engine.lanes import LaneReport, LaneWork, StandinLane
+from bench.standin import StandinLane, next_token
+from engine.lanes import LaneReport, LaneWork
 from engine.lanes.shelf import Shelf
-from engine.lanes.standin import next_token
 from engine.loop import StepLoop
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import SchedulerConfig
+from engine.config import EngineConfig, LaneConfig, SchedulerConfig
 from engine.errors import EngineDeadError, EngineStartupError
 from engine.offline import Engine
 from engine.types import Completion
@@ -75,10 +75,18 @@ def test_a_refused_configuration_is_one_line_and_leaves_nothing(
     short_tmp: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     good = standin_config(PAIR)
+    no_module, no_backend = (
+        EngineConfig(base=LaneConfig(model="base", backend=backend)) for backend in ("nowhere.lanes", "string")
+    )
     unknown_option = standin_config(PAIR, tokens_budget=3)
     # As only another version of this package could send it.
     bad_value = good.model_copy(update={"scheduler": SchedulerConfig.model_construct(max_num_seqs=0)})
-    for config, named in ((unknown_option, "tokens_budget"), (bad_value, "scheduler.max_num_seqs")):
+    for config, named in (
+        (unknown_option, "tokens_budget"),
+        (bad_value, "scheduler.max_num_seqs"),
+        (no_module, "backend: .*nowhere"),
+        (no_backend, "backend: .*'string' has no function 'load'"),
+    ):
         with pytest.raises(EngineStartupError, match=named) as caught:
             Engine(config)
         assert "\n" not in str(caught.value)

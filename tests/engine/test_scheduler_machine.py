@@ -21,8 +21,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from bench.standin import StandinLane
 from engine.blends import Blend
-from engine.lanes import LaneWork, Sample, StandinLane
+from engine.lanes import LaneWork, Sample
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
 from engine.strategies.base import Decision, SharedText

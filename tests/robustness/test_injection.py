@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from bench.standin import StandinLane
 from engine.lanes.interface import LaneReport, Sample
-from engine.lanes.standin import StandinLane
 from engine.loop import StepLoop
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies

@@ -51,7 +51,7 @@ class Served:
         assert self._ready.wait(60)
 
     async def _run(self) -> None:
-        lane = {"backend": "standin", "vllm": {"vocab_size": 330, "max_model_len": 256}}
+        lane = {"backend": "bench.standin", "vllm": {"vocab_size": 330, "max_model_len": 256}}
         given = settings(base={"model": "base", **lane}, experts=[{"name": "codes", "model": "expert", **lane}])
         tokenizer = TextTokenizer(byte_level_tokenizer(), {"chat_template": TEMPLATE, "eos_token": "<|end|>"})
         self.service = Service(given, tokenizer)

@@ -63,7 +63,7 @@ def letters(text: str) -> list[int]:
 
 def settings(**parts: Any) -> Settings:
     """Settings of a pair of stand-ins."""
-    lane = {"backend": "standin", "vllm": {"vocab_size": 512, "max_model_len": 256}}
+    lane = {"backend": "bench.standin", "vllm": {"vocab_size": 512, "max_model_len": 256}}
     given: dict[str, Any] = {
         "served_model_name": MODEL,
         "base": {"model": "base", **lane},

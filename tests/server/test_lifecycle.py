@@ -64,12 +64,12 @@ async def start(tmp_path: Path) -> AsyncIterator[Start]:
     started: list[Process] = []
 
     async def launch(
-        *argv: str, backend: str = "standin", ready: bool = True, step_seconds: float | None = None
+        *argv: str, backend: str = "bench.standin", ready: bool = True, step_seconds: float | None = None
     ) -> Process:
         step = "" if step_seconds is None else f", step_seconds = {step_seconds}"
-        lane = f'vllm = {{ vocab_size = 330, max_model_len = 200000{step} }}\nbackend = "standin"\n'
+        lane = f'vllm = {{ vocab_size = 330, max_model_len = 200000{step} }}\nbackend = "bench.standin"\n'
         config = tmp_path / "pair.toml"
-        lane = lane.replace('"standin"', f'"{backend}"')
+        lane = lane.replace('"bench.standin"', f'"{backend}"')
         config.write_text(
             f'served_model_name = "collm-demo"\ntokenizer = "{tmp_path}"\n[base]\nmodel = "base"\n{lane}'
             f'[[experts]]\nname = "codes"\nmodel = "expert"\n{lane}'

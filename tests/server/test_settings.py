@@ -67,9 +67,9 @@ def test_environment_beats_the_file_and_the_command_line_beats_both(
 
 
 def test_without_a_file() -> None:
-    experts = '[{"name": "codes", "model": "e", "backend": "standin"}]'
+    experts = '[{"name": "codes", "model": "e", "backend": "bench.standin"}]'
     settings = load_settings(
-        ["--base.model", "b", "--base.backend", "standin", "--experts", experts, "--server.port", "1"]
+        ["--base.model", "b", "--base.backend", "bench.standin", "--experts", experts, "--server.port", "1"]
     )
     assert settings.engine.lane_names == ("base", "codes")
 

@@ -99,7 +99,7 @@ class TinyProject:
             },
             "calibrate": {"rates": [0.0, 0.5, 1.0]},
             "evaluate": {"rates": [0.0, 0.5, 1.0], "room": 2},
-            "engine": {"backend": "standin", "vllm": {"vocab_size": 257}},
+            "engine": {"backend": "bench.standin", "vllm": {"vocab_size": 257}},
         }
         return cls(folder, content)
 

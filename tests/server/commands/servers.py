@@ -18,7 +18,7 @@ from tests.waiting import GENEROUS_SECONDS
 
 MODEL = "collm-standin"
 LANE = """model = "standin"
-backend = "standin"
+backend = "bench.standin"
 vllm = {{ vocab_size = {vocabulary}, max_model_len = 512, step_seconds = {step_seconds} }}
 """
 SERVER = """

@@ -1,9 +1,9 @@
-"""A deterministic stand-in for a lane: no model, the same interface, and the same freedom to be awkward.
+"""A deterministic stand-in for a lane: no model, the same interface, and free to preempt and reorder like a real one.
 
 Its "model" is a hash of the whole prefix, so that one wrong, missing or repeated token anywhere changes everything
 after it. It computes prompts in chunks under a token budget, and drops rows when its KV memory is full, parked ones
-included, like a real lane. For the scheduler's logic and for clients under development; never for a claim about
-the system. Sampling parameters are not looked at.
+included, like a real lane. For the cost model's virtual clock, and for tests of the scheduler and of servers:
+``backend = "bench.standin"``, whose options are a lane's table ``vllm``. Sampling parameters are not looked at.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from engine.blends import Blend
-from engine.lanes.interface import LaneReport, LaneRequest, LaneWork, Refusal, Sample
+from engine.config import EngineConfig
+from engine.lanes.backend import Loaded
+from engine.lanes.interface import Lane, LaneReport, LaneRequest, LaneWork, Refusal, Sample
 from engine.lanes.shelf import Offer, Shelf
-from engine.types import GenerationRequest, LaneInfo, LaneStats, TokenLogprobs
+from engine.types import NEGATIVE, GateInfo, GenerationRequest, LaneInfo, LaneStats, TokenLogprobs
 
 
 def next_token(lane: int, tokens: Sequence[int], vocab_size: int) -> int:
@@ -297,3 +300,18 @@ class StandinLane:
     def _logprobs(self, token: int, count: int) -> TokenLogprobs:
         others = [(token + step) % self._vocab_size for step in range(count)]
         return TokenLogprobs([token, *others], [-0.5, *(-0.5 - step for step in range(count))], 1)
+
+
+def load(config: EngineConfig, *, shelf: Shelf, **_: Any) -> Loaded:
+    """Lanes of stand-ins, with a gate where there are experts; see :class:`engine.lanes.backend.Backend`."""
+    lanes: list[Lane] = [
+        StandinLane(number, name, experts=len(config.experts) if number == 0 else 0, shelf=shelf, **lane.vllm)
+        for number, (name, lane) in enumerate(zip(config.lane_names, config.lanes, strict=True))
+    ]
+    if config.scheduler.guidance:
+        lanes.append(StandinLane(len(lanes), NEGATIVE, shelf=shelf, **config.base.vllm))
+    gate = None
+    if config.experts:
+        threshold = 0.5 if config.gate.threshold is None else config.gate.threshold
+        gate = GateInfo("standin", config.gate.policy or "threshold", threshold)
+    return Loaded(lanes, config.base.vllm.get("vocab_size", 256), [0], gate)

@@ -1,0 +1,49 @@
+"""vLLM as a back end; see :mod:`engine.lanes.backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from engine.config import EngineConfig
+from engine.grammar.checker import Templates
+from engine.lanes.backend import Loaded
+from engine.lanes.shelf import Shelf
+from engine.vllm_hooks.options import prepare_environment
+
+
+def load(
+    config: EngineConfig,
+    *,
+    on_progress: Callable[[str], None],
+    on_ready: Callable[[], None],
+    on_failure: Callable[[str], None],
+    templates: Templates | None,
+    shelf: Shelf,
+) -> Loaded:
+    """One vLLM engine per lane.
+
+    Raises:
+        ConfigError, GateError: what does not fit; see :func:`engine.vllm_hooks.load.make_plan`.
+    """
+    log = prepare_environment(config.lanes)
+    if log is not None:
+        on_progress(f"vLLM logs to {log}")
+    on_progress("checking checkpoints and gate")
+    from engine.vllm_hooks.load import load_lanes, make_plan, versions_in_use
+
+    plan = make_plan(config)
+    for line in plan.notes():
+        on_progress(line)
+    on_progress("importing vLLM")
+    lanes = load_lanes(
+        config,
+        plan,
+        on_progress=on_progress,
+        on_ready=on_ready,
+        on_failure=on_failure,
+        templates=templates,
+        shelf=shelf,
+    )
+    return Loaded(
+        lanes, plan.vocab_size, plan.eos_token_ids, plan.gate, plan.blend_obstacle, versions=versions_in_use()
+    )
