@@ -59,7 +59,7 @@ class LaneConfig(_Config):
         if self.devices is not None and (self.executor != "mp" or len(self.devices) != self.tensor_parallel_size):
             raise ValueError("devices needs executor 'mp' and one device for each shard")
         if self.adapter is not None and self.backend != "vllm":
-            raise ValueError("adapter: the stand-in has none")
+            raise ValueError("adapter: only lanes of vLLM have one")
         for ours in ("model", "tensor_parallel_size", "kv_cache_memory_bytes"):
             if ours in self.vllm:
                 raise ValueError(f"vllm.{ours} is set beside the table 'vllm', as '{ours}'")

@@ -7,68 +7,39 @@ once then. These groups take longest and come first, since the last one is waite
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-FILES = {
-    "engines of the random pair": (
-        "tests/oracle/test_aborts.py",
-        "tests/oracle/test_greedy.py",
-        "tests/oracle/test_members.py",
-        "tests/oracle/test_parameters.py",
-        "tests/oracle/test_sampling.py",
-        "tests/oracle/test_structured.py",
-    ),
-    "mistreated servers": (
-        "tests/robustness/test_bad_input.py",
-        "tests/robustness/test_clients_gone.py",
-        "tests/robustness/test_kv_pressure.py",
-        "tests/robustness/test_load.py",
-        "tests/robustness/test_security.py",
-        "tests/robustness/test_transport.py",
-    ),
-    "a twin of the base": ("tests/oracle/test_formats.py", "tests/oracle/test_run_ahead.py"),
-    "the demo's server": (
-        "tests/docs/test_examples.py",
-        "tests/server/commands/test_demo.py",
-        "tests/server/live/test_sdk.py",
-        "tests/server/live/test_vllm_fields.py",
-        "tests/server/playground/test_playground.py",
-        "tests/server/playground/test_reading.py",
-        "tests/server/playground/test_reference.py",
-        "tests/server/playground/test_runs.py",
-    ),
+ROOT = Path(__file__).parents[1]
+SHARED = {
+    "engines of the random pair": r"\b(engine_of|plain_engine)\b",
+    "servers that are mistreated": r"\b(live|tight): FaultServer\b",
+    "a twin of the base": r"\btwin_engine\b",
+    "the demo's server": r"\bdemo: LiveServer\b|\bclient: openai\b",
 }
-FIXTURES = ("kept_engines", "live", "tight", "twin_engine", "demo")
-"""Those that take a server or engines for a whole run."""
-GROUPS = {file: group for group, files in FILES.items() for file in files}
+"""Group -> how files look that use its fixtures, which take engines or a server for a whole run. The longest first."""
+
+
+@cache
+def _group_of_file(file: str) -> str:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return next((group for group, looks in SHARED.items() if re.search(looks, text)), file)
 
 
 def group_of(nodeid: str) -> str:
-    file = nodeid.partition("::")[0]
-    return GROUPS.get(file, file)
-
-
-def check(items: Iterable[pytest.Item]) -> None:
-    """Raises: pytest.UsageError: tests of two groups would start the same engines twice."""
-    users: dict[str, set[str]] = {name: set() for name in FIXTURES}
-    for item in items:
-        for name in users.keys() & set(getattr(item, "fixturenames", ())):
-            users[name].add(group_of(item.nodeid))
-    for name, groups in users.items():
-        if len(groups) > 1:
-            raise pytest.UsageError(f"{__name__}: put into one group all that use {name!r}, now in {sorted(groups)}")
+    return _group_of_file(nodeid.partition("::")[0])
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the long groups first, in processes of pytest-xdist."""
-    check(items)
     if hasattr(config, "workerinput"):
-        order = list(FILES)
-        items.sort(key=lambda item: order.index(group) if (group := group_of(item.nodeid)) in FILES else len(order))
+        order = list(SHARED)
+        items.sort(key=lambda item: order.index(group) if (group := group_of(item.nodeid)) in SHARED else len(order))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -210,7 +210,7 @@ def test_an_adapter_of_the_base_is_a_guest_of_its_lane() -> None:
     [
         ("vllm: an adapter of the base computes in the base's steps: set base.vllm", {"vllm": {"max_model_len": 4}}),
         ("executor: an adapter of the base", {"executor": "mp"}),
-        ("adapter: the stand-in has none", {"backend": "standin"}),
+        ("adapter: only lanes of vLLM have one", {"backend": "bench.standin"}),
     ],
 )
 def test_a_guest_has_no_options_of_its_own(message: str, options: dict[str, Any]) -> None:

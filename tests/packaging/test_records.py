@@ -11,7 +11,13 @@ from tests.packaging.sources import ROOT
 
 HOMES = {
     # What people write: settings and requests.
-    "BaseModel": ("engine/config.py", "server/protocol/base.py", "server/settings.py", "training/settings.py"),
+    "BaseModel": (
+        "engine/config.py",
+        "server/blends.py",
+        "server/protocol/base.py",
+        "server/settings.py",
+        "training/settings.py",
+    ),
     "BaseSettings": ("server/settings.py", "training/compose/settings.py", "training/settings.py"),
     # What travels or is read from JSON, and what the engine makes per token.
     "Struct": ("engine/", "server/protocol/responses.py", "server/errors.py"),

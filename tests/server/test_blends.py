@@ -15,7 +15,7 @@ from server.text.tokenizer import TextTokenizer
 from tests.server.conftest import Build, House
 from tests.server.fakes import MODEL, check_error, deltas_of, events, letters, settings
 
-LANE = {"backend": "standin", "vllm": {"vocab_size": 512, "max_model_len": 256}}
+LANE = {"backend": "bench.standin", "vllm": {"vocab_size": 512, "max_model_len": 256}}
 THREE: dict[str, Any] = {
     "experts": [{"name": "small", "model": "a", **LANE}, {"name": "plain", "model": "b", **LANE}],
     "blends": {
