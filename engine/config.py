@@ -220,10 +220,10 @@ class EngineConfig(_Config):
 
     @property
     def all_hosts(self) -> tuple[int, ...]:
-        """``hosts``, with that of the base's negative prompts: the base, or itself where lanes are stand-ins."""
+        """``hosts``, with that of the base's negative prompts: the base, or itself where lanes are not vLLM's."""
         if not self.scheduler.guidance:
             return self.hosts
-        return (*self.hosts, len(self.hosts) if self.base.backend == "standin" else BASE)
+        return (*self.hosts, BASE if self.base.backend == "vllm" else len(self.hosts))
 
     @property
     def blend_obstacle(self) -> str | None:

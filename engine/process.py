@@ -42,7 +42,7 @@ from engine.messages import (
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies
 from engine.strategies.deferral.pacing import Pacer
-from engine.types import EngineInfo, ErrorCode, GenerationRequest
+from engine.types import EngineInfo, ErrorCode, GenerationRequest, PolicyName
 
 logger = logging.getLogger(__name__)
 
@@ -252,11 +252,13 @@ def build(
         max_wait=config.scheduler.gather_max_wait_seconds,
         guests=any(number != host for number, host in enumerate(config.hosts)),
     )
+    policy: PolicyName = "confidence" if config.experts else "never"
+    policy = gate.policy if gate is not None else config.gate.policy or policy
     strategies = Strategies(
         len(config.lanes),
         guidance=config.scheduler.guidance,
         has_gate=gate is not None,
-        policy=gate.policy if gate is not None else (config.gate.policy or "never"),
+        policy=policy,
         threshold=gate.threshold if gate is not None else 0.5,
         expert_failure=config.scheduler.expert_failure,
         run_ahead=config.scheduler.run_ahead,
@@ -283,6 +285,7 @@ def build(
         coordination,
         gate,
         loaded.versions,
+        policy,
     )
     return scheduler, lanes, info, pacer
 

@@ -112,7 +112,7 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
         policy: turns the gate's value into a decision, see :mod:`engine.strategies.deferral.policies`; None is the
             gate's default.
         threshold: a token is deferred when its deferral probability is greater; None is the gate's default.
-        rate: share of tokens that the ``random`` policy defers.
+        rate: share of tokens that the ``random`` policy defers; other policies do not look at it.
         max_expert_tokens: after this many expert tokens the base writes alone; None is no limit.
         experts: lanes that may be deferred to; None is all of them.
         run_ahead: how many tokens the base may draft past a deferral before the expert has written: "auto" as many as
@@ -124,7 +124,7 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
     member: int | None = None
     policy: PolicyName | None = None
     threshold: float | None = None
-    rate: float = 0.0
+    rate: float = 0.5
     max_expert_tokens: int | None = None
     experts: tuple[int, ...] | None = None
     run_ahead: RunAhead | None = None
@@ -301,6 +301,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         max_model_len: the smallest context of all lanes.
         eos_token_ids: end a request unless it ignores them.
         coordination: "lockstep" or "overlapped", as resolved.
+        policy: for requests that name none.
     """
 
     lanes: list[LaneInfo]
@@ -310,6 +311,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     coordination: Literal["lockstep", "overlapped"]
     gate: GateInfo | None
     versions: dict[str, str]
+    policy: PolicyName = "never"
 
 
 class LaneStats(msgspec.Struct, array_like=True):

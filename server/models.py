@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from engine.strategies.deferral.policies import POLICIES
 from engine.strategies.deferral.strategy import CONFIDENCE_THRESHOLD
 from engine.types import BASE, Collaboration, EngineInfo, PolicyName
@@ -10,8 +12,6 @@ from server.errors import ApiError, invalid, shown, unknown_model
 from server.protocol.common import CollaborationOptions
 from server.protocol.responses import ServedCollaboration
 
-DEFAULT_RATE = 0.5
-
 
 class ModelTable:
     """The joint model under its configured name, and each member alone as NAME/MEMBER.
@@ -19,20 +19,12 @@ class ModelTable:
     Args:
         name: the joint model's name.
         lane_names: "base" and the experts, in the order of lane numbers.
-        default_policy: of a pair without a gate, for requests that name none; None: the base's confidence.
         blends: what requests may ask to be blended; models of a name of their own may have one by default.
     """
 
-    def __init__(
-        self,
-        name: str,
-        lane_names: tuple[str, ...],
-        default_policy: PolicyName | None = None,
-        blends: BlendTable | None = None,
-    ) -> None:
+    def __init__(self, name: str, lane_names: tuple[str, ...], blends: BlendTable | None = None) -> None:
         self.name = name
         self.lane_names = lane_names
-        self._default_policy = default_policy
         self._blends = blends or BlendTable({}, lane_names, None)
         self._members = {name: None} | {f"{name}/{lane}": number for number, lane in enumerate(lane_names)}
         self._members |= dict.fromkeys(self._blends.served)
@@ -65,9 +57,8 @@ class ModelTable:
         thresholds = {"confidence": CONFIDENCE_THRESHOLD}
         if gate is not None:
             thresholds["threshold"] = gate.threshold
-        policy = gate.policy if gate is not None else self._default_policy or "confidence"
         blends = self._blends.usable(has_gate=gate is not None) if self._experts else []
-        return ServedCollaboration(policy, policies, thresholds, gate is not None, list(self._experts), blends)
+        return ServedCollaboration(info.policy, policies, thresholds, gate is not None, list(self._experts), blends)
 
     def collaboration(self, name: str, options: CollaborationOptions | None, info: EngineInfo) -> Collaboration:
         """What the engine is told.
@@ -96,17 +87,14 @@ class ModelTable:
         if preset is not None and policy is None:
             policy = preset.usual_policy
             threshold = preset.threshold if threshold is None else threshold
-        if policy is None and info.gate is None and self._experts:
-            policy = self._default_policy or "confidence"
-        self._check_gate(policy, options, info)
-        effective = policy or (info.gate.policy if info.gate is not None else None)
-        if effective is not None:
-            self._check_heeded(effective, options)
-        rate = DEFAULT_RATE if options.rate is None else options.rate
+        effective = policy or info.policy
+        self._check_gate(effective, options, info)
+        self._check_heeded(effective, options)
+        rate: dict[str, Any] = {} if options.rate is None else {"rate": options.rate}
         return Collaboration(
             policy=policy,
             threshold=threshold,
-            rate=rate if effective == "random" else 0.0,
+            **rate,
             max_expert_tokens=options.max_expert_tokens,
             experts=self._lanes_of(options.experts),
             run_ahead=options.run_ahead,
@@ -129,10 +117,10 @@ class ModelTable:
         preset = self._blends.preset(options, self._blends.served.get(name))
         return self._blends.prompts(options, preset, collaboration.blend)
 
-    def _check_gate(self, policy: PolicyName | None, options: CollaborationOptions, info: EngineInfo) -> None:
+    def _check_gate(self, policy: PolicyName, options: CollaborationOptions, info: EngineInfo) -> None:
         if info.gate is not None or not self._experts:
             return
-        if policy is None or POLICIES[policy].needs == "gate":
+        if POLICIES[policy].needs == "gate":
             free = ", ".join(name for name, other in POLICIES.items() if other.needs != "gate")
             asked = f"The policy '{policy}'" if options.policy else "The default policy"
             raise invalid(

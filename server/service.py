@@ -38,7 +38,7 @@ class Service:
         blends = BlendTable(
             settings.blends, lane_names, settings.engine.blend_obstacle, guidance=settings.scheduler.guidance
         )
-        self.models = ModelTable(settings.served_model_name, lane_names, settings.gate.policy, blends)
+        self.models = ModelTable(settings.served_model_name, lane_names, blends)
         self.metrics = Metrics(self.models.names, lane_names)
         config = settings.server
         self.admission = _admission(config, settings.scheduler.max_num_seqs, config.max_queued_requests)

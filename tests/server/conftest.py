@@ -54,7 +54,7 @@ async def build(tokenizer: TextTokenizer) -> AsyncIterator[Build]:
 
         async def make(script: Script | None = None, *, gate: bool = True, attach: bool = True, **parts: Any) -> House:
             service = Service(settings(**parts), tokenizer)
-            engine = FakeEngine(script or writes(letters("abcdefgh")), gate=gate)
+            engine = FakeEngine(script or writes(letters("abcdefgh")), gate=gate, policy=service.settings.gate.policy)
             if attach:
                 service.attach(engine)
             traces = start_tracing(service.settings.server, service.models)

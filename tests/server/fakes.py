@@ -20,6 +20,7 @@ from engine.types import (
     GenerationRequest,
     LaneInfo,
     LaneStats,
+    PolicyName,
     TokenLogprobs,
 )
 from server.settings import Settings
@@ -84,7 +85,9 @@ class FakeEngine:
         closed_early: ids of requests that were closed before their last delta.
     """
 
-    def __init__(self, script: Script, *, gate: bool = True, max_model_len: int = 256) -> None:
+    def __init__(
+        self, script: Script, *, gate: bool = True, policy: PolicyName | None = None, max_model_len: int = 256
+    ) -> None:
         lanes = [LaneInfo(name, name, max_model_len, 64, 16) for name in ("base", "codes")]
         self.info = EngineInfo(
             lanes=lanes,
@@ -94,6 +97,7 @@ class FakeEngine:
             coordination="lockstep",
             gate=GateInfo("gate-folder", "threshold", 0.5) if gate else None,
             versions={"vllm": "0.0"},
+            policy="threshold" if gate else policy or "confidence",
         )
         self.stats = EngineStats([LaneStats("base"), LaneStats("codes")])
         self.alive = True
@@ -128,7 +132,7 @@ class FakeEngine:
 
     def _in_force(self, request: GenerationRequest) -> Collaboration:
         asked = request.collaboration
-        policy = asked.policy or (self.info.gate.policy if self.info.gate else "never")
+        policy = asked.policy or self.info.policy
         threshold = None
         if policy == "threshold" and self.info.gate is not None:
             threshold = self.info.gate.threshold if asked.threshold is None else asked.threshold

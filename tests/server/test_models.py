@@ -3,6 +3,7 @@ from __future__ import annotations
 import openai
 import pytest
 
+from engine.types import Collaboration
 from server.models import ModelTable
 from tests.server.conftest import Build, House
 from tests.server.fakes import FakeEngine, check_error, letters, writes
@@ -65,13 +66,13 @@ async def test_a_pair_without_a_gate_is_served_by_the_base_s_confidence(build: B
     assert (joint["policy"], joint["thresholds"], joint["gate"]) == ("confidence", {"confidence": 0.5}, False)
     assert "threshold" not in joint["policies"]
     assert (await house.complete()).status_code == 200
-    assert house.engine.seen[-1].collaboration.policy == "confidence"
+    assert house.engine.seen[-1].collaboration.policy is None, "the engine knows its default"
     refused = await house.complete(collaboration={"policy": "threshold"})
     assert "needs a gate" in check_error(refused, 400, "collaboration.policy")["message"]
 
 
 def test_the_configured_policy_of_a_pair_without_a_gate_comes_first() -> None:
-    table = ModelTable("pair", ("base", "codes"), "never")
-    info = FakeEngine(writes([]), gate=False).info
+    table = ModelTable("pair", ("base", "codes"))
+    info = FakeEngine(writes([]), gate=False, policy="never").info
     assert table.served(info).policy == "never"
-    assert table.collaboration("pair", None, info).policy == "never"
+    assert table.collaboration("pair", None, info) == Collaboration()
