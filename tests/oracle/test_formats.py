@@ -91,6 +91,7 @@ def test_pair_without_a_gate(random_pair: pairs.Served, twin_engine: Engine, pro
     """Policies that need no gate are served; those that do are refused, request by request."""
     assert make_plan(random_pair.config(gate=False)).gate is None
     assert twin_engine.info.gate is None
+    assert twin_engine.info.policy == "confidence"
     refused, confident = twin_engine.generate(
         [
             GenerationRequest("threshold", prompts[0], collaboration=Collaboration(policy="threshold")),
