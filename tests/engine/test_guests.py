@@ -7,7 +7,8 @@ from typing import Literal
 
 import pytest
 
-from engine.lanes import LaneReport, StandinLane
+from bench.standin import StandinLane
+from engine.lanes import LaneReport
 from engine.lanes.shelf import Shelf
 from engine.loop import StepLoop
 from engine.strategies.deferral.pacing import Pacer
