@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -39,10 +40,12 @@ def test_command_line_goes_before_environment_and_environment_before_file(monkey
 
 
 def test_lists_flags_and_unknown_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    experts = '[{"name": "codes", "model": "models/demo/codes"}]'
-    assert load_settings([*DEMO, "--experts", experts]).experts[0].vllm == {}
+    # Nothing of the file's experts is left; this option must be the same in all lanes.
+    options = {"structured_outputs_config": {"disable_any_whitespace": True}}
+    experts = json.dumps([{"name": "codes", "model": "models/demo/codes", "vllm": options}])
+    assert load_settings([*DEMO, "--experts", experts]).experts[0].vllm == options
     monkeypatch.setenv("COLLM_EXPERTS", experts)
-    assert load_settings(DEMO).experts[0].vllm == {}
+    assert load_settings(DEMO).experts[0].vllm == options
     assert not load_settings([*DEMO, "--no-server.access_log"]).server.access_log
     monkeypatch.setenv("COLLM_API_KEY", "x")
     assert load_settings(DEMO).server.all_keys == ()
