@@ -132,7 +132,7 @@ def _plain(error: str, form: StructuredOutputs) -> str:
     lines = error.strip().splitlines() or [""]
     if lines[0].startswith(("Unsatisfiable", "NoExtension")):
         return "nothing satisfies the form"
-    if lines[0].startswith(("panic", "grammar size")):
+    if lines[0].startswith(("panic", "grammar size", "parser error: Too many items")):
         return "the form is too large for the back end"
     if form.grammar is not None and (place := _LARK.match(lines[0])):
         # A user's own Lark grammar. A regular expression's error is shown in several lines, its reason last.

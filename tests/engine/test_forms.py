@@ -319,12 +319,17 @@ def test_a_form_that_cannot_be_followed_is_refused(form: StructuredOutputs, says
 def test_what_nobody_has_put_in_plain_words_goes_to_the_log_alone(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    said = "(And (SearchRegex /^x$/)\n internals"
+
     def refuse(*_: Any, **__: Any) -> None:
-        raise ValueError("(And (SearchRegex /^x$/)\n internals")
+        raise ValueError(said)
 
     monkeypatch.setattr("engine.grammar.worker.grammar_of", refuse)
     assert problem_of(StructuredOutputs(regex="a")) == "the form cannot be compiled"
     assert "SearchRegex" in capfd.readouterr().err
+    said = "parser error: Too many items (limit 50000; mask)"
+    assert problem_of(StructuredOutputs(regex="a")) == "the form is too large for the back end"
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
