@@ -205,7 +205,7 @@ def _report(
             records.append(_record(name, cell, outcomes, accounts))
     text = f"### Comparison, {settings.pair.name}\n\n"
     text += (
-        f"{max_tokens} tokens a request, greedy; {requests} requests for each one in flight (per-token HTTP: 1). "
+        f"{max_tokens} tokens per request, greedy; {requests} requests for each one in flight (per-token HTTP: 1). "
         + (
             "Servers started once; all but the measured one frozen; contenders alternate within every cell of a round."
             if starts == "once"

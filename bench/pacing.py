@@ -141,5 +141,5 @@ def _report(
         "gap p99 ms",
     ]
     text = f"### Pacing, {shape}, engine alone\n\n"
-    text += f"{max_tokens} tokens a request, greedy; drafts are a share of all tokens.\n\n{table(headers, rows)}"
+    text += f"{max_tokens} tokens per request, greedy; drafts are a share of all tokens.\n\n{table(headers, rows)}"
     return Report(text, {"measurement": "pacing", "shape": shape, "max_tokens": max_tokens, "cells": records}, bars)

@@ -209,7 +209,7 @@ def _report(
     text = (
         f"### Cost model, {shape}, engine alone\n\nFitted to lockstep at deferral 0 and 1, milliseconds:\n\n"
         + table(["", "each step", "each token", "each row"], cost_rows)
-        + f"\n\nWhat it predicts of cells that it was not fitted to, {max_tokens} tokens a request:\n\n"
+        + f"\n\nWhat it predicts of cells that it was not fitted to, {max_tokens} tokens per request:\n\n"
         + table(
             ["", "tokens/s", "predicted", "ratio", "expert steps/token", "predicted"],
             rows,

@@ -88,7 +88,7 @@ class RowReader:
     def __call__(self, hidden_RD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """The model's ``compute_logits``, with the gate read and foreign columns masked."""
         logits_RV = self._compute_logits(hidden_RD, *args, **kwargs)
-        # vLLM calls this a second time for prompt log-probabilities; those rows are nobody's to read.
+        # vLLM calls this a second time for prompt log-probabilities; those rows are ignored.
         reading, self._reading = self._reading, False
         if logits_RV is None:
             return None

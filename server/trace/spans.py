@@ -302,8 +302,10 @@ class ChoiceTrace:
     def _stretches(self, last: Delta | None, ended: float, *, finished: bool) -> list[Stretch]:
         if self._request is None or last is None or last.timeline is None:
             return []
-        home = self._request.collaboration.member or BASE
-        return stretches(last.timeline, self._sources, home=home, begun=self._begun, ended=ended, finished=finished)
+        primary_lane = self._request.collaboration.member or BASE
+        return stretches(
+            last.timeline, self._sources, primary_lane=primary_lane, begun=self._begun, ended=ended, finished=finished
+        )
 
 
 class _Clock:

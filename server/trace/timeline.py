@@ -32,7 +32,7 @@ def stretches(
     timeline: Sequence[float],
     sources: Sequence[int],
     *,
-    home: int,
+    primary_lane: int,
     begun: float,
     ended: float,
     finished: bool,
@@ -42,7 +42,7 @@ def stretches(
     Args:
         timeline: as in :class:`~engine.types.Delta`.
         sources: who wrote each token.
-        home: the lane that writes what is not deferred.
+        primary_lane: the lane that writes what is not deferred.
         begun: when the request was submitted.
         ended: when its last token was seen.
         finished: it was not cut short: the last token is the end of its last step.
@@ -52,21 +52,21 @@ def stretches(
     writers: list[int] = []
     runs = [0]
     for source in sources:
-        if source == home:
+        if source == primary_lane:
             runs[-1] += 1
         else:
             writers.append(source)
             runs.append(0)
-    own = "base" if home == BASE else "expert"
+    own = "base" if primary_lane == BASE else "expert"
     found = [Stretch("queue", begun, timeline[0])]
     since = timeline[0]
     came: Sequence[float] = timeline[2::2]
     for number, parked in enumerate(timeline[1::2]):
-        found.append(Stretch(own, since, parked, home, runs[number] if number < len(runs) else None))
+        found.append(Stretch(own, since, parked, primary_lane, runs[number] if number < len(runs) else None))
         since = came[number] if number < len(came) else ended
         writer = writers[number] if number < len(writers) else None
         found.append(Stretch("expert wait", parked, since, writer, None if writer is None else 1))
     parked_still = len(timeline) % 2 == 0
-    if not parked_still and not (finished and sources and sources[-1] != home):
-        found.append(Stretch(own, since, ended, home, runs[-1]))
+    if not parked_still and not (finished and sources and sources[-1] != primary_lane):
+        found.append(Stretch(own, since, ended, primary_lane, runs[-1]))
     return found

@@ -457,7 +457,7 @@ async def test_settings_of_the_environment(build: Build, monkeypatch: pytest.Mon
 
 
 def cut(timeline: list[float], sources: list[int], *, home: int = 0, finished: bool = True) -> list[Stretch]:
-    return stretches(timeline, sources, home=home, begun=0.0, ended=10.0, finished=finished)
+    return stretches(timeline, sources, primary_lane=home, begun=0.0, ended=10.0, finished=finished)
 
 
 def test_stretches() -> None:
