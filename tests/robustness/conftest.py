@@ -20,6 +20,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
         key=KEY,
         scheduler__max_num_seqs=16,
         server__api_keys=KEYS,
+        server__playground="key",
         server__header_timeout_s=1.5,
         server__body_timeout_s=1.5,
         server__write_timeout_s=3.0,
@@ -44,6 +45,7 @@ def tight(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultServer]:
         scheduler__max_num_seqs=4,
         server__max_queued_requests=8,
         server__api_keys=KEYS,
+        server__playground="key",
         server__access_log=False,
     ) as server:
         yield server
