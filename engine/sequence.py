@@ -54,11 +54,6 @@ class Sequence:
         self.timeline: list[float] | None = [] if request.timeline else None
         self._delta = Delta(request.request_id)
 
-    @property
-    def position(self) -> int:
-        """Number of tokens before the next one, prompt included."""
-        return self.prompt_length + len(self.tokens)
-
     def write(self, token: Token) -> None:
         """Append one token."""
         self.tokens.append(token.id)
