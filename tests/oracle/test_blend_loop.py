@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.oracle.blend_loop import (
     BASE,
@@ -29,31 +28,15 @@ from tests.oracle.blend_loop import (
 )
 from tests.oracle.checks import frequencies_pvalue
 from tests.oracle.reference import Pair, greedy, hidden_and_logits, next_token_distributions
+from tests.oracle.tiny import VOCAB, tiny_pair
 
-VOCAB = 64
 SAMPLED: dict[str, Any] = {"temperature": 1.5, "seeds": [3, 4, 5, 6]}
 HALF = Blend("mixture", ((0, 0.5), (1, 0.5)))
 
 
-def tiny(seed: int) -> Any:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval().float()
-
-
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    torch.manual_seed(9)
-    return Pair(tiny(1), [tiny(2), tiny(3)], torch.randn(2, 32) * 0.5, torch.tensor([0.1, -0.2]), 0)
+    return tiny_pair(layers=1)
 
 
 PROMPTS = [[5, 9, 2], [7], list(range(1, 20)), [33, 33, 8, 60]]

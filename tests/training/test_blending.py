@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("pycountry")
 
 from engine.gate import GateArtifact
 from tests.oracle.blend_loop import Blend, Method, contrastive, decode, proxy
 from tests.oracle.reference import Pair
-from training.demo.blending import alone, best_of, mixture, product, union, write
+from tests.oracle.tiny import tiny_pair
+from training.demo.blending import alone, best_of, blend, write
 from training.demo.blends import Asked, by_gate, interval
 from training.demo.proxy import table
 
@@ -24,25 +23,9 @@ PROXY = {"base": 1.0, "one": 1.0, "two": -1.0}
 CONTRAST = {"one": 1.5, "base": -0.5}
 
 
-def tiny(seed: int) -> Any:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    torch.manual_seed(9)
-    return Pair(tiny(1), [tiny(2), tiny(3)], torch.randn(2, 32) * 0.5, torch.tensor([0.1, -0.2]), 0)
+    return tiny_pair(layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +37,19 @@ EVEN = tuple((member, weight) for member, weight in enumerate(WEIGHTS.values()))
 
 
 @pytest.mark.parametrize(
-    ("rule", "blend"),
+    ("rule", "oracle"),
     [
-        (mixture(WEIGHTS), Blend("mixture", EVEN)),
-        (union(WEIGHTS, 3), Blend("union", EVEN, top=3)),
-        (product(PROXY), proxy()),
-        (product(CONTRAST, anchor="one", plausibility=0.1), contrastive()),
+        (blend("mixture", WEIGHTS), Blend("mixture", EVEN)),
+        (blend("union", WEIGHTS, top=3), Blend("union", EVEN, top=3)),
+        (blend("product", PROXY), proxy()),
+        (blend("product", CONTRAST, anchor="one", plausibility=0.1), contrastive()),
     ],
     ids=["mixture", "union", "proxy", "contrastive"],
 )
-def test_rules(rule: Any, blend: Blend, pair: Pair) -> None:
+def test_rules(rule: Any, oracle: Blend, pair: Pair) -> None:
     models = dict(zip(NAMES, (pair.base, *pair.experts), strict=True))
     found, scores = write(models, rule, PROMPTS, max_tokens=12, eos=0)
-    wanted = decode(Method(pair, blend), PROMPTS, 12)
+    wanted = decode(Method(pair, oracle), PROMPTS, 12)
     assert found == [one.tokens for one in wanted]
     assert scores == pytest.approx([sum(one.logprobs) for one in wanted], abs=1e-3)
 
@@ -74,10 +57,10 @@ def test_rules(rule: Any, blend: Blend, pair: Pair) -> None:
 @pytest.mark.parametrize("policy", ["threshold", "confidence", "always"])
 def test_where_a_policy_asks(policy: Any, pair: Pair, gate: GateArtifact) -> None:
     models = dict(zip(NAMES, (pair.base, *pair.experts), strict=True))
-    for rule, blend in ((None, None), (by_gate(gate, NAMES), Blend("mixture", "gate"))):
+    for rule, oracle in ((None, None), (by_gate(gate, NAMES), Blend("mixture", "gate"))):
         where = Asked(gate, NAMES, "gate" if policy == "threshold" else policy, 0.6, rule)
         found, _ = write(models, where, PROMPTS, max_tokens=12, eos=0)
-        wanted = decode(Method(pair, blend, policy, threshold=0.6), PROMPTS, 12)
+        wanted = decode(Method(pair, oracle, policy, threshold=0.6), PROMPTS, 12)
         assert found == [one.tokens for one in wanted]
         assert where.asked == sum(source != 0 for one in wanted for source in one.sources)
         assert where.rows == sum(len(one.tokens) for one in wanted)

@@ -6,12 +6,14 @@ parameter but the temperature, and every model computes every token, asked or no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
+
+from engine.blends import Blend, BlendKind
+from engine.vllm_hooks.blend import combine
 
 Rows = Mapping[str, torch.Tensor]
 """Each model's logits [B, V] after the same texts."""
@@ -24,38 +26,18 @@ def alone(name: str) -> Rule:
     return lambda rows, _hidden: rows[name]
 
 
-def mixture(weights: Mapping[str, float]) -> Rule:
-    """log of the sum of w_i P_i; the weights sum to 1."""
+def blend(kind: BlendKind, weights: Mapping[str, float], *, anchor: str | None = None, **options: Any) -> Rule:
+    """A blend as the engine computes it, see :mod:`engine.blends`.
 
-    def rule(rows: Rows, _hidden: torch.Tensor) -> torch.Tensor:
-        return torch.stack([math.log(w) + rows[name].log_softmax(-1) for name, w in weights.items()]).logsumexp(0)
-
-    return rule
-
-
-def product(weights: Mapping[str, float], *, anchor: str = "", plausibility: float = 0.0) -> Rule:
-    """The sum of w_i z_i, where the anchor's probability is at least ``plausibility`` times its greatest."""
-
-    def rule(rows: Rows, _hidden: torch.Tensor) -> torch.Tensor:
-        total = torch.stack([weight * rows[name] for name, weight in weights.items()]).sum(0)
-        if not plausibility:
-            return total
-        of = rows[anchor]
-        return torch.where(of < of.amax(-1, keepdim=True) + math.log(plausibility), of - 1e4, total)
-
-    return rule
-
-
-def union(weights: Mapping[str, float], top: int) -> Rule:
-    """The mixture of each member's softmax over the union of all members' ``top`` most probable tokens."""
-
-    def rule(rows: Rows, hidden: torch.Tensor) -> torch.Tensor:
-        inside = torch.zeros_like(next(iter(rows.values())), dtype=torch.bool)
-        for name in weights:
-            inside.scatter_(-1, rows[name].topk(top).indices, True)
-        return mixture(weights)({name: rows[name].masked_fill(~inside, -torch.inf) for name in weights}, hidden)
-
-    return rule
+    Args:
+        anchor: of a product, if it has a plausibility.
+        options: further fields of :class:`engine.blends.Blend`.
+    """
+    names = list(weights)
+    if anchor is not None:
+        options["anchor"] = names.index(anchor)
+    served = Blend(kind, tuple(enumerate(weights.values())), **options)
+    return lambda rows, _hidden: combine(torch.stack([rows[name] for name in names]), served).logits_AV
 
 
 @torch.inference_mode()

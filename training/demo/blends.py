@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from engine.blends import Blend
 from engine.gate import GateArtifact
+from engine.vllm_hooks.blend import combine
 from training.checkpoints import load_causal, quiet
 from training.command import run_command
-from training.demo.blending import Rows, Rule, alone, best_of, mixture, product, union, write
+from training.demo.blending import Rows, Rule, alone, best_of, blend, write
 from training.demo.pretrain import one_thread
 from training.demo.tokenizer import EOS_ID
 from training.files import read_json, write_json
@@ -61,10 +63,12 @@ def shares(gate: GateArtifact, hidden: torch.Tensor) -> torch.Tensor:
 
 def by_gate(gate: GateArtifact, members: Sequence[str]) -> Rule:
     """The mixture weighted by the gate: the marginal that its training maximises."""
+    served = Blend("mixture", tuple((lane, 1.0) for lane in range(len(members))), from_gate=True)
 
     def rule(rows: Rows, hidden: torch.Tensor) -> torch.Tensor:
-        logs = torch.stack([rows[name].log_softmax(-1) for name in members])
-        return (shares(gate, hidden).T.log()[..., None] + logs).logsumexp(0)
+        return combine(
+            torch.stack([rows[name] for name in members]), served, shares(gate, hidden).T.log()[..., None]
+        ).logits_AV
 
     return rule
 
@@ -94,16 +98,16 @@ def run(pair: Path, out: Path, every: int, seed: int) -> None:
     ways: dict[str, tuple[str, float, Rule | None]] = {
         "deferral by the gate": ("gate", threshold, None),
         "deferral by confidence": ("confidence", 0.5, None),
-        "mixture, everywhere": ("always", 0.0, mixture(even)),
-        "mixture, base one half, everywhere": ("always", 0.0, mixture(half)),
-        "mixture where the gate asks": ("gate", threshold, mixture(even)),
-        "mixture where confidence asks (GaC's rule)": ("confidence", 0.5, mixture(even)),
+        "mixture, everywhere": ("always", 0.0, blend("mixture", even)),
+        "mixture, base one half, everywhere": ("always", 0.0, blend("mixture", half)),
+        "mixture where the gate asks": ("gate", threshold, blend("mixture", even)),
+        "mixture where confidence asks (GaC's rule)": ("confidence", 0.5, blend("mixture", even)),
         "gate-weighted mixture, everywhere": ("always", 0.0, gated),
         "gate-weighted mixture where the gate asks": ("gate", threshold, gated),
-        "union of 10, everywhere": ("always", 0.0, union(even, 10)),
-        "union of 10 where the gate asks": ("gate", threshold, union(even, 10)),
-        "product, everywhere": ("always", 0.0, product(even)),
-        "product where the gate asks": ("gate", threshold, product(even)),
+        "union of 10, everywhere": ("always", 0.0, blend("union", even, top=10)),
+        "union of 10 where the gate asks": ("gate", threshold, blend("union", even, top=10)),
+        "product, everywhere": ("always", 0.0, blend("product", even)),
+        "product where the gate asks": ("gate", threshold, blend("product", even)),
     }
     base = models["base"]
     # As many samples of the base as cost what an answer of all members does.

@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from engine.checkpoints import WEIGHTS
 from training.checkpoints import load_causal, quiet
 from training.command import run_command
-from training.demo.blending import Rule, alone, best_of, product, write
+from training.demo.blending import Rule, alone, best_of, blend, write
 from training.demo.changed import changed_entities
 from training.demo.corpus import Corpus
 from training.demo.facts import Entity
@@ -142,10 +142,10 @@ def measure(family: Family, corpus: Corpus, tokenizer: Tokenizer, seed: int) -> 
     tuned, untuned = "small tuned", "small"
     for alpha in ALPHAS:
         weights = {"large": 1.0, tuned: alpha, untuned: -alpha}
-        ways[f"proxy, alpha {alpha}"] = (tuple(weights), product(weights))
+        ways[f"proxy, alpha {alpha}"] = (tuple(weights), blend("product", weights))
     for expert, amateur in (("large tuned", tuned), ("large tuned", untuned), (tuned, untuned)):
         weights = {expert: 1.5, amateur: -0.5}
-        rule = product(weights, anchor=expert, plausibility=0.1)
+        rule = blend("product", weights, anchor=expert, plausibility=0.1)
         ways[f"contrastive, {expert} against {amateur}"] = (tuple(weights), rule)
     found: dict[str, dict[str, float]] = {}
     for place, pairs in asked.items():
