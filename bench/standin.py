@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+import msgspec
+
 from engine.blends import Blend
 from engine.config import EngineConfig
 from engine.lanes.backend import Loaded
@@ -205,17 +207,11 @@ class StandinLane:
         """Counters and gauges."""
         seconds, self._seconds = self._seconds, []
         used = sum(row.computed for row in self._rows.values())
-        stats = self._stats
-        return LaneStats(
-            stats.name,
-            stats.steps,
-            seconds,
-            stats.rows,
-            stats.computed_tokens,
-            stats.catchup_tokens,
-            stats.preemptions,
-            len(self._rows),
-            used / self._kv_tokens,
+        return msgspec.structs.replace(
+            self._stats,
+            step_seconds=seconds,
+            requests=len(self._rows),
+            kv_usage=used / self._kv_tokens,
         )
 
     def shutdown(self) -> None:

@@ -317,17 +317,12 @@ class VllmLane:
     def stats(self) -> LaneStats:
         """Counters and gauges."""
         seconds, self._seconds = self._seconds, []
-        stats = self._stats
-        return LaneStats(
-            stats.name,
-            stats.steps,
-            seconds,
-            stats.rows,
-            stats.computed_tokens,
-            stats.catchup_tokens,
-            self._scheduler.num_preemptions,
-            len(self._scheduler.requests),
-            self._scheduler.get_kv_cache_usage(),
+        return msgspec.structs.replace(
+            self._stats,
+            step_seconds=seconds,
+            preemptions=self._scheduler.num_preemptions,
+            requests=len(self._scheduler.requests),
+            kv_usage=self._scheduler.get_kv_cache_usage(),
         )
 
     def shutdown(self) -> None:

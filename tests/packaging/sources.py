@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("server", "engine", "training", "bench")
 
 
 def project_files() -> list[Path]:
@@ -21,6 +22,13 @@ def project_files() -> list[Path]:
     ).stdout
     files = [ROOT / name for name in listed.split("\0") if name]
     return [file for file in files if file.is_file()]
+
+
+def package_files(root: Path) -> Iterator[tuple[str, Path]]:
+    """Each Python file of the packages under ``root``, with its package."""
+    for package in PACKAGES:
+        for file in sorted((root / package).rglob("*.py")):
+            yield package, file
 
 
 def imported_modules(source: str) -> Iterator[tuple[int, str]]:

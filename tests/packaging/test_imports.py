@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.sources import ROOT, imported_modules
+from tests.packaging.sources import ROOT, imported_modules, package_files
 
 WEB = {"fastapi", "starlette", "uvicorn"}
 FORBIDDEN = {
@@ -30,17 +30,16 @@ VLLM_HOMES = (Path("engine/vllm_hooks"), Path("engine/composed"))
 def forbidden_imports(root: Path) -> list[str]:
     """Every import under ``root`` that breaks a rule, as "file:line imports module"."""
     found = []
-    for room in ("server", "engine", "training", "bench"):
-        for file in sorted((root / room).rglob("*.py")):
-            path = file.relative_to(root)
-            for line, module in imported_modules(file.read_text()):
-                top = module.partition(".")[0]
-                vllm_abroad = top == "vllm" and not any(map(path.is_relative_to, VLLM_HOMES))
-                stranger = path.is_relative_to(PURE) and not (
-                    top in PURE_MAY_IMPORT | sys.stdlib_module_names or module.startswith("engine.spelling")
-                )
-                if top in FORBIDDEN.get(room, set()) or vllm_abroad or stranger:
-                    found.append(f"{path}:{line} imports {module}")
+    for room, file in package_files(root):
+        path = file.relative_to(root)
+        for line, module in imported_modules(file.read_text()):
+            top = module.partition(".")[0]
+            vllm_abroad = top == "vllm" and not any(map(path.is_relative_to, VLLM_HOMES))
+            stranger = path.is_relative_to(PURE) and not (
+                top in PURE_MAY_IMPORT | sys.stdlib_module_names or module.startswith("engine.spelling")
+            )
+            if top in FORBIDDEN.get(room, set()) or vllm_abroad or stranger:
+                found.append(f"{path}:{line} imports {module}")
     return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.sources import ROOT
+from tests.packaging.sources import ROOT, package_files
 
 HOMES = {
     # What people write: settings and requests.
@@ -29,16 +29,15 @@ HOMES = {
 def strangers(root: Path) -> list[str]:
     """Every record of a kind that is not at home where it stands, as "file:line: kind"."""
     found = []
-    for room in ("server", "engine", "training", "bench"):
-        for file in sorted((root / room).rglob("*.py")):
-            path = file.relative_to(root).as_posix()
-            for node in ast.walk(ast.parse(file.read_text())):
-                kinds = [ast.unparse(base).rpartition(".")[2] for base in getattr(node, "bases", ())]
-                found += [
-                    f"{path}:{node.lineno}: {kind}"  # type: ignore[attr-defined]
-                    for kind in kinds
-                    if kind in HOMES and not any(path == home or path.startswith(home) for home in HOMES[kind])
-                ]
+    for _, file in package_files(root):
+        path = file.relative_to(root).as_posix()
+        for node in ast.walk(ast.parse(file.read_text())):
+            kinds = [ast.unparse(base).rpartition(".")[2] for base in getattr(node, "bases", ())]
+            found += [
+                f"{path}:{node.lineno}: {kind}"  # type: ignore[attr-defined]
+                for kind in kinds
+                if kind in HOMES and not any(path == home or path.startswith(home) for home in HOMES[kind])
+            ]
     return found
 
 

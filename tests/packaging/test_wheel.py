@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 
 from server import __version__
-from tests.packaging.sources import ROOT, project_files
-
-PACKAGES = ("server", "engine", "training", "bench")
+from tests.packaging.sources import PACKAGES, ROOT, project_files
 
 
 @pytest.fixture(scope="module")
