@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { Card } from "./card.js";
 import { LANGUAGES, showCode } from "./code.js";
-import { byId, copyText, el } from "./dom.js";
+import { byId, copyFrom, el } from "./dom.js";
 import { examplesFor } from "./examples.js";
 import { History } from "./history.js";
 import { savedKey, saveKey } from "./key.js";
@@ -300,22 +300,15 @@ async function runSweep() {
 
 // Code and links
 
-async function copy() {
+function copy() {
   const shown = document.querySelector(".code pre:not([hidden])");
-  await saidOn(ui.copy, await copyText(shown.textContent, shown));
+  copyFrom(ui.copy, shown.textContent, shown);
 }
 
-async function share() {
+function share() {
   const link = linkTo(settings.read());
   window.history.replaceState(null, "", link);
-  await saidOn(ui.share, await copyText(link, ui.status));
-}
-
-function saidOn(button, copied) {
-  const before = button.dataset.label ?? button.textContent;
-  button.dataset.label = before;
-  button.textContent = copied ? "Copied" : button === ui.share ? "Link is in the address" : "Selected";
-  return new Promise((resolve) => setTimeout(() => resolve((button.textContent = before)), 1500));
+  copyFrom(ui.share, link, ui.status, "Link is in the address");
 }
 
 function chooseTab(chosen) {

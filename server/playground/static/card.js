@@ -1,7 +1,7 @@
 // One model's answer: its tokens by source, the gate's trace under them, the figures, and what the other members would
 // have written at a token.
 
-import { copyText, el } from "./dom.js";
+import { copyFrom, el } from "./dom.js";
 import { shown } from "./odds.js";
 import { letterOf, quoted, styleOf } from "./sources.js";
 import { Trace } from "./trace.js";
@@ -30,7 +30,7 @@ export class Card {
     this.actions = actions;
     const id = `card-${model.title.replace(/\W/g, "-")}`;
     this.state = el("p", { class: "card-state" }, "not run yet");
-    this.copyButton = el("button", { type: "button", class: "small", onclick: () => this.#copy() }, "Copy");
+    this.copyButton = el("button", { type: "button", class: "small", onclick: () => copyFrom(this.copyButton, this.answer(), this.text) }, "Copy");
     this.replyButton = el("button", { type: "button", class: "small", onclick: () => actions.reply(this) }, "Reply");
     this.text = el("div", {
       class: "text",
@@ -349,12 +349,6 @@ export class Card {
     const wait = this.first === null ? null : this.first - this.started;
     rows.push(figure("First token", wait === null ? "–" : `${wait.toFixed(0)} ms`, "first"));
     this.figures.replaceChildren(...rows);
-  }
-
-  async #copy() {
-    const done = await copyText(this.answer(), this.text);
-    this.copyButton.textContent = done ? "Copied" : "Selected";
-    setTimeout(() => (this.copyButton.textContent = "Copy"), 1500);
   }
 
   #listen() {

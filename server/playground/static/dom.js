@@ -27,7 +27,7 @@ export function el(tag, properties = {}, ...children) {
  * shows it, for Ctrl+C.
  * @returns {Promise<boolean>} whether it was copied
  */
-export async function copyText(text, element) {
+async function copyText(text, element) {
   try {
     await navigator.clipboard.writeText(text);
     return true;
@@ -35,6 +35,13 @@ export async function copyText(text, element) {
     getSelection().selectAllChildren(element);
     return document.execCommand("copy");
   }
+}
+
+/** Copy a text at the click of a button, which says for a moment what became of it. */
+export async function copyFrom(button, text, element, otherwise = "Selected") {
+  button.dataset.label ??= button.textContent;
+  button.textContent = (await copyText(text, element)) ? "Copied" : otherwise;
+  setTimeout(() => (button.textContent = button.dataset.label), 1500);
 }
 
 /** A number in an input, or null where it is empty. */

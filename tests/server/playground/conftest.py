@@ -69,16 +69,11 @@ def open_page(tmp_path: Path) -> Iterator[Open]:
     def make(address: str, width: int = 1280, height: int = 1000, *, dark: bool = False) -> Page:
         if webdriver is None:
             pytest.skip("no selenium: pip install selenium")
-        browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
-        driver = shutil.which("chromedriver")
-        if browser is None or driver is None:
-            pytest.skip("no chromium or no chromedriver: apt-get install chromium chromium-driver")
-        options = webdriver.ChromeOptions()
-        options.binary_location = browser
-        for flag in (*FLAGS, f"--user-data-dir={tmp_path / f'profile-{len(opened)}'}"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        page = Page(webdriver.Chrome(options=options, service=Driver(driver)), address)
+        try:
+            driver = chromium(tmp_path / f"profile-{len(opened)}")
+        except FileNotFoundError as missing:
+            pytest.skip(str(missing))
+        page = Page(driver, address)
         opened.append(page)
         page.resize(width, height)
         page.prefer(dark=dark)
@@ -88,6 +83,24 @@ def open_page(tmp_path: Path) -> Iterator[Open]:
     yield make
     for page in opened:
         page.driver.quit()
+
+
+def chromium(profile: Path) -> Any:
+    """A Chromium without a window, its profile in a folder of its own.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    browser = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    driver = shutil.which("chromedriver")
+    if browser is None or driver is None:
+        raise FileNotFoundError("no chromium or no chromedriver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    return webdriver.Chrome(options=options, service=Driver(driver))
 
 
 @contextmanager

@@ -108,6 +108,15 @@ class Page:
         """One of a card's figures."""
         return str(self.one(f"[data-model='{model}'] [data-figure='{name}'] b").text)
 
+    def allow_copying(self) -> None:
+        """As a user allows it when the browser asks."""
+        permissions = {"origin": self.address, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+        self.driver.execute_cdp_cmd("Browser.grantPermissions", permissions)
+
+    def copied(self) -> str:
+        """What the clipboard holds."""
+        return str(self.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])"))
+
     def console(self) -> list[str]:
         """What the browser complained of since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser")]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,10 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service as Driver
 
-from tests.server.playground.conftest import CHROMIUM, FLAGS
+from tests.server.playground.conftest import chromium
 from tests.server.playground.page import Page
 
 WIDTH, HEIGHT = 1200, 900
@@ -127,12 +124,8 @@ def top_of(page: Page, selector: str) -> int:
 @contextmanager
 def browser(url: str, *, dark: bool) -> Iterator[Page]:
     """The playground in a window."""
-    options = webdriver.ChromeOptions()
-    options.binary_location = next(filter(None, map(shutil.which, CHROMIUM)))
     with tempfile.TemporaryDirectory() as profile:
-        for flag in (*FLAGS, f"--user-data-dir={profile}"):
-            options.add_argument(flag)
-        page = Page(webdriver.Chrome(options=options, service=Driver(shutil.which("chromedriver"))), url)
+        page = Page(chromium(Path(profile)), url)
         try:
             page.resize(WIDTH, HEIGHT)
             page.prefer(dark=dark)

@@ -178,14 +178,13 @@ def test_copied_code_does_the_same(demo: LiveServer, open_page: Open, prompt: st
             page.one("#prompt"), prompt)  # fmt: skip
     page.run()
     shown = [token[:2] for token in page.tokens(MODEL)]
-    permissions = {"origin": demo.url, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
-    page.driver.execute_cdp_cmd("Browser.grantPermissions", permissions)
+    page.allow_copying()
     copied = {}
     for language in ("curl", "python", "javascript"):
         page.one(f"#tab-{language}").click()
         page.one("#copy").click()
         eventually(lambda: page.one("#copy").text == "Copied")
-        copied[language] = page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])")
+        copied[language] = page.copied()
         eventually(lambda: page.one("#copy").text == "Copy")
     out = subprocess.run(["bash", "-c", copied["curl"]], capture_output=True, text=True, timeout=60, check=True).stdout
     events = [json.loads(line[6:]) for line in out.splitlines() if line.startswith("data: {")]

@@ -165,11 +165,10 @@ def test_an_answer_is_copied_without_marks(open_page: Open) -> None:
         page = open_page(address)
         page.set_number("#max-tokens", 100)
         page.run()
-        permissions = {"origin": address, "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
-        page.driver.execute_cdp_cmd("Browser.grantPermissions", permissions)
+        page.allow_copying()
         page.one(".joint .card-actions button:last-child").click()
         eventually(lambda: page.one(".joint .card-actions button:last-child").text == "Copied")
-        assert page.driver.execute_async_script("navigator.clipboard.readText().then(arguments[0])") == text
+        assert page.copied() == text
         assert page.js("return document.querySelector('.joint .text').innerText").strip() == text
         assert page.all(".token.end") == []
         assert page.all(".joint [role='option']") == []
