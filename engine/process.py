@@ -286,6 +286,7 @@ def build(
         gate,
         loaded.versions,
         policy,
+        strategies.deferral.thresholds,
     )
     return scheduler, lanes, info, pacer
 

@@ -302,6 +302,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         eos_token_ids: end a request unless it ignores them.
         coordination: "lockstep" or "overlapped", as resolved.
         policy: for requests that name none.
+        thresholds: for requests that name none, by policy: of those that have one and can be used.
     """
 
     lanes: list[LaneInfo]
@@ -312,6 +313,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     gate: GateInfo | None
     versions: dict[str, str]
     policy: PolicyName = "never"
+    thresholds: dict[PolicyName, float] = {}
 
 
 class LaneStats(msgspec.Struct, array_like=True):

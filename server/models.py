@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from engine.strategies.deferral.policies import POLICIES
-from engine.strategies.deferral.strategy import CONFIDENCE_THRESHOLD
 from engine.types import BASE, Collaboration, EngineInfo, PolicyName
 from server.blends import BlendTable
 from server.errors import ApiError, invalid, shown, unknown_model
@@ -54,11 +53,10 @@ class ModelTable:
         """What is in force for requests that name nothing, and what they may name."""
         gate = info.gate
         policies = [name for name, policy in POLICIES.items() if gate is not None or policy.needs != "gate"]
-        thresholds = {"confidence": CONFIDENCE_THRESHOLD}
-        if gate is not None:
-            thresholds["threshold"] = gate.threshold
         blends = self._blends.usable(has_gate=gate is not None) if self._experts else []
-        return ServedCollaboration(info.policy, policies, thresholds, gate is not None, list(self._experts), blends)
+        return ServedCollaboration(
+            info.policy, policies, info.thresholds, gate is not None, list(self._experts), blends
+        )
 
     def collaboration(self, name: str, options: CollaborationOptions | None, info: EngineInfo) -> Collaboration:
         """What the engine is told.

@@ -186,7 +186,7 @@ class ServedCollaboration(Struct):
 
     policy: PolicyName
     policies: list[PolicyName]
-    thresholds: dict[str, float]
+    thresholds: dict[PolicyName, float]
     gate: bool
     experts: list[str]
     blends: list[str]

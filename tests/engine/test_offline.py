@@ -104,6 +104,7 @@ def test_no_folder_is_left(short_tmp: Path) -> None:
 def test_many_engines_side_by_side() -> None:
     with Engine(standin_config(PAIR)) as one, Engine(standin_config(Pair(experts=0))) as other:
         assert one.info.policy == "threshold"
+        assert one.info.thresholds == {"threshold": PAIR.threshold, "confidence": 0.5}
         check(one.generate([request()])[0], request(), PAIR)
         check(other.generate([request()])[0], request(), Pair(experts=0))
 

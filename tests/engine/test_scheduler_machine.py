@@ -295,7 +295,7 @@ class AcceptsOldPositions(Scheduler):
         samples = list(samples)
         for sample in samples:
             if decoding := self._running.get(sample.request_id):
-                sample.position = decoding.answer.position
+                sample.position = decoding.answer.prompt_length + len(decoding.answer.tokens)
         super().land(lane, samples)
 
 

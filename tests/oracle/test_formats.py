@@ -92,6 +92,7 @@ def test_pair_without_a_gate(random_pair: pairs.Served, twin_engine: Engine, pro
     assert make_plan(random_pair.config(gate=False)).gate is None
     assert twin_engine.info.gate is None
     assert twin_engine.info.policy == "confidence"
+    assert twin_engine.info.thresholds == {"confidence": 0.5}
     refused, confident = twin_engine.generate(
         [
             GenerationRequest("threshold", prompts[0], collaboration=Collaboration(policy="threshold")),

@@ -98,6 +98,7 @@ class FakeEngine:
             gate=GateInfo("gate-folder", "threshold", 0.5) if gate else None,
             versions={"vllm": "0.0"},
             policy="threshold" if gate else policy or "confidence",
+            thresholds={"threshold": 0.5, "confidence": 0.5} if gate else {"confidence": 0.5},
         )
         self.stats = EngineStats([LaneStats("base"), LaneStats("codes")])
         self.alive = True

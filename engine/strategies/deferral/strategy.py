@@ -79,7 +79,12 @@ class Deferral:
         self.waits = [Wait(lane) for lane in range(lanes)]
         self.has_gate = has_gate
         self._policy: PolicyName = policy
-        self._threshold = threshold
+        self.thresholds: dict[PolicyName, float] = {
+            name: CONFIDENCE_THRESHOLD if name == "confidence" else threshold
+            for name, each in POLICIES.items()
+            if each.has_threshold and (has_gate or each.needs != "gate")
+        }
+        """The default threshold of each policy that has one and can be used."""
         self._run_ahead: RunAhead = run_ahead
         self._drafting = drafting
 
@@ -106,7 +111,7 @@ class Deferral:
             raise Rejected(f"policy {policy.name!r} needs a gate, and none is served")
         threshold = collaboration.threshold
         if threshold is None:
-            threshold = CONFIDENCE_THRESHOLD if policy.name == "confidence" else self._threshold
+            threshold = self.thresholds.get(policy.name, 0.0)
         return policy, threshold
 
     def window_limit(self, answer: Sequence) -> int | None:
