@@ -185,13 +185,17 @@ class Ranking:
     """How well a gate orders gold tokens, teacher-forced.
 
     Attributes:
-        accuracy: share of the gold tokens that the models' argmaxes write, averaged over all deferral rates: at each,
-            the tokens with the greatest log-odds are written by the expert with the greatest value.
+        accuracy: share of the gold tokens that the models' argmaxes write, averaged over deferral rates from 0 to
+            ``rates``: at each, the tokens with the greatest log-odds are written by the expert with the greatest value.
         auroc: of the log-odds, for tokens that only an expert gets right; None where there are none, or only those.
+        rates: twice the share of tokens that only an expert gets right, at most 1. A perfect gate is done at half of
+            it, and nobody serves at a rate far beyond, where the order says little about what is deferred first. 1
+            where there are no such tokens.
     """
 
     accuracy: float
     auroc: float | None
+    rates: float = 1.0
 
 
 def ranking(gate: Gate, scores: PairScores) -> Ranking:
@@ -203,6 +207,8 @@ def ranking(gate: Gate, scores: PairScores) -> Ranking:
     right_NK = torch.stack([expert.top_N == scores.gold_N for expert in scores.experts], dim=1).double()
     expert_N = right_NK.gather(1, favourite_N[:, None])[:, 0]
     gain_N = (expert_N - base_N)[log_odds_N.argsort(descending=True)]
+    needed_N, count = scores.weak_labels() > 0, len(base_N)
+    greatest = min(2 * int(needed_N.sum()), count) or count
     # Right at rate m / N: those of the base, and what the first m tokens gain.
-    right_M = base_N.sum() + torch.cat([torch.zeros(1, dtype=torch.float64), gain_N.cumsum(0)])
-    return Ranking(float(right_M.mean() / len(base_N)), auroc(log_odds_N, scores.weak_labels() > 0))
+    right_M = base_N.sum() + torch.cat([torch.zeros(1, dtype=torch.float64), gain_N[:greatest].cumsum(0)])
+    return Ranking(float(right_M.mean() / count), auroc(log_odds_N, needed_N), greatest / count)

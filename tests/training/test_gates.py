@@ -109,13 +109,33 @@ def test_an_mlp_learns_what_a_vector_cannot(tmp_path: Path) -> None:
 
 
 def test_ranking_by_hand() -> None:
-    """Tokens in the gate's order: the expert gains one, loses one, changes nothing; so right are 2, 3, 2, 2 of 3."""
+    """Tokens in the gate's order: the expert gains one, loses one, changes nothing; so right are 2, 3, 2, 2 of 3.
+
+    One of three is needed, so what happens beyond a rate of 2/3 does not count.
+    """
     gold = torch.ones(3, dtype=torch.long)
     base = ModelScores(torch.zeros(3), torch.tensor([0, 1, 1]), torch.tensor([[3.0], [2.0], [1.0]]))
     expert = ModelScores(torch.zeros(3), torch.tensor([1, 0, 1]), None)
     found = ranking(Gate(torch.ones(1, 1), torch.zeros(1)), PairScores(gold, [0, 3], base, (expert,)))
-    assert found.accuracy == pytest.approx((2 + 3 + 2 + 2) / 4 / 3)
+    assert found.rates == pytest.approx(2 / 3)
+    assert found.accuracy == pytest.approx((2 + 3 + 2) / 3 / 3)
     assert found.auroc == 1.0
+
+
+def test_the_ranking_counts_what_is_deferred_first() -> None:
+    """Two of ten tokens are needed, and the expert spoils four. One gate finds the needed ones first and then the
+    spoilt ones, the other the harmless ones first: better on average over all rates, worse where anybody serves."""
+    gold = torch.ones(10, dtype=torch.long)
+    base_top = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1, 1, 1])
+    expert_top = torch.tensor([1, 1, 0, 0, 0, 0, 1, 1, 1, 1])
+    first, second = torch.tensor([[9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0, 9, 8, 7, 6]]).float()
+    hidden = torch.stack([first, second], dim=1)
+    base = ModelScores(torch.zeros(10), base_top, hidden)
+    scores = PairScores(gold, [0, 10], base, (ModelScores(torch.zeros(10), expert_top, None),))
+    found = [ranking(Gate(theta[None], torch.zeros(1)), scores) for theta in torch.eye(2)]
+    assert found[0].rates == 0.4
+    assert found[0].accuracy > found[1].accuracy
+    assert found[0].accuracy == pytest.approx((8 + 9 + 10 + 9 + 8) / 50)
 
 
 def test_log_odds_do_not_saturate_and_engine_and_training_agree() -> None:

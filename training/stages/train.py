@@ -85,7 +85,8 @@ def _better(scores: PairScores, start: Gate, trained: Gate) -> tuple[Gate, dict[
     if kept == "start":
         print(
             f"the initial gate is kept: on validation text, the models write {found['start'].accuracy:.4f} of the gold "
-            f"tokens with it on average over all deferral rates, and {found['trained'].accuracy:.4f} after training"
+            f"tokens with it on average over deferral rates up to {found['start'].rates:.2f}, and "
+            f"{found['trained'].accuracy:.4f} after training"
         )
     results = {"kept": kept, "held_out": {name: asdict(each) for name, each in found.items()}}
     return trained if kept == "trained" else start, results
