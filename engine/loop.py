@@ -136,6 +136,7 @@ class StepLoop:
             counters.runahead_accepted,
             counters.runahead_discarded,
             counters.agreements,
+            counters.unaligned_deferrals,
         )
 
     def shutdown(self) -> None:

@@ -106,6 +106,7 @@ class Engine:
                 whole.error,
                 whole.code,
                 whole.support,
+                whole.words,
             )
             if on_done is not None:
                 on_done(completion)

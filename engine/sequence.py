@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Set
 
-from engine.types import Collaboration, Delta, ErrorCode, FinishReason, GenerationRequest, Token, TokenLogprobs
+from engine.types import (
+    Collaboration,
+    Delta,
+    ErrorCode,
+    FinishReason,
+    GenerationRequest,
+    Token,
+    TokenLogprobs,
+    WrittenWord,
+)
 
 
 class Sequence:
@@ -63,6 +72,9 @@ class Sequence:
         delta.deferrals.append(token.deferral)
         if token.support is not None:
             delta.support.append((len(delta.tokens) - 1, token.support))
+        if token.word is not None:
+            length, logprob = token.word
+            delta.words.append(WrittenWord(len(delta.tokens) - 1, length, token.credit, logprob))
         if token.logprobs is not None:
             if delta.logprobs is None:
                 delta.logprobs = []

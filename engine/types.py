@@ -8,7 +8,7 @@ Lanes are numbered: 0 is the base, 1..K are the experts in the order of the conf
 from __future__ import annotations
 
 from enum import Enum
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -170,6 +170,22 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int
 
 
+class WrittenWord(NamedTuple):
+    """A word that an expert of another vocabulary has written.
+
+    Attributes:
+        start: number of its first token.
+        length: in tokens of the base's vocabulary.
+        source: the lane that wrote it.
+        logprob: with that lane, all of its own tokens together.
+    """
+
+    start: int
+    length: int
+    source: int
+    logprob: float
+
+
 class Token(msgspec.Struct, gc=False):
     """One token that is written.
 
@@ -179,6 +195,7 @@ class Token(msgspec.Struct, gc=False):
         deferral: the deferral probability at its position; None where no gate was asked.
         logprobs: if the request asked for them.
         support: of a blended token: its log-probability with each member that took part, in lane order.
+        word: (tokens, log-probability) of the word that it begins, see :class:`WrittenWord`.
     """
 
     id: int
@@ -186,6 +203,7 @@ class Token(msgspec.Struct, gc=False):
     deferral: float | None = None
     logprobs: TokenLogprobs | None = None
     support: list[float] | None = None
+    word: tuple[int, float] | None = None
 
 
 class Delta(msgspec.Struct, array_like=True, gc=False):
@@ -208,6 +226,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         timeline: with the last delta, if asked for: seconds of the machine's monotonic clock at which the request was
             admitted, then for each deferral when it was parked and when its expert token came.
         support: (index in ``tokens``, log-probability with each member that took part) of each blended token.
+        words: those that experts of other vocabularies wrote; ``start`` is an index in ``tokens``.
     """
 
     request_id: str
@@ -224,9 +243,12 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     code: ErrorCode | None = None
     collaboration: Collaboration | None = None
     support: list[tuple[int, list[float]]] = []
+    words: list[WrittenWord] = []
 
     def merge(self, later: Delta) -> None:
         """Take in the next delta of the same request."""
+        if later.words:
+            self.words += [word._replace(start=word.start + len(self.tokens)) for word in later.words]
         if later.support:
             self.support += [(index + len(self.tokens), values) for index, values in later.support]
         self.tokens += later.tokens
@@ -261,6 +283,7 @@ class Completion(msgspec.Struct):
     error: str | None = None
     code: ErrorCode | None = None
     support: list[tuple[int, list[float]]] = []
+    words: list[WrittenWord] = []
 
 
 class GateInfo(msgspec.Struct, frozen=True):
@@ -356,6 +379,8 @@ class EngineStats(msgspec.Struct, array_like=True):
         runahead_accepted: tokens that the base drafted past a deferral and that stand.
         runahead_discarded: such tokens that do not.
         agreements: deferred positions at which the expert wrote what the base would have written.
+        unaligned_deferrals: deferred positions that the base wrote, since no word began there for an expert of another
+            vocabulary.
     """
 
     lanes: list[LaneStats]
@@ -370,3 +395,4 @@ class EngineStats(msgspec.Struct, array_like=True):
     runahead_accepted: int = 0
     runahead_discarded: int = 0
     agreements: int = 0
+    unaligned_deferrals: int = 0

@@ -103,6 +103,18 @@ class Strand:
         """The lane has been told what :meth:`plan` says."""
         self._told = self._held = len(self.tokens)
 
+    @property
+    def tellable(self) -> bool:
+        """Whether the lane can be brought to hold these tokens: it is never cut to none."""
+        return bool(self.tokens) or not self._held
+
+    def cut(self, length: int) -> None:
+        """Take the text back beyond an offset at which a token ends."""
+        place = self._place(length)
+        assert length == (self.ends[place - 1] if place else 0), "no token ends where the text is cut"
+        del self.text[length:], self.tokens[place:], self.ends[place:]
+        self._told = min(self._told, place)
+
     def settled(self) -> int:
         """How many tokens at the beginning will never be spelled anew, whatever follows."""
         boundary = self._boundary(self.text, len(self.text), 0)

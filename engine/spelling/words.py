@@ -31,13 +31,23 @@ def begins_word(boundaries: Boundaries, text: bytes, upcoming: bytes) -> bool:
     return tail[-1:] in b"\n\r\t" and upcoming[:1] not in _SPACE
 
 
+def inside_character(text: bytes | bytearray) -> bool:
+    """Whether a text ends with the beginning of a character in UTF-8."""
+    for back, byte in enumerate(reversed(text[-3:]), 1):
+        if byte >= 0xC0:
+            return back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)
+        if byte < 0x80:
+            return False
+    return False
+
+
 class Word:
     """Collects the tokens of one word, as its writer samples them.
 
     Args:
         speller: of the writer's vocabulary.
         text: what is written before, or its end.
-        most_bytes: the word is closed when it would be longer.
+        most_bytes: the word is closed when it would be longer, but not inside a character.
 
     Attributes:
         tokens: of the word.
@@ -72,7 +82,7 @@ class Word:
             self.closed = True
             return False
         if self.text and (
-            len(self.text) + len(part) > self._most_bytes
+            (len(self.text) + len(part) > self._most_bytes and not inside_character(self.text))
             or begins_word(self._speller.boundaries, self._before + self.text, part)
         ):
             self.closed = True

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import Any
 
 from engine.sequence import Sequence
+from engine.spelling.speller import Speller
 from engine.strategies.alone import Alone
 from engine.strategies.base import Counters, Decoding, Rejected
 from engine.strategies.deferral import Deferral
 from engine.strategies.deferral.blending import Blends
+from engine.strategies.words import Words
 from engine.types import BASE
 
 
@@ -19,6 +22,9 @@ class Strategies:
         members: number of members; 0 is the base, the others are experts.
         guidance: there is one lane more, for the base under negative prompts.
         blend_obstacle: why no blend can be served; None if nothing is in the way.
+        spellers: of each member's vocabulary, None for an expert that has the base's; empty if all have one.
+        contexts: of each member, in tokens; with ``spellers``.
+        end: the base's token that ends a text, if it has one; with ``spellers``.
         deferral: further arguments of :class:`~engine.strategies.deferral.Deferral`.
 
     Attributes:
@@ -26,13 +32,22 @@ class Strategies:
     """
 
     def __init__(
-        self, members: int, *, guidance: bool = False, blend_obstacle: str | None = None, **deferral: Any
+        self,
+        members: int,
+        *,
+        guidance: bool = False,
+        blend_obstacle: str | None = None,
+        spellers: Seq[Speller | None] = (),
+        contexts: Seq[int] = (),
+        end: int | None = None,
+        **deferral: Any,
     ) -> None:
         self.counters = Counters()
         lanes = members + guidance
         self.alone = Alone(lanes)
         self.deferral = Deferral(lanes=lanes, members=members, counters=self.counters, **deferral)
         self.blends = Blends(self.deferral, self.alone, blend_obstacle)
+        self.words = Words(self.deferral, spellers, contexts, end)
         self._lanes = lanes
         self._members = members
 
@@ -52,6 +67,8 @@ class Strategies:
             return self.blends.begin(answer)
         if member is not None or not self.deferral.experts(answer):
             return self.alone.begin(answer)
+        if self.words.concerns(self.deferral.experts(answer)):
+            return self.words.begin(answer)
         return self.deferral.begin(answer)
 
 

@@ -63,6 +63,7 @@ class Counters(msgspec.Struct):
     agreements: int = 0
     runahead_accepted: int = 0
     runahead_discarded: int = 0
+    unaligned_deferrals: int = 0
 
 
 class Decoding(ABC):

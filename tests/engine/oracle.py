@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -17,7 +17,7 @@ import msgspec
 from bench.standin import blended_token, distribution, gate_values, next_token, support
 from engine import draws
 from engine.blends import Blend
-from engine.types import BASE, BLEND, Completion, Delta, GenerationRequest, PolicyName, TokenLogprobs
+from engine.types import BASE, BLEND, Completion, Delta, GenerationRequest, PolicyName, TokenLogprobs, WrittenWord
 
 NEEDS_GATE = ("threshold", "sample")
 
@@ -53,6 +53,7 @@ class Written:
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     support: list[tuple[int, list[float]]] = field(default_factory=list)
+    words: list[WrittenWord] = field(default_factory=list)
 
 
 class Ledger:
@@ -69,6 +70,7 @@ class Ledger:
             assert delta.tokens or delta.finish_reason, "a delta that says nothing"
             assert len(delta.tokens) == len(delta.sources) == len(delta.deferrals)
             whole.support += [(len(whole.tokens) + index, values) for index, values in delta.support]
+            whole.words += [word._replace(start=word.start + len(whole.tokens)) for word in delta.words]
             whole.tokens += delta.tokens
             whole.sources += delta.sources
             whole.deferrals += delta.deferrals
@@ -214,18 +216,24 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
     return whole
 
 
-def check(got: Written | Completion, request: GenerationRequest, pair: Pair) -> None:
+def check(
+    got: Written | Completion,
+    request: GenerationRequest,
+    pair: Pair,
+    write: Callable[[GenerationRequest, Pair], Written] = complete,
+) -> None:
     """``got`` is what brute force writes; if it was aborted, the beginning of that.
 
     A ``Completion`` does not carry the stop token.
     """
-    expected = complete(request, pair)
+    expected = write(request, pair)
     count = len(got.tokens)
     aborted = got.finish_reason == "aborted"
     assert got.finish_reason in (expected.finish_reason, "aborted")
     assert got.tokens == (expected.tokens[:count] if aborted else expected.tokens)
     assert got.sources == expected.sources[:count]
     assert got.support == [item for item in expected.support if item[0] < count]
+    assert got.words == [word for word in expected.words if word.start < count]
     assert all(map(_same_probability, got.deferrals, expected.deferrals))
     assert len(got.deferrals) == count
     if isinstance(got, Written):

@@ -30,7 +30,7 @@ from engine.strategies.base import Decision, SharedText
 from engine.strategies.deferral.strategy import DeferralDecoding
 from engine.types import BASE, Delta, GenerationRequest, Token, TokenLogprobs
 from tests.engine.builders import POLICY_NAMES, make_lanes, make_scheduler, request
-from tests.engine.oracle import Ledger, Pair, check, look
+from tests.engine.oracle import Ledger, Pair, Written, check, look
 
 MAX_REQUESTS = 12
 MAX_EVENTS = 20_000
@@ -264,7 +264,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.ledger.got.keys() == self.requests.keys()
         for request_id, written in self.ledger.got.items():
             assert request_id in self.aborted or written.finish_reason != "aborted"
-            check(written, self.requests[request_id], self.pair)
+            self.check(written, self.requests[request_id])
+
+    def check(self, written: Written, request: GenerationRequest) -> None:
+        check(written, request, self.pair)
 
     def teardown(self) -> None:
         if hasattr(self, "pair"):

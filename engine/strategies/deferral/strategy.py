@@ -272,13 +272,7 @@ class DeferralDecoding(SharedText):
         """The base has sampled the position after all drafts: decide who writes there. Or an expert has decided."""
         if lane != self.primary_lane:
             return self._on_expert_sample(sample)
-        writer, deferral = BASE, None
-        if fault is None:
-            try:
-                writer, deferral = self._decide(sample)
-            except ValueError as error:
-                self.shared.counters.gate_errors += 1
-                fault = End(str(error), ErrorCode.BAD_READING)
+        writer, deferral, fault = self._look(sample, fault)
         if not self.window and writer == BASE and fault is None:
             # Nobody questions it: by far the most tokens never are drafts.
             return (Token(sample.token, BASE, deferral, sample.logprobs), self.shared.asks[BASE])
@@ -297,6 +291,16 @@ class DeferralDecoding(SharedText):
             yield self.shared.asks[writer]
         if self.window and self._drafts_on():
             yield self.shared.asks[BASE]
+
+    def _look(self, sample: Sample, fault: End | None) -> tuple[int, float | None, End | None]:
+        """The writer of the position that the base has sampled, the deferral probability there, and what is wrong."""
+        if fault is None:
+            try:
+                return *self._decide(sample), None
+            except ValueError as error:
+                self.shared.counters.gate_errors += 1
+                fault = End(str(error), ErrorCode.BAD_READING)
+        return BASE, None, fault
 
     def _decide(self, sample: Sample) -> tuple[int, float | None]:
         """The lane that writes the sampled position, and the deferral probability there."""
@@ -360,7 +364,7 @@ class DeferralDecoding(SharedText):
         yield token
         yield from self._commit_drafts()
 
-    def on_lane_lost(self, lane: int) -> Iterator[Decision]:
+    def on_lane_lost(self, lane: int) -> Iterable[Decision]:
         """The next position was deferred to this lane: as ``expert_failure`` says."""
         self.shared.counters.expert_failures += 1
         if self.shared.expert_failure == "error":
