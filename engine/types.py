@@ -8,7 +8,7 @@ Lanes are numbered: 0 is the base, 1..K are the experts in the order of the conf
 from __future__ import annotations
 
 from enum import Enum
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
@@ -170,7 +170,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     rank: int
 
 
-class WrittenWord(NamedTuple):
+class WrittenWord(msgspec.Struct, frozen=True, array_like=True):
     """A word that an expert of another vocabulary has written.
 
     Attributes:
@@ -184,6 +184,10 @@ class WrittenWord(NamedTuple):
     length: int
     source: int
     logprob: float
+
+    def moved(self, tokens: int) -> WrittenWord:
+        """The same word, so many tokens further on."""
+        return msgspec.structs.replace(self, start=self.start + tokens)
 
 
 class Token(msgspec.Struct, gc=False):
@@ -248,7 +252,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     def merge(self, later: Delta) -> None:
         """Take in the next delta of the same request."""
         if later.words:
-            self.words += [word._replace(start=word.start + len(self.tokens)) for word in later.words]
+            self.words += [word.moved(len(self.tokens)) for word in later.words]
         if later.support:
             self.support += [(index + len(self.tokens), values) for index, values in later.support]
         self.tokens += later.tokens

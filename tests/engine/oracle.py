@@ -70,7 +70,7 @@ class Ledger:
             assert delta.tokens or delta.finish_reason, "a delta that says nothing"
             assert len(delta.tokens) == len(delta.sources) == len(delta.deferrals)
             whole.support += [(len(whole.tokens) + index, values) for index, values in delta.support]
-            whole.words += [word._replace(start=word.start + len(whole.tokens)) for word in delta.words]
+            whole.words += [word.moved(len(whole.tokens)) for word in delta.words]
             whole.tokens += delta.tokens
             whole.sources += delta.sources
             whole.deferrals += delta.deferrals
