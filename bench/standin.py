@@ -41,19 +41,19 @@ def distribution(lane: int, tokens: Sequence[int]) -> int:
     return zlib.crc32(array("I", tokens).tobytes(), 5000 + lane)
 
 
-def blended_token(blend: Blend, distributions: Iterable[int], gate: Sequence[float] | None, vocab_size: int) -> int:
-    """The token that is drawn from a combination.
+def combination(blend: Blend, distributions: Iterable[int], gate: Sequence[float] | None) -> int:
+    """What stands for a combination.
 
     Args:
         distributions: of the members that weigh something, in lane order.
         gate: the gate's values at the position, if they are the weights.
     """
-    combination = repr((blend.kind, blend.weights, blend.plausibility, blend.anchor, list(gate or ())))
-    return zlib.crc32(array("Q", distributions).tobytes(), zlib.crc32(combination.encode())) % vocab_size
+    settings = repr((blend.kind, blend.weights, blend.plausibility, blend.anchor, list(gate or ())))
+    return zlib.crc32(array("Q", distributions).tobytes(), zlib.crc32(settings.encode()))
 
 
 def support(distribution: int, token: int) -> float:
-    """The log-probability of a token with a member."""
+    """The log-probability of a token with a member, or with a combination."""
     return -(distribution % 997 + token) / 100.0
 
 
@@ -174,7 +174,7 @@ class StandinLane:
             computed += chunk
             self._stats.catchup_tokens += 0 if fresh else chunk - 1
             while row.asked and row.asked[0] <= row.computed:
-                samples.append(self._sample(row, row.asked.pop(0)))
+                samples.append(self._sample(row, row.asked.pop(0), asked=True))
             if row.computed == len(row.tokens):
                 samples.append(self._sample(row, row.computed))
         report = LaneReport(samples, time.perf_counter() - begin, computed, rows)
@@ -244,12 +244,13 @@ class StandinLane:
                 self.preempt(request_id)
         return used + chunk <= self._kv_tokens
 
-    def _sample(self, row: _Row, position: int) -> Sample:
+    def _sample(self, row: _Row, position: int, *, asked: bool = False) -> Sample:
         request = row.request
         sampling = request.sampling
         tokens = row.tokens[:position]
         gate = gate_values(tokens, self._experts) if self._experts else None
-        token, of_members = self._draw(request, tokens, gate)
+        given = row.tokens[position] if asked and request.scores else None
+        token, of_members, logprobs = self._draw(request, tokens, gate, given)
         prompt_logprobs = None
         if row.wants_prompt_logprobs:
             row.wants_prompt_logprobs = False
@@ -264,38 +265,49 @@ class StandinLane:
             top_probability=(
                 zlib.crc32(array("I", tokens).tobytes(), 99) % 1001 / 1000.0 if request.wants_top_probability else None
             ),
-            logprobs=self._logprobs(token, sampling.logprobs) if sampling.logprobs is not None else None,
+            logprobs=logprobs if sampling.logprobs is not None else None,
             prompt_logprobs=prompt_logprobs,
             support=of_members,
         )
 
     def _draw(
-        self, request: LaneRequest, tokens: Sequence[int], gate: list[float] | None
-    ) -> tuple[int, list[float] | None]:
-        """The token after ``tokens``, and its support if it is a blend's."""
+        self, request: LaneRequest, tokens: Sequence[int], gate: list[float] | None, given: int | None
+    ) -> tuple[int, list[float] | None, TokenLogprobs]:
+        """The token after ``tokens``, its support if it is a blend's, and its log-probabilities.
+
+        Args:
+            given: is not drawn but scored; None for a token that is drawn.
+        """
+        count = request.sampling.logprobs or 0
         part = request.part
+        own = distribution(self._number, tokens)
+        token = self._write(tokens) if given is None else given
+        logprobs = self._logprobs(token, count, None if given is None else support(own, token))
         if part is None:
-            return self._write(tokens), None
-        own, index = distribution(self._number, tokens), len(tokens) - len(request.prompt)
+            return token, None, logprobs
+        index = len(tokens) - len(request.prompt)
         if not part.writes:
             self._shelf.put(self._number, request.request_id, index, Offer(own, gate))
-            return self._write(tokens), None
+            return token, None, logprobs
         blend = part.blend
         offers = [self._shelf.get(lane, request.request_id, index) for lane in blend.lanes[:-1]]
         found = [offer for offer in offers if offer is not None]
         if len(found) < len(offers):
-            return -1, None
+            return -1, None, logprobs
         distributions = [*(offer.row for offer in found), own]
-        token = blended_token(blend, distributions, found[0].gate if blend.from_gate else None, self._vocab_size)
-        return token, [support(of, token) for of in distributions]
+        combined = combination(blend, distributions, found[0].gate if blend.from_gate else None)
+        token = combined % self._vocab_size if given is None else given
+        logprobs = self._logprobs(token, count, None if given is None else support(combined, token))
+        return token, [support(of, token) for of in distributions], logprobs
 
     def _write(self, tokens: Sequence[int]) -> int:
         """The token after ``tokens``; what a kind of stand-in differs in."""
         return next_token(self._number, tokens, self._vocab_size)
 
-    def _logprobs(self, token: int, count: int) -> TokenLogprobs:
+    def _logprobs(self, token: int, count: int, logprob: float | None = None) -> TokenLogprobs:
         others = [(token + step) % self._vocab_size for step in range(count)]
-        return TokenLogprobs([token, *others], [-0.5, *(-0.5 - step for step in range(count))], 1)
+        own = -0.5 if logprob is None else logprob
+        return TokenLogprobs([token, *others], [own, *(-0.5 - step for step in range(count))], 1)
 
 
 def load(config: EngineConfig, *, shelf: Shelf, **_: Any) -> Loaded:

@@ -42,6 +42,7 @@ from engine.messages import (
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies
 from engine.strategies.deferral.pacing import Pacer
+from engine.strategies.scoring import window_of
 from engine.types import EngineInfo, ErrorCode, GenerationRequest, PolicyName
 
 logger = logging.getLogger(__name__)
@@ -263,6 +264,7 @@ def build(
         expert_failure=config.scheduler.expert_failure,
         run_ahead=config.scheduler.run_ahead,
         drafting=all(lane.info.can_cut for lane in lanes),
+        score_window=window_of(loaded.vocab_size),
         draft_pays=pacer.draft_pays,
         shelf_has_room=lambda: shelf.has_room,
         blend_obstacle=config.blend_obstacle or loaded.blend_obstacle,

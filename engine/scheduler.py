@@ -17,7 +17,19 @@ from engine.fair_queue import PROMPT_TOKEN_COST, WRITTEN_TOKEN_COST, FairQueue
 from engine.lane_book import LaneBook
 from engine.lanes.interface import Failure, LaneWork, Refusal, Sample
 from engine.sequence import Sequence
-from engine.strategies.base import LOST, Ask, Counters, Decision, Decoding, End, Outlook, Rejected, Strategy, Wait
+from engine.strategies.base import (
+    LOST,
+    Ask,
+    Counters,
+    Decision,
+    Decoding,
+    End,
+    Outlook,
+    Rejected,
+    Scored,
+    Strategy,
+    Wait,
+)
 from engine.types import BASE, Delta, ErrorCode, FinishReason, GenerationRequest, Token
 
 
@@ -171,7 +183,7 @@ class Scheduler:
             if decoding.answer.waits_for == lane:
                 self._resume(decoding)
                 self._carry_out(decoding, decoding.on_lane_lost(lane))
-            elif decoding.primary_lane == lane and decoding.answer.waits_for is None:
+            elif decoding.answer.waits_for is None and decoding.needs(lane):
                 self._end(decoding, "error", because=LOST)
 
     def regain(self, lane: int) -> None:
@@ -268,6 +280,10 @@ class Scheduler:
             elif type(decision) is Wait:
                 if not self._wait(decoding, decision.lane):
                     return False
+            elif type(decision) is Scored:
+                decoding.answer.note_prompt_logprobs(decision.entries)
+                self._end(decoding, "length")
+                return False
             else:
                 assert type(decision) is End
                 self._end(decoding, "error", because=decision)

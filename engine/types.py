@@ -77,7 +77,7 @@ class SamplingSpec(msgspec.Struct, frozen=True, omit_defaults=True):
             right after the others.
         cache_salt: cached prefixes are shared only with requests of the same salt.
         logprobs: how many of the most probable tokens to report beside each written one; None reports nothing.
-        prompt_logprobs: the same for prompt tokens, by the base; None reports nothing.
+        prompt_logprobs: the same for prompt tokens, by the base unless the request ``scores``; None reports nothing.
         max_tokens: most tokens to write; at least 1.
         min_tokens: end-of-sequence and stop tokens cannot be drawn before this many tokens are written.
         structured_outputs: a grammar; None is free text.
@@ -138,6 +138,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     Attributes:
         request_id: unique among the requests in flight.
         prompt: token ids, at least one.
+        scores: nothing is written: ``sampling.prompt_logprobs`` are the joint model's, see
+            :mod:`engine.strategies.scoring`, and the request ends with them.
         timeline: the last delta tells when the request was where, for tracing.
         client: whose request it is; requests that wait are admitted fairly between clients, see
             :mod:`engine.fair_queue`. Any stable text that is no secret.
@@ -149,6 +151,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     collaboration: Collaboration = Collaboration()
     timeline: bool = False
     client: str = ""
+    scores: bool = False
 
     @property
     def all_prompts(self) -> list[list[int]]:

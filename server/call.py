@@ -105,6 +105,23 @@ class Call(Generic[Body]):
             client=self.client,
         )
 
+    def scores_jointly(self, sampling: SamplingSpec) -> bool:
+        """Whether the prompt's log-probabilities are to be the joint model's.
+
+        Raises:
+            ApiError: 400, no log-probabilities of the prompt are asked for.
+        """
+        options = self.body.collaboration
+        if options is None or options.score is None:
+            return False
+        if sampling.prompt_logprobs is None:
+            raise invalid(
+                "'collaboration.score' says whose log-probabilities of the prompt are returned; none are asked for: "
+                "use 'prompt_logprobs', or 'echo' with 'logprobs'.",
+                "collaboration.score",
+            )
+        return options.score == "joint"
+
     def choice(
         self,
         index: int,
@@ -114,8 +131,29 @@ class Call(Generic[Body]):
         *,
         prompt_index: int = 0,
         prompt_only: bool = False,
+        scores: bool = False,
     ) -> Choice:
-        """A choice that nothing has been written of; see :class:`~server.choice.Choice`."""
+        """A choice that nothing has been written of; see :class:`~server.choice.Choice`.
+
+        Args:
+            scores: the prompt's log-probabilities are the joint model's.
+        """
+        scoring = None
+        if scores and generation is not None:
+            asked = generation.sampling
+            generation = msgspec.structs.replace(
+                generation, sampling=msgspec.structs.replace(asked, prompt_logprobs=None)
+            )
+            # Before the first token there is nothing that could predict it.
+            if len(prompt) > 1:
+                alone = SamplingSpec(
+                    seed=asked.seed, cache_salt=asked.cache_salt, prompt_logprobs=asked.prompt_logprobs
+                )
+                scoring = msgspec.structs.replace(
+                    generation, request_id=f"{generation.request_id}-score", sampling=alone, scores=True
+                )
+            if prompt_only:
+                generation, scoring = scoring, None
         body, service = self.body, self.service
         observers: list[ChoiceObserver] = [places]
         if self.observer is not None:
@@ -136,6 +174,7 @@ class Call(Generic[Body]):
             meter=RequestMeter(self.meter, joint=self.member is None, started=self.started),
             observers=observers,
             grammar_param=body.grammar_param,
+            scoring=scoring,
         )
 
     def head(self) -> Head:

@@ -56,6 +56,7 @@ class Choice:
         index: its number in the response.
         prompt_index: which of the request's prompts it continues.
         request: None where nothing has to be generated (echo alone).
+        scoring: is asked first, where the prompt is scored by the joint model and then continued.
         grammar_param: the field that brought its grammar.
         prompt_only: the engine is asked for the prompt's logprobs; the token that it must write is dropped.
         piece: what was written, where the response is not streamed.
@@ -69,4 +70,5 @@ class Choice:
     observers: Sequence[ChoiceObserver] = ()
     prompt_only: bool = False
     grammar_param: str | None = None
+    scoring: GenerationRequest | None = None
     piece: Piece = field(default_factory=Piece)

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from engine.errors import CollmError, EngineDeadError
-from engine.types import Delta, ErrorCode
+from engine.types import Delta, ErrorCode, GenerationRequest, TokenLogprobs
 from server.choice import Choice
 from server.engine_port import Engine
 from server.errors import ApiError, engine_failure, invalid, request_failure
@@ -35,10 +35,13 @@ async def pieces_of(engine: Engine, choice: Choice) -> AsyncGenerator[Piece, Non
             outcome = "length"
             yield _noted(choice, Piece(finish_reason="length"))
             return
+        scores = None if choice.scoring is None else await _scores(engine, choice, choice.scoring)
         async for last in deltas:
             piece = _piece_of(choice, last)
             if piece is None:
                 continue
+            if scores is not None:
+                piece.prompt_logprobs, scores = scores, None
             if piece.finish_reason is not None:
                 outcome = piece.finish_reason
             yield _noted(choice, piece)
@@ -71,6 +74,24 @@ async def pieces_of(engine: Engine, choice: Choice) -> AsyncGenerator[Piece, Non
             observer.ended(last, failure)
 
 
+async def _scores(engine: Engine, choice: Choice, scoring: GenerationRequest) -> list[TokenLogprobs]:
+    """The prompt's log-probabilities by the joint model.
+
+    Raises:
+        ApiError: the engine failed or refused the request.
+    """
+    scores: list[TokenLogprobs] = []
+    deltas = engine.generate(scoring)
+    try:
+        async for delta in deltas:
+            _check(choice, delta)
+            scores += delta.prompt_logprobs or []
+    finally:
+        if isinstance(deltas, AsyncGenerator):
+            await deltas.aclose()
+    return scores
+
+
 def _piece_of(choice: Choice, delta: Delta) -> Piece | None:
     """What a delta adds to the text; None where that is not decided yet.
 
@@ -80,14 +101,18 @@ def _piece_of(choice: Choice, delta: Delta) -> Piece | None:
     if delta.collaboration is not None:
         for observer in choice.observers:
             observer.accepted(delta.collaboration)
-    if delta.refused:
-        raise _refusal(delta, choice)
-    if delta.finish_reason in ("error", "aborted"):
-        raise request_failure(delta.error, delta.code)
+    _check(choice, delta)
     if choice.prompt_only:
         return Piece(prompt_logprobs=delta.prompt_logprobs or [], finish_reason="length")
     choice.meter.arrived(len(delta.tokens))
     return choice.builder.feed(delta)
+
+
+def _check(choice: Choice, delta: Delta) -> None:
+    if delta.refused:
+        raise _refusal(delta, choice)
+    if delta.finish_reason in ("error", "aborted"):
+        raise request_failure(delta.error, delta.code)
 
 
 def _noted(choice: Choice, piece: Piece) -> Piece:

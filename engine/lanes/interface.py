@@ -51,6 +51,7 @@ class LaneRequest(NamedTuple):
         wants_top_probability: report the top probability beside each sample.
         draw_offset: added to a position where the draw at it is keyed, so that lanes with prompts of different lengths
             draw alike.
+        scores: at asked positions nothing is drawn: the sample's token is the one that the lane was told stands there.
         part: in a blend; None if the lane samples its own distribution and nobody else needs that.
     """
 
@@ -63,6 +64,7 @@ class LaneRequest(NamedTuple):
     wants_top_probability: bool = False
     part: Part | None = None
     draw_offset: int = 0
+    scores: bool = False
 
 
 class Extension(msgspec.Struct, frozen=True, gc=False):

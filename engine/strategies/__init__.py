@@ -11,6 +11,7 @@ from engine.strategies.alone import Alone
 from engine.strategies.base import Counters, Decoding, Rejected
 from engine.strategies.deferral import Deferral
 from engine.strategies.deferral.blending import Blends
+from engine.strategies.scoring import LONGEST_WINDOW, Scoring
 from engine.strategies.words import Words
 from engine.types import BASE
 
@@ -25,6 +26,7 @@ class Strategies:
         spellers: of each member's vocabulary, None for an expert that has the base's; empty if all have one.
         contexts: of each member, in tokens; with ``spellers``.
         end: the base's token that ends a text, if it has one; with ``spellers``.
+        score_window: positions that are scored at once, see :func:`~engine.strategies.scoring.window_of`.
         deferral: further arguments of :class:`~engine.strategies.deferral.Deferral`.
 
     Attributes:
@@ -40,14 +42,17 @@ class Strategies:
         spellers: Seq[Speller | None] = (),
         contexts: Seq[int] = (),
         end: int | None = None,
+        drafting: bool = True,
+        score_window: int = LONGEST_WINDOW,
         **deferral: Any,
     ) -> None:
         self.counters = Counters()
         lanes = members + guidance
         self.alone = Alone(lanes)
-        self.deferral = Deferral(lanes=lanes, members=members, counters=self.counters, **deferral)
+        self.deferral = Deferral(lanes=lanes, members=members, counters=self.counters, drafting=drafting, **deferral)
         self.blends = Blends(self.deferral, self.alone, blend_obstacle)
         self.words = Words(self.deferral, spellers, contexts, end)
+        self.scoring = Scoring(self.deferral, self.blends, window=score_window, can_cut=drafting)
         self._lanes = lanes
         self._members = members
 
@@ -63,6 +68,10 @@ class Strategies:
         for lane, _ in answer.request.collaboration.prompts:
             if member is not None or not BASE < lane < self._lanes:
                 raise Rejected("prompts are for the experts of the joint model")
+        if answer.request.scores:
+            if self.words.concerns(self.deferral.experts(answer)):
+                raise Rejected("score: a text cannot be scored by members with vocabularies of their own")
+            return self.scoring.begin(answer)
         if answer.request.collaboration.blend is not None:
             return self.blends.begin(answer)
         if member is not None or not self.deferral.experts(answer):

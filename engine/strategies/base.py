@@ -16,7 +16,7 @@ import msgspec
 
 from engine.lanes.interface import Extension, LaneRequest, Sample
 from engine.sequence import Sequence
-from engine.types import Collaboration, ErrorCode, SamplingSpec, Token
+from engine.types import Collaboration, ErrorCode, SamplingSpec, Token, TokenLogprobs
 
 NEVER_TOLD = -1
 
@@ -40,10 +40,20 @@ class End(msgspec.Struct, frozen=True):
     code: ErrorCode
 
 
+class Scored(NamedTuple):
+    """The request's prompt is scored, which is all that it asked for: it ends, by "length".
+
+    Attributes:
+        entries: one for each prompt token but the first.
+    """
+
+    entries: list[TokenLogprobs]
+
+
 LOST = End("the step of a lane timed out", ErrorCode.STEP_TIMEOUT)
 """Of a request that cannot go on without the lane."""
 
-Decision = Token | Ask | Wait | End
+Decision = Token | Ask | Wait | End | Scored
 """A token is written, with the credit that it carries; if it ends the request, later decisions are not looked at."""
 
 
@@ -108,6 +118,10 @@ class Decoding(ABC):
     @abstractmethod
     def on_lane_lost(self, lane: int) -> Iterable[Decision]:
         """The lane that is waited for does not come back from its step."""
+
+    def needs(self, lane: int) -> bool:
+        """Whether the request, where it waits for no lane in particular, cannot go on without this one."""
+        return lane == self.primary_lane
 
     def in_force(self) -> Collaboration:
         """What the request asked for, with the defaults that apply filled in."""

@@ -127,6 +127,11 @@ class CollaborationOptions(Strict):
     prompts: Annotated[dict[ModelName, PromptText], Field(max_length=MAX_EXPERTS)] | None = None
     """Experts that get another prompt than the request's: a text by each one's name."""
 
+    score: Literal["base", "joint"] | None = None
+    """Whose log-probabilities of the prompt's tokens are returned, where they are asked for (``prompt_logprobs``, or
+    ``echo`` with ``logprobs``): the base's, or those of what would be written after each of them: the gate's mixture of
+    base and experts, what the policy chooses, or the blend. Default: "base"."""
+
     report: bool | None = None
     """Return each token's text, source and deferral probability in ``choices[].collaboration``."""
 

@@ -64,9 +64,10 @@ async def _prepare(call: Call[ChatRequest], places: Places) -> Prepared:
     longest = max(len(prompt), *others, 0)
     limit = fit(longest, body.limit, None, info.max_model_len, "messages", body.limit_name, body.min_tokens)
     choices = []
+    scores = call.scores_jointly(sampling)
     for index in range(body.n or 1):
         generation = call.generation(index, prompt, for_choice(sampling, index, limit), collaboration)
-        choices.append(call.choice(index, prompt, generation, places))
+        choices.append(call.choice(index, prompt, generation, places, scores=scores))
     renderer = ChatRenderer(body, service.tokenizer, service.models.lane_names, head=call.head(), prompt_ids=prompt)
     return Prepared(choices, renderer, len(prompt))
 

@@ -68,6 +68,7 @@ async def _prepare(call: Call[CompletionRequest], places: Places) -> Prepared:
         for prompt in prompts
     ]
     echo_only = body.max_tokens == 0
+    scores = call.scores_jointly(sampling)
     choices: list[Choice] = []
     for prompt_index, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
         for candidate in range(body.candidates):
@@ -78,7 +79,15 @@ async def _prepare(call: Call[CompletionRequest], places: Places) -> Prepared:
                 own = for_choice(sampling, candidate, 1 if echo_only else limit)
                 generation = call.generation(index, prompt, own, collaboration)
             choices.append(
-                call.choice(index, prompt, generation, places, prompt_index=prompt_index, prompt_only=echo_only)
+                call.choice(
+                    index,
+                    prompt,
+                    generation,
+                    places,
+                    prompt_index=prompt_index,
+                    prompt_only=echo_only,
+                    scores=scores,
+                )
             )
     renderer = CompletionRenderer(
         body,

@@ -23,7 +23,7 @@ POLICY_NAMES = ("threshold", "sample", "always", "never", "random", "confidence"
 
 
 def request(
-    request_id: str = "a", prompt: Iterable[int] = (1, 2, 3), client: str = "", **fields: Any
+    request_id: str = "a", prompt: Iterable[int] = (1, 2, 3), client: str = "", *, scores: bool = False, **fields: Any
 ) -> GenerationRequest:
     """A request; ``fields`` are those of SamplingSpec and Collaboration. Four tokens and no EOS unless said."""
     sampling = {"max_tokens": 4, "ignore_eos": True, "seed": 1}
@@ -31,7 +31,7 @@ def request(
     for name, value in fields.items():
         (collaboration if name in Collaboration.__struct_fields__ else sampling)[name] = value
     return GenerationRequest(
-        request_id, list(prompt), SamplingSpec(**sampling), Collaboration(**collaboration), client=client
+        request_id, list(prompt), SamplingSpec(**sampling), Collaboration(**collaboration), client=client, scores=scores
     )
 
 
@@ -77,7 +77,7 @@ def mixed_requests(count: int, pair: Pair, seed: int = 0) -> list[GenerationRequ
     return [one(number) for number in range(count)]
 
 
-OF_DEFERRAL = ("expert_failure", "run_ahead", "draft_pays", "shelf_has_room")
+OF_DEFERRAL = ("expert_failure", "run_ahead", "draft_pays", "shelf_has_room", "score_window", "drafting")
 
 
 def make_scheduler(pair: Pair, kind: type[Scheduler] = Scheduler, **options: Any) -> Scheduler:

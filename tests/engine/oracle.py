@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from bench.standin import blended_token, distribution, gate_values, next_token, support
+from bench.standin import combination, distribution, gate_values, next_token, support
 from engine import draws
 from engine.blends import Blend
 from engine.types import BASE, BLEND, Completion, Delta, GenerationRequest, PolicyName, TokenLogprobs, WrittenWord
@@ -138,6 +138,7 @@ def refused(request: GenerationRequest, pair: Pair) -> bool:
         any(not 0 < len(prompt) < pair.max_model_len for prompt in (request.prompt, *own.values()))
         or bool(own and (member is not None or not all(1 <= lane < pair.lanes for lane in own)))
         or request.sampling.max_tokens < 1
+        or (request.scores and (len(request.prompt) < 2 or member is not None or bool(own)))
         or not 0 <= (member or 0) < pair.lanes
         or any(not 1 <= lane < pair.lanes for lane in experts)
         or (bool(experts) and not pair.has_gate and (request.collaboration.policy or pair.policy) in NEEDS_GATE)
@@ -190,6 +191,10 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
         whole.finish_reason = "error"
         return whole
     sampling = request.sampling
+    if request.scores:
+        whole.finish_reason = "length"
+        whole.prompt_logprobs = [scored(request, pair, position) for position in range(1, len(request.prompt))]
+        return whole
     own = dict(request.collaboration.prompts)
     longest = max(map(len, (request.prompt, *own.values())))
     while whole.finish_reason is None:
@@ -203,7 +208,7 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
             said = [distribution(lane, prefixes[lane]) for lane, _ in members(blend)]
             combined = msgspec.structs.replace(blend, weights=tuple(members(blend)))
             gate = gate_values(prefix, pair.experts) if blend.from_gate else None
-            token, writer = blended_token(combined, said, gate, pair.vocab_size), BLEND
+            token, writer = combination(combined, said, gate) % pair.vocab_size, BLEND
             whole.support.append((len(whole.tokens), [support(of, token) for of in said]))
         whole.tokens.append(token)
         whole.sources.append(writer)
@@ -214,6 +219,33 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
         elif len(whole.tokens) == sampling.max_tokens or longest + len(whole.tokens) == pair.max_model_len:
             whole.finish_reason = "length"
     return whole
+
+
+def scored(request: GenerationRequest, pair: Pair, position: int) -> TokenLogprobs:
+    """What the joint model says of the prompt's token at this position, given those before it."""
+    prefix, token = request.prompt[:position], request.prompt[position]
+    collaboration = request.collaboration
+    unlimited = msgspec.structs.replace(
+        request, collaboration=msgspec.structs.replace(collaboration, max_expert_tokens=None)
+    )
+    writer, _ = look(unlimited, pair, prefix, 0)
+    policy, blend, experts = collaboration.policy or pair.policy, collaboration.blend, allowed_experts(request, pair)
+    said = distribution(writer, prefix)
+    if blend is None and policy in NEEDS_GATE and experts:
+        marginal = Blend("mixture", tuple((lane, 0.0) for lane in (BASE, *sorted(experts))), from_gate=True)
+        said = combination(marginal, [distribution(lane, prefix) for lane, _ in marginal.weights], gates(pair, prefix))
+    elif writer != BASE and blend is not None and not own_distribution(blend):
+        combined = msgspec.structs.replace(blend, weights=tuple(members(blend)))
+        gate = gates(pair, prefix) if blend.from_gate else None
+        said = combination(combined, [distribution(lane, prefix) for lane, _ in members(blend)], gate)
+    count = request.sampling.prompt_logprobs or 0
+    others = [(token + step) % pair.vocab_size for step in range(count)]
+    return TokenLogprobs([token, *others], [support(said, token), *(-0.5 - step for step in range(count))], 1)
+
+
+def gates(pair: Pair, prefix: list[int]) -> list[float]:
+    """The gate's values after ``prefix``."""
+    return gate_values(prefix, pair.experts)
 
 
 def check(
@@ -241,7 +273,9 @@ def check(
     assert (got.error is not None) == (got.finish_reason == "error")
     asked = request.sampling.logprobs is not None and count > 0
     assert len(got.logprobs or []) == (count if asked else 0)
-    if request.sampling.prompt_logprobs is None or got.finish_reason == "error":
+    if request.scores:
+        assert got.prompt_logprobs == (None if aborted else expected.prompt_logprobs)
+    elif request.sampling.prompt_logprobs is None or got.finish_reason == "error":
         assert got.prompt_logprobs is None
     elif not aborted:
         assert got.prompt_logprobs is not None

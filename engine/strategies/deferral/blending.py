@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from engine.blends import Blend, problem
 from engine.lanes.interface import LaneRequest, Part, Sample
@@ -16,12 +17,31 @@ from engine.sequence import Sequence
 from engine.strategies.alone import Alone
 from engine.strategies.base import Decision, Decoding, End, Rejected
 from engine.strategies.deferral.pacing import Agreement
-from engine.strategies.deferral.policies import Policy
+from engine.strategies.deferral.policies import POLICIES, Policy
 from engine.strategies.deferral.strategy import Deferral, DeferralDecoding
 from engine.strategies.deferral.window import Draft
 from engine.types import BASE, BLEND, ErrorCode, Token
 
 NO_DISTRIBUTION = "a member's logits are not finite, or rule out every token"
+
+
+class Roles(NamedTuple):
+    """Who writes what where in a request.
+
+    Attributes:
+        experts: lanes that may be deferred to; none: the base writes alone.
+        blend: what is written at deferred positions, without members that weigh nothing; None is the expert's own.
+        chain: its lanes in the order in which they speak after the base.
+    """
+
+    policy: Policy
+    threshold: float
+    experts: tuple[int, ...]
+    blend: Blend | None = None
+    chain: tuple[int, ...] = ()
+
+
+BASE_ALONE = Roles(POLICIES["never"], 0.0, ())
 
 
 class Blends:
@@ -35,7 +55,7 @@ class Blends:
         self.counters = deferral.counters
         self._deferral = deferral
         self._alone = alone
-        self._obstacle = obstacle
+        self.obstacle = obstacle
 
     def begin(self, answer: Sequence) -> Decoding:
         """Take a request on. What is one member's own distribution is not blended: it costs no other member's step.
@@ -43,11 +63,25 @@ class Blends:
         Raises:
             Rejected: its blend cannot be computed, or names an expert that the request does not allow.
         """
+        roles = self.roles(answer)
+        if roles.blend is None and not roles.experts:
+            return self._alone.begin(answer)
+        window = self._deferral.window_limit(answer)
+        if roles.blend is None:
+            return DeferralDecoding(answer, self._deferral, roles.policy, roles.threshold, roles.experts, window)
+        return BlendDecoding(answer, self._deferral, roles, roles.blend, window)
+
+    def roles(self, answer: Sequence) -> Roles:
+        """Who writes what where.
+
+        Raises:
+            Rejected: see :meth:`begin`.
+        """
         shared = self._deferral
         collaboration = answer.request.collaboration
         asked = collaboration.blend
         assert asked is not None
-        reason = self._obstacle or problem(asked, shared.lanes, has_gate=shared.has_gate)
+        reason = self.obstacle or problem(asked, shared.lanes, has_gate=shared.has_gate)
         if reason is None and collaboration.member is not None:
             reason = "a member alone has nobody to be blended with"
         if reason is not None:
@@ -59,43 +93,29 @@ class Blends:
         if not set(experts) <= set(shared.experts(answer)):
             raise Rejected("blend: a member is not among the experts of the request")
         if not chain:
-            return self._alone.begin(answer)
+            return BASE_ALONE
         policy, threshold = shared.rules(answer, experts)
         if not experts and policy.needs == "gate":
             raise Rejected(f"blend: the policy {policy.name!r} asks the gate for an expert, and none takes part")
         if len(experts) < len(chain) and chain[-1] not in dict(collaboration.prompts):
             raise Rejected("blend: guidance needs a negative prompt")
-        window = shared.window_limit(answer)
         if blend.sole is not None and experts:
-            return DeferralDecoding(answer, shared, policy, threshold, experts, window)
-        return BlendDecoding(answer, shared, policy, threshold, experts, window, blend, chain)
+            return Roles(policy, threshold, experts)
+        return Roles(policy, threshold, experts, blend, chain)
 
 
 class BlendDecoding(DeferralDecoding):
-    """One request. A draft's ``writer`` is the next member that has to speak at its position.
-
-    Args:
-        blend: without members that weigh nothing.
-        chain: its lanes in the order in which they speak after the base.
-    """
+    """One request. A draft's ``writer`` is the next member that has to speak at its position."""
 
     __slots__ = ("blend", "chain", "parts")
 
     def __init__(
-        self,
-        answer: Sequence,
-        shared: Deferral,
-        policy: Policy,
-        threshold: float,
-        experts: tuple[int, ...],
-        window_limit: int | None,
-        blend: Blend,
-        chain: tuple[int, ...],
+        self, answer: Sequence, shared: Deferral, roles: Roles, blend: Blend, window_limit: int | None
     ) -> None:
-        super().__init__(answer, shared, policy, threshold, experts, window_limit)
+        super().__init__(answer, shared, roles.policy, roles.threshold, roles.experts, window_limit)
         self.blend = blend
-        self.chain = chain
-        if not experts:
+        self.chain = chain = roles.chain
+        if not roles.experts:
             self.uniform_weights = [(chain[0], 1.0)]
         self.parts = {lane: Part(lane, answer.request.request_id, blend) for lane in blend.lanes}
 
