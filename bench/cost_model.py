@@ -176,6 +176,7 @@ class _PricedHost(_PricedLane):
         own.guests[1] = theirs.samples
         own.tokens += theirs.tokens
         own.rows += theirs.rows
+        own.computed += theirs.computed
         future: Future[LaneReport] = Future()
         future.set_result(self._priced(own))
         return future

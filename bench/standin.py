@@ -20,7 +20,7 @@ import msgspec
 from engine.blends import Blend
 from engine.config import EngineConfig
 from engine.lanes.backend import Loaded
-from engine.lanes.interface import Lane, LaneReport, LaneRequest, LaneWork, Refusal, Sample
+from engine.lanes.interface import Computed, Lane, LaneReport, LaneRequest, LaneWork, Refusal, Sample
 from engine.lanes.shelf import Offer, Shelf
 from engine.types import NEGATIVE, GateInfo, GenerationRequest, LaneInfo, LaneStats, TokenLogprobs
 
@@ -160,28 +160,29 @@ class StandinLane:
             time.sleep(self._step_seconds)
         budget = self._token_budget
         samples: list[Sample] = []
-        rows = computed = 0
+        work: list[Computed] = []
         for row in list(self._rows.values()):
             chunk = min(self._pending(row), budget)
             if chunk == 0:
                 continue
             if not self._make_room(row, chunk):
                 break
-            fresh = row.computed < len(row.request.prompt)
+            of_prompt = max(0, min(chunk, len(row.request.prompt) - row.computed))
             budget -= chunk
             row.computed += chunk
-            rows += 1
-            computed += chunk
-            self._stats.catchup_tokens += 0 if fresh else chunk - 1
+            work.append(Computed(self._number, row.request.request_id, chunk, of_prompt))
+            self._stats.catchup_tokens += 0 if of_prompt else chunk - 1
             while row.asked and row.asked[0] <= row.computed:
                 samples.append(self._sample(row, row.asked.pop(0), asked=True))
             if row.computed == len(row.tokens):
                 samples.append(self._sample(row, row.computed))
-        report = LaneReport(samples, time.perf_counter() - begin, computed, rows)
+        tokens = sum(part.tokens for part in work)
+        report = LaneReport(samples, time.perf_counter() - begin, tokens, len(work), computed=work)
         self._seconds.append(report.seconds)
         self._stats.steps += 1
-        self._stats.rows = rows
-        self._stats.computed_tokens += computed
+        self._stats.rows = len(work)
+        self._stats.computed_tokens += tokens
+        self._stats.prompt_tokens += sum(part.prompt_tokens for part in work)
         future: Future[LaneReport] = Future()
         future.set_result(report)
         return future

@@ -235,6 +235,7 @@ class StepLoop:
         scheduler = self._scheduler
         for failure in report.failures:
             scheduler.fail(failure)
+        scheduler.charge(report.computed, report.seconds)
         gained = scheduler.land(number, report.samples)
         for guest, samples in report.guests.items():
             scheduler.land(guest, samples)

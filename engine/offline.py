@@ -107,6 +107,7 @@ class Engine:
                 whole.code,
                 whole.support,
                 whole.words,
+                whole.cost,
             )
             if on_done is not None:
                 on_done(completion)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 from engine.fair_queue import PROMPT_TOKEN_COST, WRITTEN_TOKEN_COST, FairQueue
 from engine.lane_book import LaneBook
-from engine.lanes.interface import Failure, LaneWork, Refusal, Sample
+from engine.lanes.interface import Computed, Failure, LaneWork, Refusal, Sample
 from engine.sequence import Sequence
 from engine.strategies.base import (
     LOST,
@@ -87,7 +87,9 @@ class Scheduler:
             seed=secrets.randbits(63) if seed is None else seed,
             eos=self._eos,
             max_model_len=self._max_model_len,
+            lanes=len(self._books),
         )
+        sequence.queued_at = self._clock()
         try:
             if problem is not None:
                 raise Rejected(*problem)
@@ -173,6 +175,22 @@ class Scheduler:
             self._carry_out(decoding, decoding.on_sample(lane, sample, fault))
         return gained
 
+    def charge(self, computed: Iterable[Computed], seconds: float) -> None:
+        """Note what a step that took so long has computed, to whoever it was for. Before its samples are landed."""
+        computed = list(computed)
+        running = self._running
+        each = seconds / max(1, sum(row.tokens for row in computed))
+        for lane, request_id, tokens, prompt_tokens, cached_tokens in computed:
+            decoding = running.get(request_id)
+            if decoding is None:
+                continue
+            cost = decoding.answer.cost
+            cost.seconds[lane] += each * tokens
+            if prompt_tokens:
+                cost.prompt_tokens[lane] += prompt_tokens
+            if cached_tokens and lane == decoding.primary_lane:
+                cost.cached_tokens += cached_tokens
+
     def lose(self, lane: int) -> None:
         """A lane does not come back from its step: requests that wait for it end, or go on without it.
 
@@ -251,8 +269,10 @@ class Scheduler:
         while self._waiting and len(self._running) < self._max_num_seqs:
             request_id, decoding = self._waiting.pop()
             sequence = decoding.answer
+            now = self._clock()
+            sequence.cost.queue_seconds = now - sequence.queued_at
             if sequence.timeline is not None:
-                sequence.timeline.append(self._clock())
+                sequence.timeline.append(now)
             book = self._books[decoding.primary_lane]
             if book.lost:
                 self._end(decoding, "error", because=LOST)

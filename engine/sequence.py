@@ -6,6 +6,7 @@ from collections.abc import Set
 
 from engine.types import (
     Collaboration,
+    Cost,
     Delta,
     ErrorCode,
     FinishReason,
@@ -27,16 +28,20 @@ class Sequence:
         min_tokens: see there.
         max_output: most tokens that may be written.
         waits_for: the lane without which nothing more is written; None if no decision waits.
+        cost: what it has taken so far.
+        queued_at: when it came, in seconds of the scheduler's clock.
         parked_at: since when it has waited for that lane, in seconds of the scheduler's clock.
         timeline: see :class:`~engine.types.Delta`; None if the request did not ask.
     """
 
     __slots__ = (
         "_delta",
+        "cost",
         "max_output",
         "min_tokens",
         "parked_at",
         "prompt_length",
+        "queued_at",
         "request",
         "seed",
         "stop_token_ids",
@@ -45,7 +50,7 @@ class Sequence:
         "waits_for",
     )
 
-    def __init__(self, request: GenerationRequest, *, seed: int, eos: Set[int], max_model_len: int) -> None:
+    def __init__(self, request: GenerationRequest, *, seed: int, eos: Set[int], max_model_len: int, lanes: int) -> None:
         sampling = request.sampling
         self.request = request
         self.seed = seed
@@ -60,6 +65,8 @@ class Sequence:
         self.tokens: list[int] = []
         self.waits_for: int | None = None
         self.parked_at = 0.0
+        self.queued_at = 0.0
+        self.cost = Cost(prompt_tokens=[0] * lanes, seconds=[0.0] * lanes)
         self.timeline: list[float] | None = [] if request.timeline else None
         self._delta = Delta(request.request_id)
 
@@ -107,4 +114,5 @@ class Sequence:
     def take_delta(self) -> Delta:
         """What was gained since the last call."""
         delta, self._delta = self._delta, Delta(self.request.request_id)
+        delta.cost = self.cost.snapshot()
         return delta

@@ -213,6 +213,26 @@ class Token(msgspec.Struct, gc=False):
     word: tuple[int, float] | None = None
 
 
+class Cost(msgspec.Struct, array_like=True, gc=False):
+    """What a request has taken so far. Lists have one entry per lane.
+
+    Attributes:
+        queue_seconds: from its arrival in the queue to its admission.
+        cached_tokens: prompt tokens that the lane which it starts with found in its prefix cache.
+        prompt_tokens: positions of its prompts that a lane computed; those that it had to compute again count again.
+        seconds: its part of a lane's steps, each of which is divided by the positions that it computed.
+    """
+
+    queue_seconds: float = 0.0
+    cached_tokens: int = 0
+    prompt_tokens: list[int] = []
+    seconds: list[float] = []
+
+    def snapshot(self) -> Cost:
+        """A copy, for a delta."""
+        return Cost(self.queue_seconds, self.cached_tokens, self.prompt_tokens.copy(), self.seconds.copy())
+
+
 class Delta(msgspec.Struct, array_like=True, gc=False):
     """What one request gained since its last delta. The per-token lists have the same length, always.
 
@@ -234,6 +254,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
             admitted, then for each deferral when it was parked and when its expert token came.
         support: (index in ``tokens``, log-probability with each member that took part) of each blended token.
         words: those that experts of other vocabularies wrote; ``start`` is an index in ``tokens``.
+        cost: what the request has taken up to here; None in those that no engine made.
     """
 
     request_id: str
@@ -251,6 +272,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     collaboration: Collaboration | None = None
     support: list[tuple[int, list[float]]] = []
     words: list[WrittenWord] = []
+    cost: Cost | None = None
 
     def merge(self, later: Delta) -> None:
         """Take in the next delta of the same request."""
@@ -275,6 +297,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         self.refused = later.refused
         self.code = later.code
         self.timeline = later.timeline
+        self.cost = later.cost
 
 
 class Completion(msgspec.Struct):
@@ -291,6 +314,7 @@ class Completion(msgspec.Struct):
     code: ErrorCode | None = None
     support: list[tuple[int, list[float]]] = []
     words: list[WrittenWord] = []
+    cost: Cost | None = None
 
 
 class GateInfo(msgspec.Struct, frozen=True):
@@ -358,6 +382,9 @@ class LaneStats(msgspec.Struct, array_like=True):
         requests: requests that hold a place in the lane.
         kv_usage: used share of the KV blocks, 0 to 1.
         up: False while a step of the lane is overdue.
+        prompt_tokens: computed positions of prompts.
+        cache_queries: tokens of requests that were looked up in the prefix cache.
+        cache_hits: such tokens that it had.
     """
 
     name: str
@@ -370,6 +397,9 @@ class LaneStats(msgspec.Struct, array_like=True):
     requests: int = 0
     kv_usage: float = 0.0
     up: bool = True
+    prompt_tokens: int = 0
+    cache_queries: int = 0
+    cache_hits: int = 0
 
 
 class EngineStats(msgspec.Struct, array_like=True):

@@ -12,7 +12,7 @@ import msgspec
 from starlette.types import Scope
 
 from server.auth import client_of
-from server.rendering.common import UsageCounter
+from server.usage import UsageCounter
 
 logger = logging.getLogger("collm.access")
 
@@ -63,6 +63,7 @@ def log_response(scope: Scope, status: str, seconds: float) -> None:
             fields["prompt_tokens"] = usage.prompt_tokens
             fields["completion_tokens"] = usage.completion_tokens
             fields["expert_tokens"] = details.expert_tokens
+            fields["queue_seconds"] = round(usage.collaboration.queue_seconds, 4)
         if account.error is not None:
             fields["error"] = account.error
     logger.log(level, " ".join(f"{name}={_word(value)}" for name, value in fields.items()), extra={"fields": fields})

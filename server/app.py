@@ -59,7 +59,7 @@ def create_app(service: Service, traces: Traces | None = None) -> FastAPI:
             allow_origins=config.cors_allow_origins,
             allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "Retry-After", "Server-Timing"],
         )
     if traces is not None:
         from server.trace.middleware import TraceRequests

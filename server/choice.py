@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engine.types import Collaboration, Delta, EngineInfo, GenerationRequest
+from engine.types import Collaboration, Cost, Delta, EngineInfo, GenerationRequest
 from server.metrics import RequestMeter
 from server.text.pieces import Piece, PieceBuilder
 
@@ -60,6 +60,7 @@ class Choice:
         grammar_param: the field that brought its grammar.
         prompt_only: the engine is asked for the prompt's logprobs; the token that it must write is dropped.
         piece: what was written, where the response is not streamed.
+        cost: what it has taken so far, as the engine told last.
     """
 
     index: int
@@ -72,3 +73,4 @@ class Choice:
     grammar_param: str | None = None
     scoring: GenerationRequest | None = None
     piece: Piece = field(default_factory=Piece)
+    cost: Cost | None = None

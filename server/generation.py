@@ -101,6 +101,8 @@ def _piece_of(choice: Choice, delta: Delta) -> Piece | None:
     if delta.collaboration is not None:
         for observer in choice.observers:
             observer.accepted(delta.collaboration)
+    if delta.cost is not None:
+        choice.cost = delta.cost
     _check(choice, delta)
     if choice.prompt_only:
         return Piece(prompt_logprobs=delta.prompt_logprobs or [], finish_reason="length")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -19,7 +20,8 @@ from server.errors import ApiError
 from server.generation import collect, merged
 from server.protocol.common import GenerationFields
 from server.protocol.responses import encode
-from server.rendering.common import Renderer, UsageCounter
+from server.rendering.common import Renderer
+from server.usage import UsageCounter
 
 DONE = b"data: [DONE]\n\n"
 _LINE_ENDS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\x85\u2028\u2029"]
@@ -69,10 +71,13 @@ async def serve(call: Call[Body], count: int, param: str, prepare: Prepare[Body]
         if isinstance(error, ApiError) and error.status == 429:
             call.meter.outcomes["rejected"].inc()
         raise
+    headers = {}
+    if call.account.usage is not None:
+        headers["Server-Timing"] = call.account.usage.server_timing(time.perf_counter() - call.started)
     if call.body.stream:
-        return EventStream(first, parts)
+        return EventStream(first, parts, headers)
     await parts.aclose()
-    return Response(first, media_type="application/json")
+    return Response(first, media_type="application/json", headers=headers)
 
 
 async def _run(call: Call[Body], count: int, param: str, prepare: Prepare[Body]) -> AsyncGenerator[bytes, None]:
@@ -81,7 +86,8 @@ async def _run(call: Call[Body], count: int, param: str, prepare: Prepare[Body])
     with call.service.admission.reserve(call.client, count, param) as places:
         prepared = await prepare(call, places)
         call.meter.prompt_tokens.inc(prepared.prompt_tokens)
-        renderer, counter = prepared.renderer, UsageCounter(prepared.prompt_tokens)
+        renderer = prepared.renderer
+        counter = UsageCounter(prepared.prompt_tokens, prepared.choices, call.service.models.lane_names, call.member)
         call.account.usage = counter
         if not body.stream:
             await collect(call.engine, prepared.choices)
@@ -132,12 +138,13 @@ class EventStream(Response):
     Args:
         first: the first event, which exists before the headers are sent.
         rest: the others. It is closed when the client goes.
+        headers: beside those of any stream.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         # The base class has counted its empty body.
         del self.headers["content-length"]
         self._first = first

@@ -136,6 +136,23 @@ class Failure(NamedTuple):
     code: ErrorCode
 
 
+class Computed(NamedTuple):
+    """A request's part in a step.
+
+    Attributes:
+        lane: number of the lane that it was computed for; a guest's own.
+        tokens: positions computed.
+        prompt_tokens: how many of them are the prompt's.
+        cached_tokens: prompt tokens that were found in the prefix cache; only where the lane first reads the prompt.
+    """
+
+    lane: int
+    request_id: str
+    tokens: int
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+
 @dataclass(slots=True)
 class LaneReport:
     """What one step brought.
@@ -149,6 +166,7 @@ class LaneReport:
         failures: requests that the lane cannot go on with; the others go on.
         guests: what the step brought to lanes whose rows it computed too, by lane number; their time is in ``seconds``,
             their tokens and rows in ``tokens`` and ``rows``.
+        computed: what was computed for whom, guests' rows included.
     """
 
     samples: list[Sample]
@@ -157,6 +175,7 @@ class LaneReport:
     rows: int = 0
     failures: list[Failure] = field(default_factory=list)
     guests: dict[int, list[Sample]] = field(default_factory=dict)
+    computed: list[Computed] = field(default_factory=list)
 
 
 class Lane(Protocol):

@@ -22,7 +22,7 @@ from vllm.v1.request import Request
 
 from engine.errors import ConfigError
 from engine.grammar.checker import Templates
-from engine.lanes.interface import Failure, LaneReport, LaneWork, Refusal, Sample
+from engine.lanes.interface import Computed, Failure, LaneReport, LaneWork, Refusal, Sample
 from engine.lanes.shelf import Shelf
 from engine.types import (
     ErrorCode,
@@ -33,6 +33,7 @@ from engine.types import (
     StructuredOutputs,
 )
 from engine.vllm_hooks import processor
+from engine.vllm_hooks.account import count, parts
 from engine.vllm_hooks.grammars import LaneGrammar, VllmForms, setup_of
 from engine.vllm_hooks.guest import GuestLane, lora_request
 from engine.vllm_hooks.hashes import PromptHashes
@@ -429,10 +430,8 @@ class VllmLane:
             (samples if guest is None else guests[guest.number]).append(sample)
         stats = self._stats
         stats.steps += 1
-        stats.rows = len(scheduled.num_scheduled_tokens)
-        stats.computed_tokens += scheduled.total_num_scheduled_tokens
+        computed = self._count(scheduled)
         if self._guests:
-            self._note_guests(scheduled)
             failures = [failure._replace(request_id=self._owner(failure.request_id)[1]) for failure in failures]
         seconds = time.perf_counter() - begin
         self._seconds.append(seconds)
@@ -443,19 +442,23 @@ class VllmLane:
             len(scheduled.num_scheduled_tokens),
             failures,
             guests,
+            computed,
         )
 
-    def _note_guests(self, scheduled: SchedulerOutput) -> None:
+    def _count(self, scheduled: SchedulerOutput) -> list[Computed]:
         """Count a step's rows and tokens where they belong."""
+        caches = self._scheduler.kv_cache_manager.enable_caching
         rows = dict.fromkeys(self._guests, 0)
-        for row, tokens in scheduled.num_scheduled_tokens.items():
-            guest, _ = self._owner(row)
+        computed = []
+        for part in parts(scheduled, self._scheduler.requests, self._guest_rows, self._number):
+            computed.append(part.computed)
+            guest = part.guest
+            count(part, self._stats if guest is None else guest.counts, caches=caches)
             if guest is not None:
                 rows[guest.number] += 1
-                guest.counts.computed_tokens += tokens
-                self._stats.rows -= 1
-                self._stats.computed_tokens -= tokens
-        for number, count in rows.items():
+        self._stats.rows = len(computed) - sum(rows.values())
+        for number, present in rows.items():
             counts = self._guests[number].counts
-            counts.rows = count
-            counts.steps += count > 0
+            counts.rows = present
+            counts.steps += present > 0
+        return computed

@@ -20,6 +20,33 @@ class CompletionTokensDetails(Struct):
     blended_tokens: int | UnsetType = UNSET
 
 
+class PromptTokensDetails(Struct):
+    """``cached_tokens``: prompt tokens that the base (a member served alone: that member) found in its prefix cache."""
+
+    cached_tokens: int
+
+
+class MemberUsage(Struct):
+    """What a member did for a request.
+
+    Attributes:
+        tokens: it wrote.
+        prompt_tokens: it computed of the prompts, once for each choice; what its prefix cache had is not in it.
+        seconds: its steps took for this request: each step's time is divided by the positions that it computed.
+    """
+
+    tokens: int
+    prompt_tokens: int
+    seconds: float
+
+
+class CollaborationUsage(Struct):
+    """What each member did, by its name, and the longest time that a choice waited to be admitted to the lanes."""
+
+    by_source: dict[str, MemberUsage]
+    queue_seconds: float
+
+
 class Usage(Struct):
     """Tokens of the whole request: each prompt once, every written token (all ``best_of`` candidates)."""
 
@@ -27,6 +54,8 @@ class Usage(Struct):
     completion_tokens: int
     total_tokens: int
     completion_tokens_details: CompletionTokensDetails
+    prompt_tokens_details: PromptTokensDetails
+    collaboration: CollaborationUsage
 
 
 class CollaborationReport(Struct):

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
-from msgspec import UNSET
 
 from engine.blends import Blend
-from engine.types import BASE, BLEND, NEGATIVE, TokenLogprobs
+from engine.types import BLEND, NEGATIVE, TokenLogprobs
 from server.choice import Choice
-from server.protocol.responses import CollaborationReport, CompletionTokensDetails, PromptLogprob, PromptLogprobs, Usage
+from server.protocol.responses import CollaborationReport, PromptLogprob, PromptLogprobs, Usage
 from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer
 
@@ -50,34 +49,6 @@ class Renderer(Protocol):
     def response(self, choices: Sequence[Choice], usage: Usage) -> msgspec.Struct:
         """The whole response; every choice's ``piece`` is complete."""
         ...
-
-
-class UsageCounter:
-    """Counts a request's tokens by who wrote them.
-
-    Args:
-        prompt_tokens: of all prompts, each once.
-    """
-
-    def __init__(self, prompt_tokens: int) -> None:
-        self._prompt = prompt_tokens
-        self._base = 0
-        self._expert = 0
-        self._blended = 0
-
-    def add(self, piece: Piece) -> None:
-        """Count a piece."""
-        base = piece.sources.count(BASE)
-        blended = piece.sources.count(BLEND)
-        self._base += base
-        self._blended += blended
-        self._expert += len(piece.sources) - base - blended
-
-    def usage(self) -> Usage:
-        """So far."""
-        written = self._base + self._expert + self._blended
-        details = CompletionTokensDetails(self._base, self._expert, self._blended or UNSET)
-        return Usage(self._prompt, written, self._prompt + written, details)
 
 
 def report(piece: Piece, lane_names: Sequence[str], blend: Blend | None = None) -> CollaborationReport:

@@ -44,6 +44,7 @@ async def test_an_answer_is_logged_with_its_tokens(build: Build, lines: Lines) -
     assert line == {
         "request_id": "mine-1", "client": line["client"], "method": "POST", "path": "/v1/completions", "status": 200,
         "model": "collm-demo", "prompt_tokens": prompt, "completion_tokens": 4, "expert_tokens": 2,
+        "queue_seconds": 0.0,
     }  # fmt: skip
 
 

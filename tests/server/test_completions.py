@@ -34,6 +34,14 @@ async def test_the_shape_of_a_response(house: House, tokenizer: TextTokenizer) -
         "completion_tokens": 4,
         "total_tokens": prompt_tokens + 4,
         "completion_tokens_details": {"base_tokens": 2, "expert_tokens": 2},
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "collaboration": {
+            "by_source": {
+                "base": {"tokens": 2, "prompt_tokens": 0, "seconds": 0.0},
+                "codes": {"tokens": 2, "prompt_tokens": 0, "seconds": 0.0},
+            },
+            "queue_seconds": 0.0,
+        },
     }
 
 
