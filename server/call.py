@@ -17,7 +17,7 @@ from server.auth import client_of
 from server.choice import Choice, ChoiceObserver, RequestObserver
 from server.engine_port import Engine
 from server.errors import invalid
-from server.metrics import ModelMeter, RequestMeter
+from server.meters import ModelMeter, RequestMeter
 from server.prompts import check_prompt, prompt_tokens
 from server.protocol.common import GenerationFields, read_body
 from server.rendering.common import Head
@@ -171,7 +171,7 @@ class Call(Generic[Body]):
                 include_stop=bool(body.include_stop_str_in_output),
                 min_tokens=body.min_tokens or 0,
             ),
-            meter=RequestMeter(self.meter, joint=self.member is None, started=self.started),
+            meter=RequestMeter(self.meter, joint=self.member is None, started=self.started, prompt_tokens=len(prompt)),
             observers=observers,
             grammar_param=body.grammar_param,
             scoring=scoring,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from engine.types import Collaboration, Cost, Delta, EngineInfo, GenerationRequest
-from server.metrics import RequestMeter
+from server.meters import RequestMeter
 from server.text.pieces import Piece, PieceBuilder
 
 

@@ -17,6 +17,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def pid(self) -> int:
+        """Its process."""
+        ...
+
+    @property
     def stats(self) -> EngineStats:
         """The latest account; its list-valued fields belong to ``on_batch``."""
         ...

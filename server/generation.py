@@ -99,10 +99,12 @@ def _piece_of(choice: Choice, delta: Delta) -> Piece | None:
         ApiError: the engine failed or refused the request.
     """
     if delta.collaboration is not None:
+        choice.meter.accepted(delta.collaboration)
         for observer in choice.observers:
             observer.accepted(delta.collaboration)
     if delta.cost is not None:
         choice.cost = delta.cost
+        choice.meter.charged(delta.cost)
     _check(choice, delta)
     if choice.prompt_only:
         return Piece(prompt_logprobs=delta.prompt_logprobs or [], finish_reason="length")

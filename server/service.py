@@ -39,8 +39,9 @@ class Service:
             settings.blends, lane_names, settings.engine.blend_obstacle, guidance=settings.scheduler.guidance
         )
         self.models = ModelTable(settings.served_model_name, lane_names, blends)
-        self.metrics = Metrics(self.models.names, lane_names)
         config = settings.server
+        self.metrics = Metrics(self.models.names, lane_names, vllm_names=config.vllm_metric_names)
+        self.metrics.set_limits(settings.scheduler.max_num_seqs, config.max_queued_requests)
         self.admission = _admission(config, settings.scheduler.max_num_seqs, config.max_queued_requests)
         # One at a time: see routes.tokenize.
         self.tokenizing = _admission(config, 1, config.max_queued_tokenize_requests)
@@ -57,7 +58,7 @@ class Service:
         """The engine is ready; requests are admitted from now on, unless the server is draining already."""
         self._engine = engine
         engine.on_batch(self.metrics.on_batch)
-        self.metrics.engine_up(engine.info)
+        self.metrics.engine_up(engine.info, engine.pid)
         info = engine.info
         identity = repr((__version__, [(lane.name, lane.model, lane.adapter) for lane in info.lanes], info.gate))
         self.fingerprint = "collm-" + hashlib.sha256(identity.encode()).hexdigest()[:10]

@@ -119,6 +119,10 @@ class ServerConfig(BaseModel):
     """Log one line for each response: request id, client, path, status, seconds, and of generated answers the model and
     the tokens."""
 
+    vllm_metric_names: bool = False
+    """Export three gauges under vLLM's names too: vllm:num_requests_running, vllm:num_requests_waiting and
+    vllm:kv_cache_usage_perc, which endpoint pickers of inference gateways read."""
+
     otlp_endpoint: str | None = Field(default=None, pattern=r"^https?://[^\s/]\S*$")
     """Collector of OpenTelemetry traces, e.g. http://collector:4318. Default: OTEL_EXPORTER_OTLP_ENDPOINT; without
     either, nothing is traced."""

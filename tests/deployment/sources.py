@@ -49,8 +49,14 @@ def dashboard() -> dict[str, Any]:
 
 
 def panels() -> list[dict[str, Any]]:
-    """The dashboard's panels without its rows."""
-    return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
+    """The dashboard's panels without its rows; those of rows that are collapsed stand in these."""
+    return [panel for group in panel_groups() for panel in group if panel["type"] != "row"]
+
+
+def panel_groups() -> list[list[dict[str, Any]]]:
+    """What is seen together: what no row hides, then the panels of each collapsed row."""
+    top = dashboard()["panels"]
+    return [top, *(panel["panels"] for panel in top if panel["type"] == "row" and panel["collapsed"])]
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,9 @@ def server_series() -> dict[str, dict[str, set[str]]]:
     """What a server exports: series name -> label -> values seen. Of a pair that has served nothing yet."""
     metrics = Metrics(["m", "m/base", "m/law"], ["base", "law"])
     lanes = [LaneInfo(name, name, 256, 64, 16) for name in ("base", "law")]
-    metrics.engine_up(EngineInfo(lanes, 512, 256, [0], "lockstep", None, {}))
+    info = EngineInfo(lanes, 512, 256, [0], "lockstep", None, {}, "threshold", {"threshold": 0.5})
+    metrics.engine_up(info, os.getpid())
+    metrics.set_limits(8, 64)
     metrics.on_batch([], EngineStats([LaneStats("base"), LaneStats("law")]))
     metrics.set_load(0, 0)
     metrics.http_requests.labels("/v1/completions", "POST", "200")

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.deployment.promql import selectors
-from tests.deployment.sources import GRAFANA, dashboard, panels
+from tests.deployment.sources import GRAFANA, dashboard, panel_groups, panels
 from tests.packaging.sources import ROOT
 
 PANELS = panels()
@@ -59,11 +59,14 @@ def test_grafana_knows_every_field() -> None:
 @pytest.mark.parametrize("place", ["", "options", "fieldConfig.defaults"])
 def test_fields_that_grafana_does_not_know_are_found(kind: str, place: str) -> None:
     board = dashboard()
-    node = next(panel for panel in board["panels"] if panel["type"] == kind)
+    top = board["panels"]
+    everywhere = [*top, *(panel for row in top for panel in row.get("panels", ()))]
+    node = next(panel for panel in everywhere if panel["type"] == kind)
+    nested = node not in top
     for name in filter(None, place.split(".")):
         node = node[name]
     node["colourMode"] = "value"
-    path = ".".join(filter(None, ["panels[]", place, "colourMode"]))
+    path = ".".join(filter(None, ["panels[]", "panels[]" if nested else "", place, "colourMode"]))
     assert lost_in_the_schema(board) == BEYOND_THE_SCHEMA | {path}
 
 
@@ -72,7 +75,7 @@ def test_identity_is_fixed() -> None:
     assert board["uid"] == "collm-deferral"
     assert board["title"] == "Deferral"
     assert "id" not in board
-    ids = [panel["id"] for panel in board["panels"]]
+    ids = [panel["id"] for group in panel_groups() for panel in group]
     assert len(ids) == len(set(ids))
     assert all(isinstance(number, int) and number > 0 for number in ids)
 
@@ -101,8 +104,18 @@ def test_variables() -> None:
         assert variables[name]["multi"]
 
 
-def test_panels_do_not_overlap() -> None:
-    boxes = [(panel["title"], panel["gridPos"]) for panel in dashboard()["panels"]]
+def test_the_first_screen_has_deferral_latency_and_errors() -> None:
+    """About twenty units of height are seen at once; what comes after them is collapsed."""
+    first, *hidden = panel_groups()
+    seen = {panel["title"] for panel in first if panel["gridPos"]["y"] < 13}
+    assert seen >= {"Deferral rate now", "Deferral rate by model", "Time to first token", "Share that fails"}
+    assert max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in first if panel["type"] != "row") <= 21
+    assert len(hidden) == sum(panel["type"] == "row" for panel in first) - 1
+
+
+@pytest.mark.parametrize("group", panel_groups(), ids=lambda group: group[0]["title"])
+def test_panels_do_not_overlap(group: list[dict[str, Any]]) -> None:
+    boxes = [(panel["title"], panel["gridPos"]) for panel in group]
     for _, box in boxes:
         assert box["x"] + box["w"] <= 24
     for (one, a), (other, b) in combinations(boxes, 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
@@ -101,6 +102,7 @@ class FakeEngine:
             thresholds={"threshold": 0.5, "confidence": 0.5} if gate else {"confidence": 0.5},
         )
         self.stats = EngineStats([LaneStats("base"), LaneStats("codes")])
+        self.pid = os.getpid()
         self.alive = True
         self.script = script
         self.seen: list[GenerationRequest] = []

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.types import Delta, EngineStats, GenerationRequest, LaneStats
+from engine.types import Cost, Delta, EngineStats, GenerationRequest, LaneStats
 from tests.server.conftest import Build, House
 from tests.server.fakes import deltas_of, letters, waits_forever
 from tests.waiting import until
@@ -18,6 +18,18 @@ PROMISED = {
     "collm_lane_preemptions", "collm_lane_up", "collm_expert_wait_seconds", "collm_runahead_tokens",
     "collm_time_to_first_token_seconds", "collm_inter_token_seconds", "collm_request_seconds", "collm_http_requests",
     "collm_build_info", "collm_gate_errors", "collm_integrity_errors", "collm_expert_failures",
+    "collm_request_queue_seconds", "collm_request_prompt_tokens", "collm_request_generation_tokens",
+    "collm_requests_running_limit", "collm_requests_waiting_limit", "collm_lane_kv_cache_tokens",
+    "collm_lane_computed_tokens", "collm_lane_prompt_tokens", "collm_lane_prefix_cache_queries",
+    "collm_lane_prefix_cache_hits", "collm_default_threshold", "collm_engine_active_seconds",
+    "collm_engine_lane_seconds",
+    *(
+        f"{whose}process_{what}"
+        for whose in ("", "collm_engine_")
+        for what in (
+            "virtual_memory_bytes", "resident_memory_bytes", "start_time_seconds", "cpu_seconds", "open_fds", "max_fds",
+        )
+    ),
 }  # fmt: skip
 JOINT = {"model_name": "collm-demo"}
 
@@ -52,9 +64,10 @@ async def test_two_servers_in_one_process_do_not_share_metrics(build: Build) -> 
 async def test_tokens_by_source_and_model(house: House) -> None:
     await house.complete(max_tokens=5)
     await house.complete(model="collm-demo/codes", max_tokens=3)
-    assert await house.metric("collm_tokens_total", source="base", **JOINT) == 3
-    assert await house.metric("collm_tokens_total", source="codes", **JOINT) == 2
-    assert await house.metric("collm_tokens_total", source="codes", model_name="collm-demo/codes") == 3
+    tokens = "collm_tokens_total"
+    assert await house.metric(tokens, source="base", policy="threshold", **JOINT) == 3
+    assert await house.metric(tokens, source="codes", policy="threshold", **JOINT) == 2
+    assert await house.metric(tokens, source="codes", policy="alone", model_name="collm-demo/codes") == 3
     prompt = len(house.engine.seen[0].prompt)
     assert await house.metric("collm_prompt_tokens_total", **JOINT) == prompt
 
@@ -67,7 +80,7 @@ async def test_deferral_rate_runs_and_probabilities(build: Build) -> None:
 
     house = await build(script)
     await house.complete(max_tokens=7)
-    assert await house.metric("collm_request_deferral_rate_sum", **JOINT) == pytest.approx(5 / 7)
+    assert await house.metric("collm_request_deferral_rate_sum", policy="threshold", **JOINT) == pytest.approx(5 / 7)
     assert await house.metric("collm_deferral_run_length_count", **JOINT) == 2
     assert await house.metric("collm_deferral_run_length_sum", **JOINT) == 5
     assert await house.metric("collm_deferral_run_length_bucket", le="2.0", **JOINT) == 1
@@ -79,8 +92,68 @@ async def test_deferral_rate_runs_and_probabilities(build: Build) -> None:
 
 async def test_a_member_alone_has_no_deferral_rate(house: House) -> None:
     await house.complete(model="collm-demo/codes")
-    for name in ("collm_request_deferral_rate_count", "collm_deferral_run_length_count"):
-        assert await house.metric(name, model_name="collm-demo/codes") == 0
+    model = {"model_name": "collm-demo/codes"}
+    assert await house.metric("collm_request_deferral_rate_count", policy="alone", **model) == 0
+    assert await house.metric("collm_deferral_run_length_count", **model) == 0
+
+
+async def test_policies_are_told_apart(house: House) -> None:
+    rate = "collm_request_deferral_rate_count"
+    assert await house.metric(rate, policy="threshold", **JOINT) == 0
+    await house.complete(max_tokens=2)
+    await house.complete(max_tokens=4, collaboration={"policy": "never"})
+    await house.complete(max_tokens=4, collaboration={"policy": "random"})
+    assert [await house.metric(rate, policy=name, **JOINT) for name in ("threshold", "never", "random")] == [1, 1, 1]
+    assert await house.metric("collm_tokens_total", source="base", policy="never", **JOINT) == 2
+    assert await house.metric("collm_tokens_total", source="base", policy="threshold", **JOINT) == 1
+
+
+async def test_lengths_and_the_time_in_the_queue(build: Build) -> None:
+    def script(request: GenerationRequest) -> list[Delta]:
+        deltas = deltas_of(request, letters("abc"))
+        deltas[-1].cost = Cost(0.75, 0, [0, 0], [0.0, 0.0])
+        return deltas
+
+    house = await build(script)
+    await house.complete(n=2, max_tokens=3)
+    prompt = len(house.engine.seen[0].prompt)
+    assert await house.metric("collm_request_queue_seconds_sum", **JOINT) == 1.5
+    assert await house.metric("collm_request_prompt_tokens_sum", **JOINT) == 2 * prompt
+    assert await house.metric("collm_request_generation_tokens_sum", **JOINT) == 6
+    assert await house.metric("collm_request_generation_tokens_count", **JOINT) == 2
+
+
+async def test_limits_stand_beside_their_gauges(build: Build) -> None:
+    house = await build(scheduler={"max_num_seqs": 7}, server={"max_queued_requests": 9})
+    assert await house.metric("collm_requests_running_limit", **JOINT) == 7
+    assert await house.metric("collm_requests_waiting_limit", **JOINT) == 9
+    assert await house.metric("collm_lane_kv_cache_tokens", lane="codes", **JOINT) == 64 * 16
+
+
+async def test_processes(house: House) -> None:
+    """The stand-in of an engine is in this very process; one that is gone has no memory."""
+    engine = "collm_engine_process_resident_memory_bytes"
+    assert await house.metric(engine) > 1 << 20
+    assert await house.metric("process_resident_memory_bytes") > 1 << 20
+    house.service.lose()
+    await house.http.get("/metrics")
+    assert house.service.metrics.registry.get_sample_value(engine) is None
+
+
+async def test_names_that_endpoint_pickers_read(build: Build) -> None:
+    plain = await build()
+    assert "vllm:" not in (await plain.http.get("/metrics")).text
+    house = await build(waits_forever, server={"vllm_metric_names": True})
+    request = asyncio.create_task(house.complete(n=3))
+    await until(lambda: len(house.engine.seen) == 3)
+    house.engine.batch(EngineStats([LaneStats("base", kv_usage=0.25), LaneStats("codes", kv_usage=0.75)], running=2))
+    assert await house.metric("vllm:num_requests_running", **JOINT) == 2
+    assert await house.metric("vllm:num_requests_waiting", **JOINT) == 1
+    assert await house.metric("vllm:kv_cache_usage_perc", **JOINT) == 0.75
+    text = (await house.http.get("/metrics")).text
+    assert 'vllm:kv_cache_usage_perc{model_name="collm-demo"} 0.75' in text.splitlines()
+    request.cancel()
+    await asyncio.gather(request, return_exceptions=True)
 
 
 async def test_the_engine_s_account(house: House) -> None:
@@ -89,6 +162,8 @@ async def test_the_engine_s_account(house: House) -> None:
         [LaneStats("base"), LaneStats("codes", 3, [0.01, 0.02], 5, 100, 7, 2, 3, 0.5)], expert_waits=[0.1, 0.2]
     )
     house.engine.batch(stats)
+    stats.lanes[1].prompt_tokens, stats.lanes[1].cache_queries, stats.lanes[1].cache_hits = 40, 60, 20
+    stats.loop_seconds, stats.step_seconds = 2.5, 2.0
     stats.lanes[1].catchup_tokens, stats.lanes[1].preemptions, stats.lanes[1].step_seconds = 9, 2, [0.03]
     stats.expert_waits = []
     house.engine.batch(stats)
@@ -98,6 +173,12 @@ async def test_the_engine_s_account(house: House) -> None:
     assert await house.metric("collm_lane_kv_cache_usage_ratio", **lane) == 0.5
     assert await house.metric("collm_lane_catchup_tokens_total", **lane) == 9
     assert await house.metric("collm_lane_preemptions_total", **lane) == 2
+    assert await house.metric("collm_lane_computed_tokens_total", **lane) == 100
+    assert await house.metric("collm_lane_prompt_tokens_total", **lane) == 40
+    assert await house.metric("collm_lane_prefix_cache_queries_total", **lane) == 60
+    assert await house.metric("collm_lane_prefix_cache_hits_total", **lane) == 20
+    assert await house.metric("collm_engine_active_seconds_total", **JOINT) == 2.5
+    assert await house.metric("collm_engine_lane_seconds_total", **JOINT) == 2.0
     assert await house.metric("collm_expert_wait_seconds_count", **JOINT) == 2
     assert await house.metric("collm_lane_up", **lane) == 1
 
