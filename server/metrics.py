@@ -96,10 +96,10 @@ class Metrics:
             buckets=_LENGTHS, registry=r,
         )  # fmt: skip
         self.running_limit = Gauge(
-            "collm_requests_running_limit", "Most generation requests in the lanes at once.", model, registry=r
+            "collm_max_requests_running", "Most generation requests in the lanes at once.", model, registry=r
         )
         self.waiting_limit = Gauge(
-            "collm_requests_waiting_limit", "Generation requests that may wait for a place there.", model, registry=r
+            "collm_max_requests_waiting", "Generation requests that may wait for a place there.", model, registry=r
         )
         self.step_seconds = Histogram(
             "collm_lane_step_seconds", "Duration of a lane's steps.", lane, buckets=_STEPS, registry=r

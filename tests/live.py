@@ -19,11 +19,11 @@ from tests.waiting import eventually
 
 
 def samples(text: str) -> dict[str, float]:
-    """Every sample of a /metrics page as ``name{label=value,...}`` with labels sorted, summed over models."""
+    """Every sample of a /metrics page as ``name{label=value,...}``, labels sorted, summed over models and policies."""
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            labels = {key: value for key, value in sample.labels.items() if key != "model_name"}
+            labels = {key: value for key, value in sample.labels.items() if key not in ("model_name", "policy")}
             inner = ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
             key = f"{sample.name}{{{inner}}}"
             found[key] = found.get(key, 0.0) + sample.value

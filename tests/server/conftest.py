@@ -43,6 +43,14 @@ class House:
         assert value is not None, (name, labels)
         return value
 
+    async def total(self, name: str, **labels: str) -> float:
+        """The sum over all series that have these labels, and maybe others."""
+        await self.http.get("/metrics")
+        samples = [sample for family in self.service.metrics.registry.collect() for sample in family.samples]
+        found = [sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items()]
+        assert found, (name, labels)
+        return sum(found)
+
 
 Build = Callable[..., Awaitable[House]]
 
@@ -54,7 +62,12 @@ async def build(tokenizer: TextTokenizer) -> AsyncIterator[Build]:
 
         async def make(script: Script | None = None, *, gate: bool = True, attach: bool = True, **parts: Any) -> House:
             service = Service(settings(**parts), tokenizer)
-            engine = FakeEngine(script or writes(letters("abcdefgh")), gate=gate, policy=service.settings.gate.policy)
+            engine = FakeEngine(
+                script or writes(letters("abcdefgh")),
+                gate=gate,
+                policy=service.settings.gate.policy,
+                lane_names=service.models.lane_names,
+            )
             if attach:
                 service.attach(engine)
             traces = start_tracing(service.settings.server, service.models)

@@ -87,9 +87,15 @@ class FakeEngine:
     """
 
     def __init__(
-        self, script: Script, *, gate: bool = True, policy: PolicyName | None = None, max_model_len: int = 256
+        self,
+        script: Script,
+        *,
+        gate: bool = True,
+        policy: PolicyName | None = None,
+        max_model_len: int = 256,
+        lane_names: Iterable[str] = ("base", "codes"),
     ) -> None:
-        lanes = [LaneInfo(name, name, max_model_len, 64, 16) for name in ("base", "codes")]
+        lanes = [LaneInfo(name, name, max_model_len, 64, 16) for name in lane_names]
         self.info = EngineInfo(
             lanes=lanes,
             vocab_size=512,
@@ -101,7 +107,7 @@ class FakeEngine:
             policy="threshold" if gate else policy or "confidence",
             thresholds={"threshold": 0.5, "confidence": 0.5} if gate else {"confidence": 0.5},
         )
-        self.stats = EngineStats([LaneStats("base"), LaneStats("codes")])
+        self.stats = EngineStats([LaneStats(lane.name) for lane in lanes])
         self.pid = os.getpid()
         self.alive = True
         self.script = script

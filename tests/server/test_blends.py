@@ -100,7 +100,7 @@ async def test_a_model_of_its_own(build: Build) -> None:
     await house.complete(model="blended", max_tokens=1, collaboration={"blend": "union", "policy": "always"})
     assert house.engine.seen[-1].collaboration.blend is not None
     assert house.engine.seen[-1].collaboration.blend.kind == "union"
-    assert await house.metric("collm_tokens_total", model_name="blended", source="base") == 2
+    assert await house.total("collm_tokens_total", model_name="blended", source="base") == 2
 
 
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
@@ -126,8 +126,8 @@ async def test_what_is_told(route: str, stream: bool, build: Build) -> None:
     ]  # fmt: skip
     details = chunks[-1]["usage"]["completion_tokens_details"]
     assert details == {"base_tokens": 4, "expert_tokens": 0, "blended_tokens": 4}
-    assert await house.metric("collm_tokens_total", model_name=MODEL, source="blend") == 4
-    assert await house.metric("collm_tokens_total", model_name=MODEL, source="codes") == 0
+    assert await house.total("collm_tokens_total", model_name=MODEL, source="blend") == 4
+    assert await house.total("collm_tokens_total", model_name=MODEL, source="codes") == 0
 
 
 async def test_support_of_text_that_is_held_back(build: Build) -> None:

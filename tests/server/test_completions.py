@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.types import Collaboration, Delta, ErrorCode, GenerationRequest, StructuredOutputs
-from server.metrics import OUTCOMES
+from server.meters import OUTCOMES
 from server.sampling import derived_seed
 from server.text.tokenizer import TextTokenizer
 from tests.server.conftest import Build, House
@@ -190,7 +190,7 @@ async def test_echo_of_logprobs_alone_drops_the_token_the_engine_must_write(hous
     choice = body["choices"][0]
     assert choice["text"] == "".join(choice["logprobs"]["tokens"]) == "Hello there"
     assert body["usage"]["completion_tokens"] == 0
-    assert await house.metric("collm_tokens_total", model_name="collm-demo", source="base") == 0
+    assert await house.total("collm_tokens_total", model_name="collm-demo", source="base") == 0
 
 
 async def test_echo_of_token_ids_returns_their_text(house: House, tokenizer: TextTokenizer) -> None:

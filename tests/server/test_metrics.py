@@ -19,7 +19,7 @@ PROMISED = {
     "collm_time_to_first_token_seconds", "collm_inter_token_seconds", "collm_request_seconds", "collm_http_requests",
     "collm_build_info", "collm_gate_errors", "collm_integrity_errors", "collm_expert_failures",
     "collm_request_queue_seconds", "collm_request_prompt_tokens", "collm_request_generation_tokens",
-    "collm_requests_running_limit", "collm_requests_waiting_limit", "collm_lane_kv_cache_tokens",
+    "collm_max_requests_running", "collm_max_requests_waiting", "collm_lane_kv_cache_tokens",
     "collm_lane_computed_tokens", "collm_lane_prompt_tokens", "collm_lane_prefix_cache_queries",
     "collm_lane_prefix_cache_hits", "collm_default_threshold", "collm_engine_active_seconds",
     "collm_engine_lane_seconds",
@@ -125,8 +125,8 @@ async def test_lengths_and_the_time_in_the_queue(build: Build) -> None:
 
 async def test_limits_stand_beside_their_gauges(build: Build) -> None:
     house = await build(scheduler={"max_num_seqs": 7}, server={"max_queued_requests": 9})
-    assert await house.metric("collm_requests_running_limit", **JOINT) == 7
-    assert await house.metric("collm_requests_waiting_limit", **JOINT) == 9
+    assert await house.metric("collm_max_requests_running", **JOINT) == 7
+    assert await house.metric("collm_max_requests_waiting", **JOINT) == 9
     assert await house.metric("collm_lane_kv_cache_tokens", lane="codes", **JOINT) == 64 * 16
 
 
