@@ -61,6 +61,7 @@ class Choice:
         prompt_only: the engine is asked for the prompt's logprobs; the token that it must write is dropped.
         piece: what was written, where the response is not streamed.
         cost: what it has taken so far, as the engine told last.
+        scoring_cost: what scoring its prompt took, where it is scored by a request of its own.
     """
 
     index: int
@@ -74,3 +75,4 @@ class Choice:
     scoring: GenerationRequest | None = None
     piece: Piece = field(default_factory=Piece)
     cost: Cost | None = None
+    scoring_cost: Cost | None = None

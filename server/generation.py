@@ -84,6 +84,7 @@ async def _scores(engine: Engine, choice: Choice, scoring: GenerationRequest) ->
     deltas = engine.generate(scoring)
     try:
         async for delta in deltas:
+            choice.scoring_cost = delta.cost
             _check(choice, delta)
             scores += delta.prompt_logprobs or []
     finally:

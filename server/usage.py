@@ -59,10 +59,8 @@ class UsageCounter:
         prompts = [0] * len(self._names)
         seconds = [0.0] * len(self._names)
         queued = 0.0
-        for choice in self._choices:
-            cost = choice.cost
-            if cost is None:
-                continue
+        costs = [cost for choice in self._choices for cost in (choice.cost, choice.scoring_cost) if cost is not None]
+        for cost in costs:
             queued = max(queued, cost.queue_seconds)
             for lane, (tokens, spent) in enumerate(zip(cost.prompt_tokens, cost.seconds, strict=True)):
                 member = lane if lane < len(self._names) else BASE
