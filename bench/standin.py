@@ -13,15 +13,20 @@ import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
+from functools import lru_cache
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.blends import Blend
 from engine.config import EngineConfig
 from engine.lanes.backend import Loaded
 from engine.lanes.interface import Computed, Lane, LaneReport, LaneRequest, LaneWork, Refusal, Sample
 from engine.lanes.shelf import Offer, Shelf
+from engine.spelling.mass import Mass
+from engine.spelling.vocabulary import Vocabulary
 from engine.types import NEGATIVE, GateInfo, GenerationRequest, LaneInfo, LaneStats, TokenLogprobs
 
 
@@ -57,6 +62,24 @@ def support(distribution: int, token: int) -> float:
     return -(distribution % 997 + token) / 100.0
 
 
+def mass_of(lane: int, tokens: Sequence[int], vocabulary: Vocabulary) -> Mass:
+    """The distribution over byte strings of the stand-in of a lane after ``tokens``: mostly lower-case letters."""
+    data = array("I", tokens).tobytes()
+    seed = zlib.crc32(data, 9000 + lane)
+    scores = np.random.default_rng(seed).integers(1, 1000, len(vocabulary) + 1).astype(np.float64)
+    scores[:-1] *= _favour_letters(vocabulary)
+    probabilities = np.zeros(max(*vocabulary.order, *vocabulary.stops) + 1)
+    probabilities[vocabulary.order] = scores[:-1]
+    probabilities[list(vocabulary.stops)] = scores[-1] / max(len(vocabulary.stops), 1)
+    return Mass(vocabulary, probabilities)
+
+
+@lru_cache(maxsize=8)
+def _favour_letters(vocabulary: Vocabulary) -> NDArray[np.float64]:
+    letters = [(vocabulary.bytes_of(int(token)) or b"A").islower() for token in vocabulary.order]
+    return np.where(letters, 1.0, 1e-4)
+
+
 class _Row:
     __slots__ = ("asked", "computed", "preempted", "request", "tokens", "wants_prompt_logprobs")
 
@@ -81,6 +104,7 @@ class StandinLane:
         kv_tokens: tokens of KV memory; None is plenty.
         step_seconds: pause of each step, so that clients can be tested against a lane that takes time.
         shelf: shared by the lanes of an engine, for blends.
+        vocabulary: for requests that are written by characters.
     """
 
     def __init__(
@@ -95,8 +119,10 @@ class StandinLane:
         kv_tokens: int | None = None,
         step_seconds: float = 0.0,
         shelf: Shelf | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self._number = number
+        self._vocabulary = vocabulary
         self._experts = experts
         self._vocab_size = vocab_size
         self._token_budget = token_budget
@@ -115,9 +141,9 @@ class StandinLane:
 
     def refusal(self, request: GenerationRequest) -> Refusal | None:
         """Only token ids outside the vocabulary are refused."""
-        for prompt in request.all_prompts:
-            if not 0 <= min(prompt) <= max(prompt) < self._vocab_size:
-                return Refusal(f"prompt has a token id outside [0, {self._vocab_size})")
+        prompt = request.prompt_of(self._number)
+        if not 0 <= min(prompt) <= max(prompt) < self._vocab_size:
+            return Refusal(f"prompt has a token id outside [0, {self._vocab_size})")
         return None
 
     def form_setup(self) -> None:
@@ -287,6 +313,11 @@ class StandinLane:
         if part is None:
             return token, None, logprobs
         index = len(tokens) - len(request.prompt)
+        if part.blend is None:
+            assert self._vocabulary is not None
+            said = mass_of(self._number, tokens, self._vocabulary)
+            self._shelf.put(self._number, request.request_id, index, Offer(said))
+            return token, None, logprobs
         if not part.writes:
             self._shelf.put(self._number, request.request_id, index, Offer(own, gate))
             return token, None, logprobs

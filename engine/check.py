@@ -31,8 +31,11 @@ def report(config: EngineConfig) -> Iterator[str]:
                 f"{name}: {adapter.directory}: LoRA adapter{where}; "
                 f"rank {adapter.rank} on {', '.join(adapter.layers)}; {adapter.size / _MIB:,.1f} MiB of weights"
             )
-    yield f"vocabulary: one; prompts are made of the ids from 0 to {plan.vocab_size - 1}"
-    yield from plan.notes()
+    if plan.vocabularies == "same":
+        yield f"vocabulary: one; prompts are made of the ids from 0 to {plan.vocab_size - 1}"
+    else:
+        yield "vocabularies: each member has its own, so that prompts are text or messages"
+    yield from plan.notes(config.lane_names)
     if plan.gate is None:
         yield "gate: none; policies that need none are served, such as confidence"
     else:

@@ -17,8 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from tokenizers import Tokenizer
 
 from engine.errors import CheckpointError
+from engine.spelling.speller import Speller
+from engine.spelling.vocabulary import Vocabulary as ByteVocabulary
+from engine.spelling.vocabulary import VocabularyError, obstacle
 from engine.vocabulary import Vocabulary
 
 CONFIG = "config.json"
@@ -145,6 +149,33 @@ class Checkpoint:
     def vocabulary(self) -> Vocabulary:
         """The tokenizer's."""
         return read_vocabulary(tokenizer_folder(self.tokenizer_directory))
+
+    @cached_property
+    def speller(self) -> Speller:
+        """Spells text in the model's tokens, for texts that models with other vocabularies write too.
+
+        Raises:
+            CheckpointError: its tokens are no byte strings, or cannot spell every text.
+        """
+        return self.speller_ending_with(self.ends)
+
+    def speller_ending_with(self, ends: Sequence[int]) -> Speller:
+        """The same where other ids end a text too.
+
+        Raises:
+            CheckpointError: as for ``speller``.
+        """
+        file = tokenizer_folder(self.tokenizer_directory) / TOKENIZER
+        try:
+            tokenizer = Tokenizer.from_file(str(file))
+            vocabulary = ByteVocabulary(tokenizer, ends, size=self.rows)
+        except VocabularyError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+        except Exception as error:  # the library raises nothing more precise for a file that it cannot read
+            raise CheckpointError(f"{file}: is damaged: {str(error)[:200]}") from error
+        if (reason := obstacle(vocabulary)) is not None:
+            raise CheckpointError(f"{file}: {reason}")
+        return Speller(tokenizer, vocabulary)
 
     @cached_property
     def ends(self) -> tuple[int, ...]:

@@ -24,6 +24,9 @@ TOKEN_STREAM = 0
 POLICY_STREAM = 1 << 32
 """The stream of the policies' own draws."""
 
+SYMBOL_STREAM = 2 << 32
+"""The stream of the draws of symbols, where members write a text byte by byte."""
+
 
 def mix(value: int) -> int:
     """SplitMix64's next output after a state: 64 bits, each of which depends on every bit of the state's low 64."""
@@ -43,8 +46,8 @@ def key(seed: int, stream: int, position: int) -> int:
 
     Args:
         seed: the request's seed, any integer (its low 64 bits count).
-        stream: what is drawn: TOKEN_STREAM or POLICY_STREAM.
-        position: number of tokens, prompt included, before the one being drawn.
+        stream: what is drawn: TOKEN_STREAM, POLICY_STREAM or SYMBOL_STREAM.
+        position: number of tokens, prompt included, before the one being drawn; of symbols, without the prompt.
     """
     return mix(series(seed, stream) ^ position)
 

@@ -108,6 +108,7 @@ class Engine:
                 whole.support,
                 whole.words,
                 whole.cost,
+                whole.texts,
             )
             if on_done is not None:
                 on_done(completion)

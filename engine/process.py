@@ -13,8 +13,9 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -22,7 +23,7 @@ import zmq
 from engine.config import EngineConfig
 from engine.errors import CollmError
 from engine.grammar.checker import Checked, FormChecker, Templates
-from engine.lanes.backend import Backend, backend
+from engine.lanes.backend import Backend, Loaded, backend
 from engine.lanes.interface import Lane, Refusal
 from engine.lanes.shelf import Shelf
 from engine.loop import StepLoop
@@ -39,11 +40,12 @@ from engine.messages import (
     Submit,
     ToEngine,
 )
-from engine.scheduler import Scheduler
+from engine.scheduler import LaneTerms, Scheduler
 from engine.strategies import Strategies
+from engine.strategies.characters import Characters
 from engine.strategies.deferral.pacing import Pacer
 from engine.strategies.scoring import window_of
-from engine.types import EngineInfo, ErrorCode, GenerationRequest, PolicyName
+from engine.types import BASE, EngineInfo, ErrorCode, GenerationRequest, LaneInfo, PolicyName
 
 logger = logging.getLogger(__name__)
 
@@ -268,6 +270,8 @@ def build(
         draft_pays=pacer.draft_pays,
         shelf_has_room=lambda: shelf.has_room,
         blend_obstacle=config.blend_obstacle or loaded.blend_obstacle,
+        characters=_characters(config, lanes, loaded, shelf),
+        **_words(lanes, loaded),
     )
     scheduler = Scheduler(
         lanes=len(lanes),
@@ -277,10 +281,11 @@ def build(
         vocab_size=max([loaded.vocab_size, *(end + 1 for end in loaded.eos_token_ids)]),
         eos_token_ids=loaded.eos_token_ids,
         strategy=strategies,
-        reject_reason=lambda request: next(filter(None, (lane.refusal(request) for lane in lanes)), None),
+        terms=_terms(lanes, loaded) if loaded.vocabularies == "spelled" else None,
+        reject_reason=lambda request: _refusal(lanes, config.all_hosts, loaded, request),
     )
     info = EngineInfo(
-        [lane.info for lane in lanes[: len(config.lanes)]],
+        _lane_infos(lanes[: len(config.lanes)], loaded),
         loaded.vocab_size,
         max_model_len,
         loaded.eos_token_ids,
@@ -289,8 +294,78 @@ def build(
         loaded.versions,
         policy,
         strategies.deferral.thresholds,
+        loaded.vocabularies,
+        tuple(strategies.served),
     )
     return scheduler, lanes, info, pacer
+
+
+def _words(lanes: Sequence[Lane], loaded: Loaded) -> dict[str, Any]:
+    """What deferral needs where members have vocabularies of their own."""
+    if loaded.vocabularies == "same":
+        return {}
+    base, *experts = loaded.spoken
+    return {
+        # Lanes that write the same tokens have one speller.
+        "spellers": [base.speller, *(None if each.speller is base.speller else each.speller for each in experts)],
+        "contexts": [lane.info.max_model_len for lane in lanes],
+        "end": base.ends[0] if base.ends else None,
+    }
+
+
+def _characters(config: EngineConfig, lanes: Sequence[Lane], loaded: Loaded, shelf: Shelf) -> Characters:
+    """The strategy, with what is in its way."""
+    obstacle = config.blend_obstacle
+    for lane in lanes:
+        if obstacle is None and not lane.info.can_cut:
+            obstacle = f"{lane.info.name} cannot take tokens back, as it must where others write parts of its words"
+    return Characters(
+        [spoken.speller for spoken in loaded.spoken],
+        [lane.info.max_model_len for lane in lanes],
+        shelf,
+        spelled=loaded.vocabularies == "spelled",
+        obstacle=obstacle,
+    )
+
+
+def _lane_infos(lanes: Sequence[Lane], loaded: Loaded) -> list[LaneInfo]:
+    """With what each lane writes."""
+    if not loaded.spoken:
+        return [
+            msgspec.structs.replace(lane.info, vocab_size=loaded.vocab_size, eos_token_ids=loaded.eos_token_ids)
+            for lane in lanes
+        ]
+    return [
+        msgspec.structs.replace(
+            lane.info, vocab_size=spoken.size, eos_token_ids=list(spoken.ends), tokenizer=spoken.tokenizer
+        )
+        for lane, spoken in zip(lanes, loaded.spoken, strict=True)
+    ]
+
+
+def _terms(lanes: Sequence[Lane], loaded: Loaded) -> list[LaneTerms]:
+    """Of lanes with vocabularies of their own. The base under negative prompts has the base's."""
+    terms = []
+    for number, lane in enumerate(lanes):
+        spoken = loaded.spoken[number if number < len(loaded.spoken) else BASE]
+        vocab_size = max([spoken.size, *(end + 1 for end in spoken.ends)])
+        terms.append(LaneTerms(lane.info.max_model_len, vocab_size, frozenset(spoken.ends)))
+    return terms
+
+
+def _refusal(lanes: Sequence[Lane], hosts: Sequence[int], loaded: Loaded, request: GenerationRequest) -> Refusal | None:
+    """What a lane has against a request; of a member alone with a vocabulary of its own, what this one has."""
+    collaboration = request.collaboration
+    member = collaboration.member
+    asked = lanes if loaded.vocabularies == "same" or member is None else [lanes[hosts[member]]]
+    if loaded.vocabularies == "spelled" and member is None:
+        given = {BASE, *(lane for lane, _ in collaboration.prompts)}
+        experts = range(len(loaded.spoken)) if collaboration.experts is None else collaboration.experts
+        taking_part = [lane for lane, _ in collaboration.weights] or experts
+        for lane in taking_part:
+            if lane not in given and loaded.spoken[lane].speller is not loaded.spoken[BASE].speller:
+                return Refusal(f"{lanes[lane].info.name} has no prompt in tokens of its own")
+    return next(filter(None, (lane.refusal(request) for lane in asked)), None)
 
 
 def _keep_sockets_together(directory: str) -> None:

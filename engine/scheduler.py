@@ -12,6 +12,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Series
+from typing import NamedTuple
 
 from engine.fair_queue import PROMPT_TOKEN_COST, WRITTEN_TOKEN_COST, FairQueue
 from engine.lane_book import LaneBook
@@ -24,6 +26,7 @@ from engine.strategies.base import (
     Decision,
     Decoding,
     End,
+    Finish,
     Outlook,
     Rejected,
     Scored,
@@ -31,6 +34,20 @@ from engine.strategies.base import (
     Wait,
 )
 from engine.types import BASE, Delta, ErrorCode, FinishReason, GenerationRequest, Token
+
+
+class LaneTerms(NamedTuple):
+    """What the scheduler knows of a lane's model.
+
+    Attributes:
+        max_model_len: most tokens of its prompt and output together.
+        vocab_size: its token ids are in [0, vocab_size).
+        eos: ids that end a text that starts with this lane, unless the request ignores them.
+    """
+
+    max_model_len: int
+    vocab_size: int
+    eos: frozenset[int]
 
 
 class Scheduler:
@@ -43,6 +60,7 @@ class Scheduler:
         vocab_size: token ids are in [0, vocab_size).
         eos_token_ids: end a request unless it ignores them.
         strategy: decides what is written.
+        terms: of each lane, where they have vocabularies of their own; None: the arguments above hold for all.
         reject_reason: what a lane has against a request, if anything; asked once, before it is queued.
         clock: seconds; a parameter for tests.
     """
@@ -56,13 +74,13 @@ class Scheduler:
         vocab_size: int = 1 << 31,
         eos_token_ids: Iterable[int],
         strategy: Strategy,
+        terms: Series[LaneTerms] | None = None,
         reject_reason: Callable[[GenerationRequest], Refusal | None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_num_seqs = max_num_seqs
-        self._max_model_len = max_model_len
-        self._vocab_size = vocab_size
-        self._eos = frozenset(eos_token_ids)
+        shared = LaneTerms(max_model_len, vocab_size, frozenset(eos_token_ids))
+        self._terms = [shared] * lanes if terms is None else terms
         self._strategy = strategy
         self._reject_reason = reject_reason
         self._clock = clock
@@ -82,11 +100,12 @@ class Scheduler:
             problem: what is known to be wrong with it already.
         """
         seed = request.sampling.seed
+        starts = self._terms[self._first_lane(request)]
         sequence = Sequence(
             request,
             seed=secrets.randbits(63) if seed is None else seed,
-            eos=self._eos,
-            max_model_len=self._max_model_len,
+            eos=starts.eos,
+            room=min(terms.max_model_len - len(prompt) for terms, prompt in self._prompts(request)),
             lanes=len(self._books),
         )
         sequence.queued_at = self._clock()
@@ -106,17 +125,28 @@ class Scheduler:
         request = sequence.request
         if request.request_id in self._running or request.request_id in self._waiting:
             raise Rejected("request_id is already in use")
-        for prompt in request.all_prompts:
+        for terms, prompt in self._prompts(request):
             if not prompt:
                 raise Rejected("prompt is empty")
-            if len(prompt) >= self._max_model_len:
-                raise Rejected(f"prompt has {len(prompt)} tokens, the context is {self._max_model_len}")
+            if len(prompt) >= terms.max_model_len:
+                raise Rejected(f"prompt has {len(prompt)} tokens, the context is {terms.max_model_len}")
         if request.sampling.max_tokens < 1:
             raise Rejected("max_tokens must be at least 1")
         decoding = self._strategy.begin(sequence)
         if (reason := self._reject_reason(request)) is not None:
             raise Rejected(*reason)
         return decoding
+
+    def _prompts(self, request: GenerationRequest) -> list[tuple[LaneTerms, list[int]]]:
+        """A request's prompts, each with the terms of the lane that it is for."""
+        prompts = [(self._first_lane(request), request.prompt), *request.collaboration.prompts]
+        known = range(len(self._terms))
+        return [(self._terms[lane if lane in known else BASE], prompt) for lane, prompt in prompts]
+
+    def _first_lane(self, request: GenerationRequest) -> int:
+        """The lane that the request's own prompt is for; the base's where there is no such member."""
+        member = request.collaboration.member
+        return BASE if member is None or not 0 <= member < len(self._terms) else member
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is. Unknown ids are ignored: it may have finished meanwhile."""
@@ -160,7 +190,7 @@ class Scheduler:
             if decoding is None or not decoding.awaits(lane, sample.position):
                 continue
             fault = None
-            if not 0 <= sample.token < self._vocab_size:
+            if not 0 <= sample.token < self._terms[lane].vocab_size:
                 fault = End(f"lane {lane} sampled {sample.token}, which is no token", ErrorCode.BAD_READING)
             if lane == decoding.primary_lane:
                 if sample.prompt_logprobs is not None:
@@ -280,6 +310,7 @@ class Scheduler:
             self._running[request_id] = decoding
             book.started += 1
             book.due[request_id] = decoding
+            self._carry_out(decoding, decoding.on_admitted())
 
     def _carry_out(self, decoding: Decoding, decisions: Iterable[Decision]) -> bool:
         """Do what was decided, in order; False if it ended the request."""
@@ -303,6 +334,9 @@ class Scheduler:
             elif type(decision) is Scored:
                 decoding.answer.note_prompt_logprobs(decision.entries)
                 self._end(decoding, "length")
+                return False
+            elif type(decision) is Finish:
+                self._end(decoding, decision.reason)
                 return False
             else:
                 assert type(decision) is End

@@ -20,6 +20,10 @@ from engine.types import (
 class Sequence:
     """A request and its answer.
 
+    Args:
+        eos: ids that end the text, unless the request ignores them.
+        room: tokens that may follow the prompt in every lane that takes part.
+
     Attributes:
         tokens: written token ids, regardless of which lane wrote them.
         seed: the request's own, or one drawn for it.
@@ -50,7 +54,7 @@ class Sequence:
         "waits_for",
     )
 
-    def __init__(self, request: GenerationRequest, *, seed: int, eos: Set[int], max_model_len: int, lanes: int) -> None:
+    def __init__(self, request: GenerationRequest, *, seed: int, eos: Set[int], room: int, lanes: int) -> None:
         sampling = request.sampling
         self.request = request
         self.seed = seed
@@ -60,8 +64,7 @@ class Sequence:
         self.min_tokens = 0 if follows else sampling.min_tokens
         ignores_eos = sampling.ignore_eos and not follows
         self.stop_token_ids = frozenset(sampling.stop_token_ids) | (frozenset() if ignores_eos else eos)
-        longest = max(map(len, request.all_prompts))
-        self.max_output = min(sampling.max_tokens, max_model_len - longest)
+        self.max_output = min(sampling.max_tokens, room)
         self.tokens: list[int] = []
         self.waits_for: int | None = None
         self.parked_at = 0.0
@@ -77,6 +80,8 @@ class Sequence:
         delta.tokens.append(token.id)
         delta.sources.append(token.credit)
         delta.deferrals.append(token.deferral)
+        if token.text is not None:
+            delta.texts.append(token.text)
         if token.support is not None:
             delta.support.append((len(delta.tokens) - 1, token.support))
         if token.word is not None:

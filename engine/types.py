@@ -23,10 +23,18 @@ NEGATIVE = "negative"
 BLEND = -1
 """The source of a token that was drawn from a combination of members."""
 
+NO_TOKEN = -1
+"""The id of what is written where members have no tokens in common: a piece of text."""
+
 RunAhead = Literal["auto", "off"] | int
 MOST_DRAFTS = 64
 """Greatest number that run-ahead may be set to."""
 
+Relation = Literal["same", "spelled"]
+"""Of the members' vocabularies: one for all, or each its own, in which it spells the common text."""
+
+StrategyName = Literal["deferral", "characters"]
+AverageName = Literal["mixture", "geometric"]
 PolicyName = Literal["threshold", "sample", "always", "never", "random", "confidence"]
 FinishReason = Literal["stop", "length", "error", "aborted"]
 
@@ -118,7 +126,11 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
         run_ahead: how many tokens the base may draft past a deferral before the expert has written: "auto" as many as
             pay, "off", or a number; None is the engine's default. What is written does not depend on it.
         blend: what is written where the experts are asked; None is the expert's own token.
-        prompts: (lane, token ids) of members that have another prompt than the request's, which is the base's.
+        prompts: (lane, token ids) of members that have another prompt than the request's, which is the base's. Where
+            vocabularies differ, each member that takes part has one, in its own tokens.
+        strategy: how the members write together; None is the engine's default.
+        weights: characters: (lane, weight) of the members, not negative, sum 1; empty is equal weights for all.
+        average: characters: of the members' distributions.
     """
 
     member: int | None = None
@@ -130,6 +142,9 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
     run_ahead: RunAhead | None = None
     blend: Blend | None = None
     prompts: tuple[tuple[int, list[int]], ...] = ()
+    strategy: StrategyName | None = None
+    weights: tuple[tuple[int, float], ...] = ()
+    average: AverageName = "mixture"
 
 
 class GenerationRequest(msgspec.Struct, frozen=True):
@@ -157,6 +172,10 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     def all_prompts(self) -> list[list[int]]:
         """The base's, and those of members that have another one."""
         return [self.prompt, *(prompt for _, prompt in self.collaboration.prompts)]
+
+    def prompt_of(self, lane: int) -> list[int]:
+        """A lane's own, or the request's."""
+        return next((prompt for number, prompt in self.collaboration.prompts if number == lane), self.prompt)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -197,12 +216,14 @@ class Token(msgspec.Struct, gc=False):
     """One token that is written.
 
     Attributes:
-        id: in the vocabulary of the lane that starts the request.
+        id: in the vocabulary of the lane that starts the request; NO_TOKEN where the text is not written in tokens.
         credit: the lane that wrote it, or BLEND.
         deferral: the deferral probability at its position; None where no gate was asked.
         logprobs: if the request asked for them.
-        support: of a blended token: its log-probability with each member that took part, in lane order.
         word: (tokens, log-probability) of the word that it begins, see :class:`WrittenWord`.
+        support: of a blended token: its log-probability with each member that took part, in lane order. Of a piece: the
+            same; NaN where the member has none of its tokens left that begins like it.
+        text: the bytes that it adds, where the text is not written in tokens.
     """
 
     id: int
@@ -211,6 +232,7 @@ class Token(msgspec.Struct, gc=False):
     logprobs: TokenLogprobs | None = None
     support: list[float] | None = None
     word: tuple[int, float] | None = None
+    text: bytes | None = None
 
 
 class Cost(msgspec.Struct, array_like=True, gc=False):
@@ -255,6 +277,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         support: (index in ``tokens``, log-probability with each member that took part) of each blended token.
         words: those that experts of other vocabularies wrote; ``start`` is an index in ``tokens``.
         cost: what the request has taken up to here; None in those that no engine made.
+        texts: of a text that is not written in tokens but in pieces: the bytes of each. ``tokens`` then are NO_TOKEN.
     """
 
     request_id: str
@@ -273,6 +296,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     support: list[tuple[int, list[float]]] = []
     words: list[WrittenWord] = []
     cost: Cost | None = None
+    texts: list[bytes] = []
 
     def merge(self, later: Delta) -> None:
         """Take in the next delta of the same request."""
@@ -281,6 +305,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         if later.support:
             self.support += [(index + len(self.tokens), values) for index, values in later.support]
         self.tokens += later.tokens
+        self.texts += later.texts
         self.sources += later.sources
         self.deferrals += later.deferrals
         if self.logprobs is None:
@@ -315,6 +340,7 @@ class Completion(msgspec.Struct):
     support: list[tuple[int, list[float]]] = []
     words: list[WrittenWord] = []
     cost: Cost | None = None
+    texts: list[bytes] = []
 
 
 class GateInfo(msgspec.Struct, frozen=True):
@@ -336,6 +362,9 @@ class LaneInfo(msgspec.Struct, frozen=True):
         block_size: tokens a KV block.
         can_cut: whether tokens can be taken back. If not in every lane, nobody drafts.
         adapter: the LoRA adapter that the model is served with.
+        vocab_size: token ids of the lane's prompts are in [0, vocab_size).
+        eos_token_ids: end a text that it writes.
+        tokenizer: folder of its ``tokenizer.json``; None where that is not known.
     """
 
     name: str
@@ -345,18 +374,23 @@ class LaneInfo(msgspec.Struct, frozen=True):
     block_size: int
     can_cut: bool = True
     adapter: str | None = None
+    vocab_size: int = 0
+    eos_token_ids: list[int] = []
+    tokenizer: str | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
     """What a client needs to know before its first request.
 
     Attributes:
-        vocab_size: token ids are in [0, vocab_size).
+        vocab_size: token ids are in [0, vocab_size); the base's where vocabularies differ.
         max_model_len: the smallest context of all lanes.
-        eos_token_ids: end a request unless it ignores them.
+        eos_token_ids: end a request unless it ignores them; the base's where vocabularies differ.
         coordination: "lockstep" or "overlapped", as resolved.
         policy: for requests that name none.
         thresholds: for requests that name none, by policy: of those that have one and can be used.
+        vocabularies: whether the members share one. If not, what :class:`LaneInfo` says of each counts.
+        strategies: that the joint model can be asked for; the first is the default.
     """
 
     lanes: list[LaneInfo]
@@ -368,6 +402,20 @@ class EngineInfo(msgspec.Struct, frozen=True):
     versions: dict[str, str]
     policy: PolicyName = "never"
     thresholds: dict[PolicyName, float] = {}
+    vocabularies: Relation = "same"
+    strategies: tuple[StrategyName, ...] = ("deferral",)
+
+    def lane_context(self, lane: int) -> int:
+        """Most tokens of a lane's prompt and output together: where all count alike, the smallest of all lanes."""
+        return self.max_model_len if self.vocabularies == "same" else self.lanes[lane].max_model_len
+
+    def lane_vocab_size(self, lane: int) -> int:
+        """Token ids of a lane's prompts are in [0, this)."""
+        return self.vocab_size if self.vocabularies == "same" else self.lanes[lane].vocab_size
+
+    def lane_ends(self, lane: int) -> list[int]:
+        """Token ids that end a text that starts with a lane."""
+        return self.eos_token_ids if self.vocabularies == "same" else self.lanes[lane].eos_token_ids
 
 
 class LaneStats(msgspec.Struct, array_like=True):

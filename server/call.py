@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import msgspec
 from fastapi import Request
 
-from engine.types import Collaboration, EngineInfo, GenerationRequest, SamplingSpec
+from engine.types import BASE, Collaboration, EngineInfo, GenerationRequest, SamplingSpec
 from server.access import Account
 from server.admission import Places
 from server.auth import client_of
@@ -18,10 +19,12 @@ from server.choice import Choice, ChoiceObserver, RequestObserver
 from server.engine_port import Engine
 from server.errors import invalid
 from server.meters import ModelMeter, RequestMeter
-from server.prompts import check_prompt, prompt_tokens
+from server.prompts import check_prompt, fit, prompt_tokens
 from server.protocol.common import GenerationFields, read_body
 from server.rendering.common import Head
 from server.service import Service, service_of
+from server.text.detokenize import ByteDetokenizer
+from server.text.lane_text import LaneText
 from server.text.pieces import PieceBuilder
 
 Body = TypeVar("Body", bound=GenerationFields)
@@ -75,8 +78,31 @@ class Call(Generic[Body]):
         """
         return self.service.models.collaboration(self.body.model, self.body.collaboration, self.info)
 
-    async def with_prompts(self, collaboration: Collaboration, *, special: bool) -> Collaboration:
-        """With the prompts of members that have their own.
+    @property
+    def lane(self) -> int:
+        """The lane whose tokens the request's own prompt is in: a member's alone that has a vocabulary of its own, else
+        the base's.
+        """
+        alone = self.member is not None and self.info.vocabularies == "spelled"
+        return self.member if alone and self.member is not None else BASE
+
+    def text_of(self, lane: int) -> LaneText:
+        """How a lane reads and writes text."""
+        return self.service.text_of(lane)
+
+    def context(self, lane: int) -> int:
+        """Most tokens of a lane's prompt and text together. The base under negative prompts has the base's."""
+        return self.info.lane_context(lane if lane < len(self.info.lanes) else BASE)
+
+    def others(self, collaboration: Collaboration) -> list[int]:
+        """Lanes that need the request's prompt in tokens of their own, beside :attr:`lane`."""
+        if self.member is not None or self.info.vocabularies == "same":
+            return []
+        lanes = [lane for lane, _ in collaboration.weights] or range(len(self.info.lanes))
+        return [lane for lane in lanes if lane != BASE]
+
+    async def own_prompts(self, collaboration: Collaboration, *, special: bool) -> dict[int, list[int]]:
+        """By lane, the prompts of members that are given others than the request's.
 
         Args:
             special: see :func:`~server.prompts.prompt_tokens`.
@@ -85,12 +111,24 @@ class Call(Generic[Body]):
             ApiError: 400, naming the field.
         """
         texts = self.service.models.prompts(self.body.model, self.body.collaboration, collaboration)
-        found = []
+        found = {}
         for lane, (param, text) in texts.items():
-            ids = await prompt_tokens(text, self.service.tokenizer, self.body, self.info, param, special=special)
-            check_prompt(ids, self.info.vocab_size, param)
-            found.append((lane, ids))
-        return msgspec.structs.replace(collaboration, prompts=tuple(found)) if found else collaboration
+            tokenizer = self.text_of(lane).tokenizer
+            ids = await prompt_tokens(text, tokenizer, self.body, self.context(lane), param, special=special)
+            self.check_prompt(ids, lane, param)
+            found[lane] = ids
+        return found
+
+    def check_prompt(self, ids: list[int], lane: int, param: str) -> None:
+        """See :func:`~server.prompts.check_prompt`."""
+        check_prompt(ids, self.info.lane_vocab_size(lane if lane < len(self.info.lanes) else BASE), param)
+
+    def limit(
+        self, lengths: Mapping[int, int], max_tokens: int | None, default: int | None, param: str, name: str
+    ) -> int:
+        """How many tokens may be written after prompts of some lengths, by lane; see :func:`~server.prompts.fit`."""
+        lane = min(lengths, key=lambda lane: self.context(lane) - lengths[lane])
+        return fit(lengths[lane], max_tokens, default, self.context(lane), param, name, self.body.min_tokens)
 
     def generation(
         self, index: int, prompt: list[int], sampling: SamplingSpec, collaboration: Collaboration
@@ -154,7 +192,9 @@ class Call(Generic[Body]):
                 )
             if prompt_only:
                 generation, scoring = scoring, None
-        body, service = self.body, self.service
+        body = self.body
+        by_characters = generation is not None and generation.collaboration.strategy == "characters"
+        tokenizer = self.text_of(self.lane).tokenizer
         observers: list[ChoiceObserver] = [places]
         if self.observer is not None:
             if index == 0 and generation is not None:
@@ -166,12 +206,21 @@ class Call(Generic[Body]):
             request=generation,
             prompt_only=prompt_only,
             builder=PieceBuilder(
-                service.tokenizer.detokenizer(prompt, skip_special_tokens=body.skip_special_tokens is not False),
+                (
+                    ByteDetokenizer()
+                    if by_characters
+                    else tokenizer.detokenizer(prompt, skip_special_tokens=body.skip_special_tokens is not False)
+                ),
                 stop=body.stop_strings,
                 include_stop=bool(body.include_stop_str_in_output),
                 min_tokens=body.min_tokens or 0,
             ),
-            meter=RequestMeter(self.meter, joint=self.member is None, started=self.started, prompt_tokens=len(prompt)),
+            meter=RequestMeter(
+                self.meter,
+                joint=self.member is None and not by_characters,
+                started=self.started,
+                prompt_tokens=len(prompt),
+            ),
             observers=observers,
             grammar_param=body.grammar_param,
             scoring=scoring,

@@ -110,6 +110,7 @@ def _serve(settings: Settings, sock: socket.socket) -> int:
         print_error(str(error))
         return 2
     finally:
+        service.close()
         tokenizer.close()
 
 

@@ -14,6 +14,7 @@ from server.engine_port import Engine
 from server.example import example_command
 from server.http_server import GRACEFUL_CLOSE_S, HttpServer
 from server.service import Service
+from server.text.tokenizer import TokenizerError
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +91,16 @@ class Lifecycle:
             except EngineStartupError as error:
                 service.lose()
                 return str(error)
+            try:
+                await asyncio.to_thread(service.read_tokenizers, engine.info)
+            except TokenizerError as error:
+                service.lose()
+                await engine.shutdown()
+                return str(error)
             service.attach(engine)
             self._print_status(f"ready at {self._url()}")
             served = service.models.served(engine.info)
-            if not served.gate and served.experts:
+            if not served.gate and served.experts and "deferral" in served.strategies:
                 threshold = served.thresholds.get(served.policy)
                 at = "" if threshold is None else f" at threshold {threshold:g}"
                 self._print_status(f"no gate: requests that name no policy get {served.policy!r}{at}")

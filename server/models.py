@@ -10,6 +10,7 @@ from server.blends import BlendTable
 from server.errors import ApiError, invalid, shown, unknown_model
 from server.protocol.common import CollaborationOptions
 from server.protocol.responses import ServedCollaboration
+from server.strategies import characters, strategy_of
 
 
 class ModelTable:
@@ -53,9 +54,16 @@ class ModelTable:
         """What is in force for requests that name nothing, and what they may name."""
         gate = info.gate
         policies = [name for name, policy in POLICIES.items() if gate is not None or policy.needs != "gate"]
-        blends = self._blends.usable(has_gate=gate is not None) if self._experts else []
+        blends = self._blends.usable(has_gate=gate is not None) if self._experts and info.vocabularies == "same" else []
         return ServedCollaboration(
-            info.policy, policies, info.thresholds, gate is not None, list(self._experts), blends
+            info.policy,
+            policies,
+            info.thresholds,
+            gate is not None,
+            list(self._experts),
+            blends,
+            list(info.strategies),
+            info.vocabularies,
         )
 
     def collaboration(self, name: str, options: CollaborationOptions | None, info: EngineInfo) -> Collaboration:
@@ -79,6 +87,8 @@ class ModelTable:
                         )
             return Collaboration(member=member)
         options = options or CollaborationOptions()
+        if self._experts and self._asks_for_characters(name, options, info):
+            return characters(options, self.lane_names)
         preset = self._blends.preset(options, self._blends.served.get(name))
         blend = self._blends.blend(options, preset, has_gate=info.gate is not None)
         policy, threshold = options.policy, options.threshold
@@ -114,6 +124,12 @@ class ModelTable:
             options = CollaborationOptions()
         preset = self._blends.preset(options, self._blends.served.get(name))
         return self._blends.prompts(options, preset, collaboration.blend)
+
+    def _asks_for_characters(self, name: str, options: CollaborationOptions, info: EngineInfo) -> bool:
+        if name in self._blends.served and options.strategy is None:
+            # Its blend is of deferral's.
+            options = options.model_copy(update={"strategy": "deferral"})
+        return strategy_of(options, info) == "characters"
 
     def _check_gate(self, policy: PolicyName, options: CollaborationOptions, info: EngineInfo) -> None:
         if info.gate is not None or not self._experts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from engine.types import EngineInfo
 from server.errors import invalid, shown
 from server.protocol.common import GenerationFields
 from server.text.tokenizer import TextTokenizer
@@ -84,7 +83,7 @@ async def prompt_tokens(
     text: str,
     tokenizer: TextTokenizer,
     body: GenerationFields,
-    info: EngineInfo,
+    context: int,
     param: str,
     *,
     special: bool,
@@ -93,6 +92,7 @@ async def prompt_tokens(
     """Token ids of a prompt, cut if the request allows that.
 
     Args:
+        context: most tokens of prompt and text together.
         param: the prompt's field, for messages.
         special: whether the tokenizer's special tokens are added where the request does not say.
         encode: makes tokens of the text, without those; slow. Default: the tokenizer does.
@@ -101,7 +101,7 @@ async def prompt_tokens(
         ApiError: 400, the text cannot fit the context.
     """
     special = special if body.add_special_tokens is None else body.add_special_tokens
-    context, keep, side = info.max_model_len, kept_tokens(body, info), body.truncation_side
+    keep, side = kept_tokens(body, context), body.truncation_side
     if keep is None:
         check_length(text, tokenizer, context, param)
         if encode is None:
@@ -129,7 +129,7 @@ async def _special_tokens(tokenizer: TextTokenizer) -> tuple[list[int], list[int
     return whole[:start], whole[start + len(plain) :]
 
 
-def kept_tokens(body: GenerationFields, info: EngineInfo) -> int | None:
+def kept_tokens(body: GenerationFields, context: int) -> int | None:
     """How many tokens of a prompt are kept; None where it is not cut.
 
     Raises:
@@ -138,9 +138,9 @@ def kept_tokens(body: GenerationFields, info: EngineInfo) -> int | None:
     keep = body.truncate_prompt_tokens
     if keep is None:
         return None
-    if keep > info.max_model_len:
-        raise invalid(f"{_maximum(info.max_model_len)} 'truncate_prompt_tokens' is {keep}.", "truncate_prompt_tokens")
-    return info.max_model_len - 1 if keep < 0 else keep
+    if keep > context:
+        raise invalid(f"{_maximum(context)} 'truncate_prompt_tokens' is {keep}.", "truncate_prompt_tokens")
+    return context - 1 if keep < 0 else keep
 
 
 def truncated(tokens: list[int], keep: int, side: str | None) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import msgspec
@@ -14,12 +14,13 @@ from server.protocol.common import GenerationFields
 from server.text.tokenizer import TextTokenizer
 
 
-def sampling_of(body: GenerationFields, info: EngineInfo, **more: Any) -> SamplingSpec:
+def sampling_of(body: GenerationFields, info: EngineInfo, lane: int, **more: Any) -> SamplingSpec:
     """Sampling parameters that all choices of a request share.
 
     Args:
         body: the request.
-        info: the engine's vocabulary.
+        info: the engine's vocabularies.
+        lane: whose token ids the request names.
         more: parameters that are named differently in completions and chat.
 
     Raises:
@@ -39,12 +40,13 @@ def sampling_of(body: GenerationFields, info: EngineInfo, **more: Any) -> Sampli
         "structured_outputs": body.grammar,
         **more,
     }
-    stop_token_ids = _in_vocabulary(body.stop_token_ids or (), info.vocab_size, "stop_token_ids")
+    vocab_size = info.lane_vocab_size(lane)
+    stop_token_ids = _in_vocabulary(body.stop_token_ids or (), vocab_size, "stop_token_ids")
     return SamplingSpec(
         top_k=max(body.top_k or 0, 0),
-        logit_bias=_logit_bias(body.logit_bias, info.vocab_size),
+        logit_bias=_logit_bias(body.logit_bias, vocab_size),
         stop_token_ids=stop_token_ids,
-        allowed_token_ids=_allowed(body, info, stop_token_ids),
+        allowed_token_ids=_allowed(body, vocab_size, {*stop_token_ids, *info.lane_ends(lane)}),
         **{name: value for name, value in given.items() if value is not None},
     )
 
@@ -86,11 +88,11 @@ async def bad_words_of(body: GenerationFields, tokenizer: TextTokenizer) -> tupl
     return tuple(found)
 
 
-def _allowed(body: GenerationFields, info: EngineInfo, stop_token_ids: Sequence[int]) -> tuple[int, ...] | None:
+def _allowed(body: GenerationFields, vocab_size: int, ends: Set[int]) -> tuple[int, ...] | None:
     if body.allowed_token_ids is None:
         return None
-    allowed = _in_vocabulary(body.allowed_token_ids, info.vocab_size, "allowed_token_ids")
-    if body.min_tokens and not set(allowed) - {*stop_token_ids, *info.eos_token_ids}:
+    allowed = _in_vocabulary(body.allowed_token_ids, vocab_size, "allowed_token_ids")
+    if body.min_tokens and not set(allowed) - ends:
         raise invalid(
             "'allowed_token_ids' has only tokens that end the text, which 'min_tokens' forbids at first.",
             "allowed_token_ids",

@@ -9,6 +9,7 @@ from typing import Literal
 
 from fastapi import Request
 
+from engine.types import BASE, EngineInfo
 from server import __version__
 from server.admission import Admission
 from server.blends import BlendTable
@@ -17,8 +18,7 @@ from server.errors import ApiError, not_ready
 from server.metrics import Metrics
 from server.models import ModelTable
 from server.settings import ServerConfig, Settings
-from server.text.chat_template import ChatTemplate
-from server.text.guard import SpecialTokenGuard
+from server.text.lane_text import LaneText
 from server.text.tokenizer import TextTokenizer
 
 Phase = Literal["loading", "ready", "draining", "dead"]
@@ -35,24 +35,53 @@ class Service:
         lane_names = settings.engine.lane_names
         self.settings = settings
         self.tokenizer = tokenizer
+        config = settings.server
+        base = LaneText.of(tokenizer, config.special_tokens_in_messages)
+        self.chat_template = base.chat_template
+        self.guard = base.guard
+        self._experts_texts: list[LaneText] = []
         blends = BlendTable(
             settings.blends, lane_names, settings.engine.blend_obstacle, guidance=settings.scheduler.guidance
         )
         self.models = ModelTable(settings.served_model_name, lane_names, blends)
-        config = settings.server
         self.metrics = Metrics(self.models.names, lane_names, vllm_names=config.vllm_metric_names)
         self.metrics.set_limits(settings.scheduler.max_num_seqs, config.max_queued_requests)
         self.admission = _admission(config, settings.scheduler.max_num_seqs, config.max_queued_requests)
         # One at a time: see routes.tokenize.
         self.tokenizing = _admission(config, 1, config.max_queued_tokenize_requests)
-        self.chat_template = ChatTemplate.find(tokenizer)
-        self.guard: SpecialTokenGuard | None = None
-        if self.chat_template is not None and config.special_tokens_in_messages == "text":
-            self.guard = tokenizer.guard(self.chat_template.source)
         self.created = int(time.time())
         self.phase: Phase = "loading"
         self._engine: Engine | None = None
         self.fingerprint = ""
+
+    def text_of(self, lane: int) -> LaneText:
+        """How a lane reads and writes text; where vocabularies are the same, as the base does."""
+        if BASE < lane <= len(self._experts_texts):
+            return self._experts_texts[lane - 1]
+        return LaneText(self.tokenizer, self.chat_template, self.guard)
+
+    def read_tokenizers(self, info: EngineInfo) -> None:
+        """Read those of experts that have vocabularies of their own. Takes a while.
+
+        Raises:
+            TokenizerError: one cannot be read.
+        """
+        self.close()
+        config = self.settings.server
+        own = info.lanes[1:] if info.vocabularies == "spelled" else []
+        self._experts_texts = [
+            LaneText.of(
+                TextTokenizer.load(lane.tokenizer or lane.model, config.tokenizer_threads),
+                config.special_tokens_in_messages,
+            )
+            for lane in own
+        ]
+
+    def close(self) -> None:
+        """End the threads of the experts' own tokenizers."""
+        for text in self._experts_texts:
+            text.tokenizer.close()
+        self._experts_texts = []
 
     def attach(self, engine: Engine) -> None:
         """The engine is ready; requests are admitted from now on, unless the server is draining already."""

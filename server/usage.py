@@ -37,9 +37,11 @@ class UsageCounter:
         self._members = range(len(lane_names)) if member is None else (member,)
         self._written = [0] * len(lane_names)
         self._blended = 0
+        self._bytes = 0
 
     def add(self, piece: Piece) -> None:
         """Count a piece."""
+        self._bytes += sum(end - start for start, end in piece.spans)
         for source in piece.sources:
             if source == BLEND:
                 self._blended += 1
@@ -50,7 +52,8 @@ class UsageCounter:
         """So far."""
         base = self._written[BASE]
         written = sum(self._written) + self._blended
-        details = CompletionTokensDetails(base, written - self._blended - base, self._blended or UNSET)
+        expert = written - self._blended - base
+        details = CompletionTokensDetails(base, expert, self._blended or UNSET, self._bytes or UNSET)
         cached = PromptTokensDetails(self._cached_tokens())
         return Usage(self._prompt, written, self._prompt + written, details, cached, self.collaboration())
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, cast
 
+from engine.compatibility import LaneVocabulary
 from engine.config import EngineConfig
 from engine.errors import ConfigError
 from engine.grammar.checker import Templates
 from engine.lanes.interface import Lane
 from engine.lanes.shelf import Shelf
-from engine.types import GateInfo
+from engine.types import GateInfo, Relation
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Loaded:
         gate: None where the pair has none.
         blend_obstacle: why the members' distributions cannot be combined, if they cannot.
         versions: of the software that computes, by package name.
+        vocabularies: whether the members share one.
+        spoken: by lane, the base's first; empty where all lanes write ``vocab_size`` tokens that nobody can spell.
     """
 
     lanes: list[Lane]
@@ -34,6 +37,8 @@ class Loaded:
     gate: GateInfo | None
     blend_obstacle: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    vocabularies: Relation = "same"
+    spoken: tuple[LaneVocabulary, ...] = ()
 
 
 class Backend(Protocol):

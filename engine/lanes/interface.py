@@ -20,23 +20,24 @@ from engine.types import ErrorCode, GenerationRequest, LaneInfo, LaneStats, Samp
 
 
 class Part(NamedTuple):
-    """A lane's part in a blend.
+    """A lane's part in a text that several lanes write by their distributions.
 
     Attributes:
         lane: its number.
         request_id: of the request; the lane may name its row otherwise.
         blend: without members that weigh nothing. The last one samples the combination at every position; the others
-            lay their distributions on the engine's shelf.
+            lay their distributions on the engine's shelf. None: it lays its distribution down as one over byte strings
+            (:class:`~engine.spelling.mass.Mass`), None in its place if it is no distribution.
     """
 
     lane: int
     request_id: str
-    blend: Blend
+    blend: Blend | None
 
     @property
     def writes(self) -> bool:
         """Whether the lane samples the combination."""
-        return self.lane == self.blend.writer
+        return self.blend is not None and self.lane == self.blend.writer
 
 
 class LaneRequest(NamedTuple):
@@ -52,7 +53,7 @@ class LaneRequest(NamedTuple):
         draw_offset: added to a position where the draw at it is keyed, so that lanes with prompts of different lengths
             draw alike.
         scores: at asked positions nothing is drawn: the sample's token is the one that the lane was told stands there.
-        part: in a blend; None if the lane samples its own distribution and nobody else needs that.
+        part: None if the lane samples its own distribution and nobody else needs that.
     """
 
     request_id: str

@@ -54,6 +54,16 @@ class Shelf:
         """The lane's offer at a position; it stays."""
         return self._offers.get((lane, request_id), {}).get(index)
 
+    def take(self, lane: int, request_id: str, index: int) -> Offer | None:
+        """The lane's offer at a position, which is nobody else's: it is gone then."""
+        offers = self._offers.get((lane, request_id), {})
+        offer = offers.pop(index, None)
+        if offer is not None:
+            self._bytes -= _size(offer)
+            if not offers:
+                del self._offers[lane, request_id]
+        return offer
+
     def settle(self, lane: int, request_id: str, final: int) -> None:
         """The first ``final`` tokens are written: nobody will ask for their positions again."""
         offers = self._offers.get((lane, request_id))

@@ -53,6 +53,24 @@ class Mass:
         self._cumulative = np.concatenate([[0.0], np.cumsum(text)])
         self.end = end / total
 
+    @classmethod
+    def summed(cls, vocabulary: Vocabulary, text: NDArray[np.float64], sums: NDArray[np.float64], end: float) -> Mass:
+        """From what was gathered and added up elsewhere.
+
+        Args:
+            text: [N] probability of each of ``vocabulary.order``.
+            sums: [N + 1] their sums up to each, from 0 on.
+            end: probability that the text ends.
+        """
+        mass = cls.__new__(cls)
+        mass._vocabulary, mass._text, mass._cumulative, mass.end = vocabulary, text, sums, end
+        return mass
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, in bytes."""
+        return int(self._text.nbytes + self._cumulative.nbytes)
+
     def of(self, prefix: bytes) -> float:
         """Probability that the next token begins with ``prefix``; for b"" that the text goes on."""
         return self._sum(*self._vocabulary.span(prefix))

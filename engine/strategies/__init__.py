@@ -9,11 +9,12 @@ from engine.sequence import Sequence
 from engine.spelling.speller import Speller
 from engine.strategies.alone import Alone
 from engine.strategies.base import Counters, Decoding, Rejected
+from engine.strategies.characters import Characters
 from engine.strategies.deferral import Deferral
 from engine.strategies.deferral.blending import Blends
 from engine.strategies.scoring import LONGEST_WINDOW, Scoring
 from engine.strategies.words import Words
-from engine.types import BASE
+from engine.types import BASE, Collaboration, StrategyName
 
 
 class Strategies:
@@ -27,10 +28,12 @@ class Strategies:
         contexts: of each member, in tokens; with ``spellers``.
         end: the base's token that ends a text, if it has one; with ``spellers``.
         score_window: positions that are scored at once, see :func:`~engine.strategies.scoring.window_of`.
+        characters: None where members' tokens are not known as bytes.
         deferral: further arguments of :class:`~engine.strategies.deferral.Deferral`.
 
     Attributes:
         counters: what they count, all together.
+        served: what the joint model can be asked for; the first is the default.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class Strategies:
         end: int | None = None,
         drafting: bool = True,
         score_window: int = LONGEST_WINDOW,
+        characters: Characters | None = None,
         **deferral: Any,
     ) -> None:
         self.counters = Counters()
@@ -53,8 +57,12 @@ class Strategies:
         self.blends = Blends(self.deferral, self.alone, blend_obstacle)
         self.words = Words(self.deferral, spellers, contexts, end)
         self.scoring = Scoring(self.deferral, self.blends, window=score_window, can_cut=drafting)
+        self._characters = characters
         self._lanes = lanes
         self._members = members
+        self.served: list[StrategyName] = ["deferral"]
+        if members > 1 and characters is not None and characters.obstacle is None:
+            self.served.append("characters")
 
     def begin(self, answer: Sequence) -> Decoding:
         """Take a request on.
@@ -72,6 +80,10 @@ class Strategies:
             if self.words.concerns(self.deferral.experts(answer)):
                 raise Rejected("score: a text cannot be scored by members with vocabularies of their own")
             return self.scoring.begin(answer)
+        if member is None and self._members > 1 and self._strategy(answer.request.collaboration) == "characters":
+            if self._characters is None:
+                raise Rejected("characters: the members' tokens are not known as bytes")
+            return self._characters.begin(answer)
         if answer.request.collaboration.blend is not None:
             return self.blends.begin(answer)
         if member is not None or not self.deferral.experts(answer):
@@ -79,6 +91,9 @@ class Strategies:
         if self.words.concerns(self.deferral.experts(answer)):
             return self.words.begin(answer)
         return self.deferral.begin(answer)
+
+    def _strategy(self, collaboration: Collaboration) -> StrategyName:
+        return collaboration.strategy or self.served[0]
 
 
 __all__ = ["Counters", "Decoding", "Rejected", "Strategies"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -50,10 +50,16 @@ class Scored(NamedTuple):
     entries: list[TokenLogprobs]
 
 
+class Finish(NamedTuple):
+    """The text is complete, though no token says so."""
+
+    reason: Literal["stop", "length"]
+
+
 LOST = End("the step of a lane timed out", ErrorCode.STEP_TIMEOUT)
 """Of a request that cannot go on without the lane."""
 
-Decision = Token | Ask | Wait | End | Scored
+Decision = Token | Ask | Wait | End | Scored | Finish
 """A token is written, with the credit that it carries; if it ends the request, later decisions are not looked at."""
 
 
@@ -91,6 +97,10 @@ class Decoding(ABC):
         self.answer = answer
         self.primary_lane = primary_lane
         self.fixed_window = False
+
+    def on_admitted(self) -> Iterable[Decision]:
+        """The request is in the lanes from now on. Its primary lane is asked anyway."""
+        return ()
 
     @abstractmethod
     def awaits(self, lane: int, position: int) -> bool:

@@ -32,7 +32,7 @@ def load(
     from engine.vllm_hooks.load import load_lanes, make_plan, versions_in_use
 
     plan = make_plan(config)
-    for line in plan.notes():
+    for line in plan.notes(config.lane_names):
         on_progress(line)
     on_progress("importing vLLM")
     lanes = load_lanes(
@@ -45,5 +45,12 @@ def load(
         shelf=shelf,
     )
     return Loaded(
-        lanes, plan.vocab_size, plan.eos_token_ids, plan.gate, plan.blend_obstacle, versions=versions_in_use()
+        lanes,
+        plan.vocab_size,
+        plan.eos_token_ids,
+        plan.gate,
+        plan.blend_obstacle,
+        versions=versions_in_use(),
+        vocabularies=plan.vocabularies,
+        spoken=plan.spoken,
     )

@@ -104,14 +104,15 @@ def offer(
     gate_RK: Callable[[], torch.Tensor | None],
 ) -> None:
     """Lay down what the lane says at those of ``places`` where another one writes."""
-    offered = [place for place in places if not place.part.writes]
+    offered = [place for place in places if place.part.blend is not None and not place.part.writes]
     if not offered:
         return
     # A copy of these rows only: the sampler works in place.
     rows_AV = logits_RV[torch.tensor([place.row for place in offered], device=logits_RV.device)]
-    gates = gate_RK() if any(place.part.blend.from_gate for place in offered) else None
-    for place, row_V in zip(offered, rows_AV.unbind(0), strict=True):
-        gate_K = gates[place.row] if gates is not None and place.part.blend.from_gate else None
+    from_gate = [place.part.blend is not None and place.part.blend.from_gate for place in offered]
+    gates = gate_RK() if any(from_gate) else None
+    for place, row_V, wants in zip(offered, rows_AV.unbind(0), from_gate, strict=True):
+        gate_K = gates[place.row] if gates is not None and wants else None
         shelf.put(place.part.lane, place.part.request_id, place.written, Offer(row_V, gate_K))
 
 
@@ -142,7 +143,7 @@ def blended(shelf: Shelf, places: Sequence[Place], logits_RV: torch.Tensor) -> B
     """
     by_blend: dict[Blend, list[Place]] = {}
     for place in places:
-        if place.part.writes:
+        if place.part.writes and place.part.blend is not None:
             by_blend.setdefault(place.part.blend, []).append(place)
     if not by_blend:
         return None

@@ -38,6 +38,7 @@ from engine.vllm_hooks.grammars import LaneGrammar, VllmForms, setup_of
 from engine.vllm_hooks.guest import GuestLane, lora_request
 from engine.vllm_hooks.hashes import PromptHashes
 from engine.vllm_hooks.logprobs import prompt_logprobs, row_logprobs
+from engine.vllm_hooks.masses import MassReader
 from engine.vllm_hooks.scheduler import LaneScheduler
 from engine.vllm_hooks.state import what_cannot_be_cut
 from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash
 
     from engine.grammar.worker import Setup
+    from engine.spelling.vocabulary import Vocabulary
     from engine.vllm_hooks.adapters import LaneAdapter
 
 _NO_READINGS = Readings(None, None, [], None, {}, {})
@@ -73,6 +75,7 @@ class VllmLane:
         guests: adapters that have lanes of their own in this one's steps; see :meth:`guest_lanes`.
         number: the lane's number.
         shelf: shared by the lanes of an engine, for blends; used if the lane computes in this process.
+        vocabulary: its text tokens, for members that write by characters; likewise.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class VllmLane:
         guests: Sequence[LaneAdapter] = (),
         number: int = 0,
         shelf: Shelf | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         config = EngineArgs(**arguments).create_engine_config(usage_context=_USAGE)
         self.notes: list[str] = []
@@ -111,6 +115,8 @@ class VllmLane:
         self._shelf = shelf or Shelf()
         if self._in_process:
             self._worker.collm_shelf = self._shelf
+            if vocabulary is not None:
+                self._worker.collm_masses = MassReader(vocabulary, self._worker.device)
         # Waits for worker processes, so that the step loop can wait for several lanes at once. It never computes:
         # vLLM keeps its forward context in a module's global, so forward passes belong to the loop's thread.
         self._waiter = None if self._in_process else ThreadPoolExecutor(1, thread_name_prefix=f"lane-{name}")
@@ -172,7 +178,7 @@ class VllmLane:
 
     def refusal(self, request: GenerationRequest) -> Refusal | None:
         """What vLLM itself has against the sampling parameters, or a token id that the model does not have."""
-        for prompt in request.all_prompts:
+        for prompt in map(request.prompt_of, (self._number, *self._guests)):
             if not 0 <= min(prompt) <= max(prompt) < self._vocab_size:
                 return Refusal(f"prompt has a token id outside [0, {self._vocab_size})")
         spec = request.sampling

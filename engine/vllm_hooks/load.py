@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from engine.adapters import Adapter, is_adapter
-from engine.checkpoints import TOKENIZER, Checkpoint
+from engine.checkpoints import TOKENIZER, Checkpoint, tokenizer_folder
+from engine.compatibility import LaneVocabulary, compatibility
 from engine.composed.artifact import Composition, is_composed
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, CompositionError, ConfigError, GateError
 from engine.gate import GateArtifact
 from engine.lanes.shelf import Shelf
-from engine.types import NEGATIVE, GateInfo, PolicyName
+from engine.spelling.speller import Speller
+from engine.types import NEGATIVE, GateInfo, PolicyName, Relation
 from engine.vllm_hooks.adapters import LaneAdapter, lora_arguments
 from engine.vllm_hooks.memory import memory_shares
-from engine.vocabulary import Member, SharedVocabulary, difference, missing_rows
+from engine.vocabulary import Member, SharedVocabulary, missing_rows
 
 
 @dataclass(frozen=True)
@@ -27,42 +29,72 @@ class Plan:
     """How the lanes are to be started.
 
     Attributes:
-        shared: what the members may write.
+        groups: numbers of lanes that write the same tokens, the base's first: one group where all do.
+        written: by group, what its members may write.
         gate_in_head: the base is in the reference format: the last row of its LM head is theta.
         adapters: of the lanes that have one.
+        spoken: by lane.
+        differences: how the experts' vocabularies differ from the base's, one line each.
     """
 
-    shared: SharedVocabulary
+    groups: tuple[tuple[int, ...], ...]
+    written: tuple[SharedVocabulary, ...]
     gate: GateInfo | None
     gate_in_head: bool
     adapters: tuple[LaneAdapter, ...] = ()
+    spoken: tuple[LaneVocabulary, ...] = ()
+    differences: tuple[str, ...] = ()
+
+    @property
+    def shared(self) -> SharedVocabulary:
+        """What the base may write, and all others unless they have vocabularies of their own."""
+        return self.written[0]
+
+    @property
+    def vocabularies(self) -> Relation:
+        """Whether all members write the same tokens."""
+        return "spelled" if self.differences else "same"
 
     @property
     def vocab_size(self) -> int:
-        """Ids of prompts are in [0, vocab_size)."""
+        """Ids of the base's prompts are in [0, vocab_size)."""
         return self.shared.size
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """Ids that end a text, whoever writes them; the base's first."""
+        """Ids that end a text, whoever writes them, the base's first; where vocabularies differ the base's alone."""
         return list(self.shared.ends)
+
+    def vocabulary(self, number: int, *guests: int) -> tuple[SharedVocabulary, list[int]]:
+        """What a lane writes, and where among the members of that vocabulary it and its guests are."""
+        group = next(index for index, lanes in enumerate(self.groups) if number in lanes)
+        return self.written[group], [self.groups[group].index(lane) for lane in (number, *guests)]
 
     @property
     def blend_obstacle(self) -> str | None:
         """Why these members cannot be blended; None if nothing is in the way."""
+        if self.differences:
+            return "the members' vocabularies differ"
         apart = self.shared.private_ends
         if not apart:
             return None
         named = ", ".join(repr(self.shared.name(end)) for end in apart)
         return f"the members end their texts with different tokens ({named}), so that no combination of them ends"
 
-    def notes(self) -> list[str]:
-        """What who starts the pair should know, one line each."""
-        ends = ", ".join(f"{end} {self.shared.name(end)!r}" for end in self.shared.ends)
-        lines = [f"ends of text: {ends or 'none'}"]
-        masked = self.shared.describe()
-        if masked is not None:
-            lines.append(f"vocabulary: {masked}")
+    def notes(self, names: Sequence[str]) -> list[str]:
+        """What who starts the pair should know, one line each.
+
+        Args:
+            names: of the lanes.
+        """
+        lines = list(self.differences)
+        for group, shared in zip(self.groups, self.written, strict=True):
+            whose = f"{' and '.join(names[lane] for lane in group)}: " if self.differences else ""
+            ends = ", ".join(f"{end} {shared.name(end)!r}" for end in shared.ends)
+            lines.append(f"{whose}ends of text: {ends or 'none'}")
+            masked = shared.describe()
+            if masked is not None:
+                lines.append(f"{whose}vocabulary: {masked}")
         return lines
 
 
@@ -70,7 +102,8 @@ def make_plan(config: EngineConfig) -> Plan:
     """Read all checkpoints and the gate, and check that they fit.
 
     Raises:
-        ConfigError: a checkpoint is missing or unreadable, or vocabularies differ; names the field and the entries.
+        ConfigError: a checkpoint is missing or unreadable, or vocabularies differ and cannot be bridged; names the
+            field and the entries.
         GateError: the gate does not fit, or is damaged.
     """
     labels = ["base", *(f"experts.{expert.name}" for expert in config.experts)]
@@ -96,10 +129,11 @@ def make_plan(config: EngineConfig) -> Plan:
             raise ConfigError(f"{label}.model: {error}") from error
         checkpoints.append(checkpoint)
     base, experts = checkpoints[0], checkpoints[1:]
-    for label, member in zip(labels, members, strict=True):
-        if differs := difference(members[0].vocabulary, member.vocabulary):
-            raise ConfigError(f"{label}.model: base and expert must share a vocabulary; {differs}")
-        if lacks := missing_rows(members[0].vocabulary, member.rows):
+    apart = _differences(config, labels, checkpoints)
+    differences = tuple(apart.values())
+    for number, (label, member) in enumerate(zip(labels, members, strict=True)):
+        own = member if number in apart else members[0]
+        if lacks := missing_rows(own.vocabulary, member.rows):
             raise ConfigError(f"{label}.model: has {lacks}")
     gate_in_head = config.gate.in_lm_head or (config.gate.path is None and base.gate_in_head)
     gate: GateInfo | None = None
@@ -130,7 +164,53 @@ def make_plan(config: EngineConfig) -> Plan:
             config.gate.policy or "threshold",
             0.5 if config.gate.threshold is None else config.gate.threshold,
         )
-    return Plan(SharedVocabulary(members), gate, gate_in_head, tuple(adapters))
+    numbers = range(len(members))
+    groups = (tuple(number for number in numbers if number not in apart), *((number,) for number in apart))
+    written = tuple(SharedVocabulary([members[number] for number in group]) for group in groups)
+    spoken = {
+        number: _spoken(checkpoint, one, place, speller)
+        for group, one in zip(groups, written, strict=True)
+        for speller in [_speller(checkpoints[group[0]], one)]
+        for place, (number, checkpoint) in enumerate((number, checkpoints[number]) for number in group)
+    }
+    in_order = tuple(spoken[number] for number in numbers)
+    return Plan(groups, written, gate, gate_in_head, tuple(adapters), in_order, differences)
+
+
+def _differences(config: EngineConfig, labels: Sequence[str], checkpoints: Sequence[Checkpoint]) -> dict[int, str]:
+    """By number of the expert how its vocabulary differs from the base's, one line each.
+
+    Raises:
+        ConfigError: they differ so that no text can be written together.
+    """
+    found = {}
+    base = checkpoints[0]
+    for number, (label, checkpoint) in enumerate(zip(labels, checkpoints, strict=True)):
+        try:
+            relation, reason = compatibility(base, checkpoint)
+        except CheckpointError as error:
+            raise ConfigError(f"{label}.model: {error}") from error
+        if relation == "same":
+            continue
+        if relation is None:
+            raise ConfigError(f"{label}.model: base and expert do not share a vocabulary; {reason}")
+        if config.hosts[number] != number:
+            raise ConfigError(f"{label}.adapter: an adapter of the base must have the base's vocabulary; {reason}")
+        found[number] = f"{label} has a vocabulary of its own, in which it spells the common text; {reason}"
+    return found
+
+
+def _speller(checkpoint: Checkpoint, shared: SharedVocabulary) -> Speller | None:
+    """Of a group of lanes, which spell alike; None if their vocabulary cannot spell every text."""
+    try:
+        return checkpoint.speller_ending_with(shared.ends)
+    except CheckpointError:
+        return None
+
+
+def _spoken(checkpoint: Checkpoint, shared: SharedVocabulary, place: int, speller: Speller | None) -> LaneVocabulary:
+    folder = str(tokenizer_folder(checkpoint.tokenizer_directory))
+    return LaneVocabulary(shared.size, tuple(shared.ends_of(place)), folder, speller)
 
 
 def _read_adapter(label: str, name: str, model: Checkpoint) -> Adapter:
@@ -193,25 +273,27 @@ def load_lanes(
         guests = [each for each in plan.adapters if config.hosts[each.number] == number != each.number]
         label = "base" if is_base else f"experts.{name}"
         on_progress(f"loading {name}: {lane.model}")
+        shared, places = plan.vocabulary(number, *(guest.number for guest in guests))
         arguments = engine_arguments(
             lane,
             label=label,
             max_num_seqs=config.scheduler.max_num_seqs,
-            vocab_size=plan.vocab_size,
-            masked=plan.shared.masked(number, *(guest.number for guest in guests)),
+            vocab_size=shared.size,
+            masked=shared.masked(*places),
             gate_path=config.gate.path if is_base else None,
             gate_in_head=plan.gate_in_head and is_base,
             memory_share=shares[number],
             lora=lora_arguments([*([] if adapter is None else [adapter]), *guests]),
             guests=len(guests) + (is_base and config.scheduler.guidance),
         )
+        speller = plan.spoken[number].speller
         try:
             with _visible_devices(lane.devices):
                 started_lane = VllmLane(
                     name,
                     arguments,
-                    eos_token_ids=plan.shared.ends_of(number),
-                    private_ends=plan.shared.private_ends,
+                    eos_token_ids=shared.ends_of(places[0]),
+                    private_ends=shared.private_ends,
                     hashes=hashes,
                     templates=templates,
                     on_ready=on_ready,
@@ -220,6 +302,7 @@ def load_lanes(
                     guests=guests,
                     number=number,
                     shelf=shelf,
+                    vocabulary=None if speller is None else speller.vocabulary,
                 )
             lanes.append(started_lane)
             for note in started_lane.notes:

@@ -25,6 +25,7 @@ from engine.gate import GateArtifact
 from engine.lanes.shelf import Shelf
 from engine.vllm_hooks import blend
 from engine.vllm_hooks.isolation import OwnWorkspace, ensure_expert_group, graphs_kept
+from engine.vllm_hooks.masses import MassReader
 from engine.vllm_hooks.wire import EDITS, READINGS, SETTINGS_KEY, LaneEdits, Readings
 
 if TYPE_CHECKING:
@@ -181,6 +182,7 @@ class LaneWorkerMixin(_Worker):
         self._collm_generators: list[torch.Generator] = []
         self._collm_batch: Any = None
         self.collm_shelf = Shelf()
+        self.collm_masses: MassReader | None = None
         model.compute_logits = self._collm_reader
         self.model_runner.sampler.gather_logprobs = gather_logprobs
 
@@ -249,7 +251,9 @@ class LaneWorkerMixin(_Worker):
         return places
 
     def _collm_blend(self, places: list[blend.Place], logits_RV: torch.Tensor) -> blend.Blending | None:
-        """Lay down what other lanes blend, and blend what they have laid down."""
+        """Lay down what others need, and blend what they have laid down."""
+        if self.collm_masses is not None:
+            self.collm_masses.lay_down(self.collm_shelf, places, logits_RV)
         blend.offer(self.collm_shelf, places, logits_RV, lambda: self._collm_reader.gate_RK)
         return blend.blended(self.collm_shelf, places, logits_RV)
 

@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 
 from engine.blends import GREATEST_TOP, GREATEST_WEIGHT, BlendKind
-from engine.types import MOST_DRAFTS, PolicyName, StructuredOutputs
+from engine.types import MOST_DRAFTS, AverageName, PolicyName, StrategyName, StructuredOutputs
 from server.disconnect import ClientGone
 from server.errors import VARIANTS, ApiError, FieldError, from_validation
 from server.protocol.base import ModelName, Only, Strict, TokenId, Unsupported
@@ -123,6 +123,22 @@ class CollaborationOptions(Strict):
 
     negative_prompt: PromptText | None = None
     """Blend "cfg": the prompt whose answers are to be avoided, in the place of the request's."""
+
+    strategy: StrategyName | None = None
+    """How the members write together. "deferral": one of them writes each token, as the policy decides. "characters":
+    all of them draw each byte from the average of their distributions (CharED), also where their vocabularies differ;
+    ``max_tokens`` counts pieces, and at temperature 0 each byte is the most probable one. Default: the server's,
+    usually "deferral"."""
+
+    weights: (
+        Annotated[dict[ModelName, Annotated[float, Field(ge=0, le=1)]], Field(min_length=1, max_length=MAX_EXPERTS + 1)]
+        | None
+    ) = None
+    """Characters: weight of each member, sum 1; those that are not named do not take part. Default: equal weights."""
+
+    average: AverageName | None = None
+    """Characters: "mixture", the weighted mean of the members' probabilities, or "geometric", the weighted geometric
+    mean on what all of them allow. Default: "mixture"."""
 
     prompts: Annotated[dict[ModelName, PromptText], Field(max_length=MAX_EXPERTS)] | None = None
     """Experts that get another prompt than the request's: a text by each one's name."""

@@ -7,17 +7,22 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
-from engine.types import PolicyName
+from engine.types import PolicyName, Relation, StrategyName
 
 FinishReason = Literal["stop", "length"]
 
 
 class CompletionTokensDetails(Struct):
-    """Who wrote how much; sums to ``completion_tokens``. ``blended_tokens`` is left out where there are none."""
+    """Who wrote how much; sums to ``completion_tokens``. ``blended_tokens`` is left out where there are none.
+
+    Of a text that was written by characters these are pieces, by the member that found each most probable, and
+    ``text_bytes`` says how long they are together.
+    """
 
     base_tokens: int
     expert_tokens: int
     blended_tokens: int | UnsetType = UNSET
+    text_bytes: int | UnsetType = UNSET
 
 
 class PromptTokensDetails(Struct):
@@ -58,19 +63,39 @@ class Usage(Struct):
     collaboration: CollaborationUsage
 
 
-class CollaborationReport(Struct):
-    """Per token, on request: lists of equal length. ``tokens``, joined, are the text that was written.
+class WrittenPiece(Struct):
+    """What one round of members that write by characters has written.
 
     Attributes:
-        sources: "base", an expert's name, or "blend".
+        text: as in ``tokens``: "" where it ends amid a character.
+        start: of its first byte in the answer.
+        end: after its last byte.
+        support: its log-probability with each member that has a token which begins like it.
+        dropped: the others.
+    """
+
+    text: str
+    start: int
+    end: int
+    support: dict[str, float]
+    dropped: list[str]
+
+
+class CollaborationReport(Struct):
+    """Per token (or piece), on request: lists of equal length. ``tokens``, joined, are the text that was written.
+
+    Attributes:
+        sources: "base", an expert's name, or "blend"; of a piece the member that found it most probable.
         support: of a blended token its log-probability with each member that took part; null for other tokens. Left out
             where nothing was blended.
+        pieces: where members write by characters.
     """
 
     tokens: list[str]
     sources: list[str]
     deferral_probabilities: list[float | None]
     support: list[dict[str, float] | None] | UnsetType = UNSET
+    pieces: list[WrittenPiece] | UnsetType = UNSET
 
 
 class LegacyLogprobs(Struct):
@@ -211,6 +236,7 @@ class ServedCollaboration(Struct):
     """How the members of a joint model share the work unless a request says otherwise.
 
     ``policies`` are those that this pair can use (some need a gate), ``thresholds`` the default of each that has one.
+    The first of ``strategies`` is the default. ``vocabularies`` are the "same", or "spelled": each member has its own.
     """
 
     policy: PolicyName
@@ -219,6 +245,8 @@ class ServedCollaboration(Struct):
     gate: bool
     experts: list[str]
     blends: list[str]
+    strategies: list[StrategyName]
+    vocabularies: Relation
 
 
 class ModelCard(Struct):
@@ -272,12 +300,15 @@ class VersionResponse(Struct):
 
     Attributes:
         engine: versions of what the engine is made of.
-        ends_of_text: token ids that end a text, whoever writes them: every member's own.
+        ends_of_text: token ids that end a text, whoever writes them: every member's own. Where vocabularies differ the
+            base's.
+        vocabularies: of the members: the "same", or "spelled", each its own.
     """
 
     version: str
     engine: dict[str, str]
     ends_of_text: list[int] = []
+    vocabularies: Relation = "same"
 
 
 encode = msgspec.json.Encoder().encode

@@ -25,7 +25,7 @@ class TokenizeRequest(Strict):
     """The text; may be empty."""
 
     model: ModelName | None = None
-    """All models share one tokenizer; a name must be a served one all the same."""
+    """Whose tokens; matters only where members have vocabularies of their own. Default: the base's."""
 
     add_special_tokens: bool | None = None
     """As a prompt of /v1/completions would get them. Default: true."""
@@ -41,4 +41,4 @@ class DetokenizeRequest(Strict):
     """The token ids; may be empty."""
 
     model: ModelName | None = None
-    """All models share one tokenizer; a name must be a served one all the same."""
+    """Whose tokens; matters only where members have vocabularies of their own. Default: the base's."""

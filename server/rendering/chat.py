@@ -20,7 +20,7 @@ from server.protocol.responses import (
     TopLogprob,
     Usage,
 )
-from server.rendering.common import Head, TokenNames, blend_of, finite, most_probable, prompt_logprobs, report
+from server.rendering.common import Head, TokenNames, asked_of, finite, most_probable, prompt_logprobs, report
 from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer
 
@@ -58,7 +58,7 @@ class ChatRenderer:
             role = ChatChunkChoice(choice.index, ChatDelta("assistant", ""), None, None)
             if self._body.report:
                 # Empty, so that clients may count on it in every chunk.
-                role.collaboration = report(Piece(), self._lane_names, blend_of(choice))
+                role.collaboration = report(Piece(), self._lane_names, asked_of(choice))
             chunks.append(self._chunk([role], shown))
             if self._body.return_token_ids and not self._begun:
                 chunks[0].prompt_token_ids = self._prompt_ids
@@ -97,7 +97,7 @@ class ChatRenderer:
 
     def _add_extras(self, rendered: ChatChoice | ChatChunkChoice, choice: Choice, piece: Piece) -> None:
         if self._body.report:
-            rendered.collaboration = report(piece, self._lane_names, blend_of(choice))
+            rendered.collaboration = report(piece, self._lane_names, asked_of(choice))
         if self._body.return_token_ids:
             rendered.token_ids = piece.tokens
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
-from engine.blends import Blend
-from engine.types import BLEND, NEGATIVE, TokenLogprobs
+from engine.strategies.characters.requests import members
+from engine.types import BLEND, NEGATIVE, Collaboration, TokenLogprobs
 from server.choice import Choice
-from server.protocol.responses import CollaborationReport, PromptLogprob, PromptLogprobs, Usage
+from server.protocol.responses import CollaborationReport, PromptLogprob, PromptLogprobs, Usage, WrittenPiece
 from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer
 
@@ -51,27 +52,38 @@ class Renderer(Protocol):
         ...
 
 
-def report(piece: Piece, lane_names: Sequence[str], blend: Blend | None = None) -> CollaborationReport:
+def report(piece: Piece, lane_names: Sequence[str], asked: Collaboration | None = None) -> CollaborationReport:
     """A piece's tokens with their sources and deferral probabilities.
 
     Args:
-        blend: the request's, which says whose support a blended token has.
+        asked: by the request; says whose support a token has that several members wrote.
     """
     sources = ["blend" if source == BLEND else lane_names[source] for source in piece.sources]
     whole = CollaborationReport(piece.token_texts, sources, piece.deferrals)
-    if blend is not None:
-        names = (*lane_names, NEGATIVE)
-        members = [names[lane] for lane in blend.effective().lanes]
+    if asked is not None and asked.strategy == "characters":
+        names = [lane_names[lane] for lane, _ in members(asked.weights, len(lane_names))]
+        found = [
+            {name: value for name, value in zip(names, values, strict=True) if not math.isnan(value)}
+            for _, values in piece.support
+        ]
+        whole.support = list(found)
+        whole.pieces = [
+            WrittenPiece(text, start, end, heard, [name for name in names if name not in heard])
+            for text, (start, end), heard in zip(piece.token_texts, piece.spans, found, strict=True)
+        ]
+    elif asked is not None and asked.blend is not None:
+        all_names = (*lane_names, NEGATIVE)
+        taking_part = [all_names[lane] for lane in asked.blend.effective().lanes]
         support: list[dict[str, float] | None] = [None] * len(sources)
         for number, values in piece.support:
-            support[number] = {name: finite(value) for name, value in zip(members, values, strict=True)}
+            support[number] = {name: finite(value) for name, value in zip(taking_part, values, strict=True)}
         whole.support = support
     return whole
 
 
-def blend_of(choice: Choice) -> Blend | None:
-    """The blend that a choice was asked with."""
-    return None if choice.request is None else choice.request.collaboration.blend
+def asked_of(choice: Choice) -> Collaboration | None:
+    """How the members were asked to write a choice."""
+    return None if choice.request is None else choice.request.collaboration
 
 
 class TokenNames:

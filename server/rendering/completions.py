@@ -13,7 +13,7 @@ from server.protocol.responses import CompletionChoice, CompletionResponse, Lega
 from server.rendering.common import (
     Head,
     TokenNames,
-    blend_of,
+    asked_of,
     finite,
     mean_logprob,
     most_probable,
@@ -96,7 +96,7 @@ class CompletionRenderer:
             piece.finish_reason,
         )
         if body.report:
-            rendered.collaboration = report(piece, self._lane_names, blend_of(choice))
+            rendered.collaboration = report(piece, self._lane_names, asked_of(choice))
         if body.return_token_ids:
             rendered.token_ids = piece.tokens
             if first:

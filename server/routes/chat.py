@@ -7,22 +7,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
-from engine.types import EngineInfo
 from server.admission import Places
 from server.call import Call, read_call
 from server.errors import invalid, shown
 from server.openapi import GENERATION_ERRORS, operation
-from server.prompts import check_prompt, fit, prompt_tokens
+from server.prompts import prompt_tokens
 from server.protocol.chat import ChatRequest
 from server.protocol.responses import ChatResponse
 from server.rendering.chat import ChatRenderer
 from server.sampling import bad_words_of, for_choice, sampling_of
 from server.serve import Prepared, serve
-from server.service import Service
+from server.strategies import check_fields
 from server.text.chat_template import ChatTemplate, ChatTemplateError
-from server.text.guard import GuardError
+from server.text.guard import GuardError, SpecialTokenGuard
 
 router = APIRouter(tags=["generation"])
 
@@ -40,7 +40,8 @@ _EXAMPLE = {
     **operation(ChatRequest, ChatResponse, GENERATION_ERRORS, stream=True, example=_EXAMPLE),
 )
 async def create_chat_completion(request: Request) -> Response:
-    """Answer a conversation, by the chat template of the base model's tokenizer.
+    """Answer a conversation, by the chat template of the base model's tokenizer; where members have vocabularies of
+    their own, each reads it by its own template.
 
     With ``stream`` the response is a series of server-sent events, ``data: {...}``, ended by ``data: [DONE]``.
     """
@@ -50,47 +51,63 @@ async def create_chat_completion(request: Request) -> Response:
 
 async def _prepare(call: Call[ChatRequest], places: Places) -> Prepared:
     service, body, info = call.service, call.body, call.info
-    collaboration = await call.with_prompts(call.collaboration(), special=False)
-    others = [len(own) for _, own in collaboration.prompts]
+    collaboration = call.collaboration()
+    check_fields(body, collaboration, info)
+    own = await call.own_prompts(collaboration, special=False)
+    tokenizer = call.text_of(call.lane).tokenizer
     sampling = sampling_of(
         body,
         info,
+        call.lane,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
-        bad_words=await bad_words_of(body, service.tokenizer),
+        bad_words=await bad_words_of(body, tokenizer),
     )
-    prompt = await _prompt_ids(service, body, info)
-    check_prompt(prompt, info.vocab_size, "messages")
-    longest = max(len(prompt), *others, 0)
-    limit = fit(longest, body.limit, None, info.max_model_len, "messages", body.limit_name, body.min_tokens)
+    prompt = await _prompt_ids(call, call.lane)
+    for lane in call.others(collaboration):
+        if lane not in own:
+            own[lane] = await _prompt_ids(call, lane)
+    collaboration = msgspec.structs.replace(collaboration, prompts=tuple(own.items()))
+    lengths = {call.lane: len(prompt)} | {lane: len(ids) for lane, ids in own.items()}
+    limit = call.limit(lengths, body.limit, None, "messages", body.limit_name)
     choices = []
     scores = call.scores_jointly(sampling)
     for index in range(body.n or 1):
         generation = call.generation(index, prompt, for_choice(sampling, index, limit), collaboration)
         choices.append(call.choice(index, prompt, generation, places, scores=scores))
-    renderer = ChatRenderer(body, service.tokenizer, service.models.lane_names, head=call.head(), prompt_ids=prompt)
+    renderer = ChatRenderer(body, tokenizer, service.models.lane_names, head=call.head(), prompt_ids=prompt)
     return Prepared(choices, renderer, len(prompt))
 
 
-async def _prompt_ids(service: Service, body: ChatRequest, info: EngineInfo) -> list[int]:
-    template = service.chat_template
+async def _prompt_ids(call: Call[ChatRequest], lane: int) -> list[int]:
+    """The conversation in a lane's tokens, by its own template."""
+    text_of = call.text_of(lane)
+    template = text_of.chat_template
+    named = f" of '{call.info.lanes[lane].name}'" if call.info.vocabularies == "spelled" else ""
     if template is None:
-        raise invalid("The served tokenizer has no chat template; use /v1/completions.", "messages", "no_chat_template")
+        raise invalid(
+            f"The served tokenizer{named} has no chat template; use /v1/completions.", "messages", "no_chat_template"
+        )
     try:
-        text, encode = await asyncio.to_thread(_rendered, service, template, body)
+        text, encode = await asyncio.to_thread(_rendered, text_of.guard, template, call.body)
     except (ChatTemplateError, GuardError) as error:
-        raise invalid(f"The chat template refuses these messages: {shown(str(error), 200)}.", "messages") from None
+        reason = shown(str(error), 200)
+        raise invalid(f"The chat template{named} refuses these messages: {reason}.", "messages") from None
     # Special tokens at the beginning and the end are the template's to write.
-    return await prompt_tokens(text, service.tokenizer, body, info, "messages", special=False, encode=encode)
+    ids = await prompt_tokens(
+        text, text_of.tokenizer, call.body, call.context(lane), "messages", special=False, encode=encode
+    )
+    call.check_prompt(ids, lane, "messages")
+    return ids
 
 
 def _rendered(
-    service: Service, template: ChatTemplate, body: ChatRequest
+    guard: SpecialTokenGuard | None, template: ChatTemplate, body: ChatRequest
 ) -> tuple[str, Callable[[str], list[int]] | None]:
     """The conversation as the template writes it, and what makes tokens of it if that is not the tokenizer alone."""
     messages: list[dict[str, Any]] = [message.for_template() for message in body.messages]
     given: dict[str, Any] = {"documents": body.documents, "variables": body.chat_template_kwargs}
-    guard, encode = service.guard, None
+    encode = None
     if guard is not None:
         # Special tokens in whatever the client sent are text.
         guarded = guard.guard([*messages, given])

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 
-from engine.types import EngineInfo
+from engine.types import Collaboration
 from server.admission import Places
 from server.call import Call, read_call
 from server.choice import Choice
 from server.openapi import GENERATION_ERRORS, operation
-from server.prompts import check_prompt, fit, kept_tokens, prompt_tokens, truncated
+from server.prompts import kept_tokens, prompt_tokens, truncated
 from server.protocol.completions import DEFAULT_MAX_TOKENS, CompletionRequest
 from server.protocol.responses import CompletionResponse
 from server.rendering.completions import CompletionRenderer
 from server.sampling import bad_words_of, for_choice, sampling_of
 from server.serve import Prepared, serve
-from server.service import Service
+from server.strategies import check_fields
 from server.text.echo import EchoedPrompt, echoed
 from server.text.tokenizer import TextTokenizer
 
@@ -50,23 +51,30 @@ async def create_completion(request: Request) -> Response:
 
 async def _prepare(call: Call[CompletionRequest], places: Places) -> Prepared:
     service, body, info = call.service, call.body, call.info
-    collaboration = await call.with_prompts(call.collaboration(), special=True)
-    others = [len(own) for _, own in collaboration.prompts]
+    collaboration = call.collaboration()
+    check_fields(body, collaboration, info)
+    own = await call.own_prompts(collaboration, special=True)
+    tokenizer = call.text_of(call.lane).tokenizer
     ranked = body.candidates > (body.n or 1)
     sampling = sampling_of(
         body,
         info,
+        call.lane,
         # Ranking needs the written tokens' own logprobs.
         logprobs=0 if ranked and body.logprobs is None else body.logprobs,
         prompt_logprobs=_prompt_logprobs(body),
-        bad_words=await bad_words_of(body, service.tokenizer),
+        bad_words=await bad_words_of(body, tokenizer),
     )
-    prompts = await _prompt_ids(service, body, info)
-    asked, context, least = body.max_tokens or None, info.max_model_len, body.min_tokens
-    limits = [
-        fit(max(len(prompt), *others, 0), asked, DEFAULT_MAX_TOKENS, context, "prompt", "max_tokens", least)
-        for prompt in prompts
-    ]
+    prompts = await _prompt_ids(call, call.lane)
+    by_lane = {lane: await _prompt_ids(call, lane) for lane in call.others(collaboration) if lane not in own}
+    asked = body.max_tokens or None
+    shared: list[Collaboration] = []
+    limits = []
+    for index, prompt in enumerate(prompts):
+        others = own | {lane: ids[index] for lane, ids in by_lane.items()}
+        lengths = {call.lane: len(prompt)} | {lane: len(ids) for lane, ids in others.items()}
+        limits.append(call.limit(lengths, asked, DEFAULT_MAX_TOKENS, "prompt", "max_tokens"))
+        shared.append(msgspec.structs.replace(collaboration, prompts=tuple(others.items())))
     echo_only = body.max_tokens == 0
     scores = call.scores_jointly(sampling)
     choices: list[Choice] = []
@@ -76,8 +84,8 @@ async def _prepare(call: Call[CompletionRequest], places: Places) -> Prepared:
             generation = None
             if not echo_only or sampling.prompt_logprobs is not None:
                 # The engine writes one token at least, also where only the prompt's logprobs are wanted.
-                own = for_choice(sampling, candidate, 1 if echo_only else limit)
-                generation = call.generation(index, prompt, own, collaboration)
+                parameters = for_choice(sampling, candidate, 1 if echo_only else limit)
+                generation = call.generation(index, prompt, parameters, shared[prompt_index])
             choices.append(
                 call.choice(
                     index,
@@ -91,27 +99,29 @@ async def _prepare(call: Call[CompletionRequest], places: Places) -> Prepared:
             )
     renderer = CompletionRenderer(
         body,
-        service.tokenizer,
+        tokenizer,
         service.models.lane_names,
         head=call.head(),
         prompt_ids=prompts,
-        prompts=await _echoed(service.tokenizer, body, prompts) if body.echo else None,
+        prompts=await _echoed(tokenizer, body, prompts) if body.echo else None,
     )
     return Prepared(choices, renderer, sum(map(len, prompts)))
 
 
-async def _prompt_ids(service: Service, body: CompletionRequest, info: EngineInfo) -> list[list[int]]:
-    keep = kept_tokens(body, info)
+async def _prompt_ids(call: Call[CompletionRequest], lane: int) -> list[list[int]]:
+    """The prompts in a lane's tokens."""
+    body, context, tokenizer = call.body, call.context(lane), call.text_of(lane).tokenizer
+    keep = kept_tokens(body, context)
 
     async def tokens_of(prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return await prompt_tokens(prompt, service.tokenizer, body, info, "prompt", special=True)
-        check_prompt(prompt, info.vocab_size, "prompt")
+            return await prompt_tokens(prompt, tokenizer, body, context, "prompt", special=True)
+        call.check_prompt(prompt, lane, "prompt")
         return prompt if keep is None else truncated(prompt, keep, body.truncation_side)
 
     ids = list(await asyncio.gather(*map(tokens_of, body.prompts)))
     for prompt in ids:
-        check_prompt(prompt, info.vocab_size, "prompt")
+        call.check_prompt(prompt, lane, "prompt")
     return ids
 
 

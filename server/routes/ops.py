@@ -37,7 +37,9 @@ async def version(request: Request) -> Response:
     engine = service_of(request).started_engine
     if engine is None:
         return _json(VersionResponse(__version__, {}))
-    return _json(VersionResponse(__version__, engine.info.versions, engine.info.eos_token_ids))
+    return _json(
+        VersionResponse(__version__, engine.info.versions, engine.info.eos_token_ids, engine.info.vocabularies)
+    )
 
 
 @router.get(

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, Request, Response
 
+from engine.types import BASE, EngineInfo
 from server.auth import client_of
 from server.disconnect import unless_gone
 from server.openapi import BODY_ERRORS, operation
@@ -31,9 +32,10 @@ async def tokenize(request: Request) -> Response:
     """Text to token ids."""
     service = service_of(request)
     body = await read_body(request, TokenizeRequest)
-    _check_model(service, body.model)
     info = service.ready_engine().info
-    return await _respond(request, service, lambda: _tokenized(service.tokenizer, body, info.max_model_len))
+    lane = _lane_of(service, body.model, info)
+    tokenizer = service.text_of(lane).tokenizer
+    return await _respond(request, service, lambda: _tokenized(tokenizer, body, info.lane_context(lane)))
 
 
 @router.post(
@@ -44,11 +46,12 @@ async def detokenize(request: Request) -> Response:
     """Token ids to text; special tokens are skipped."""
     service = service_of(request)
     body = await read_body(request, DetokenizeRequest)
-    _check_model(service, body.model)
     info = service.ready_engine().info
+    lane = _lane_of(service, body.model, info)
     if body.tokens:
-        check_prompt(body.tokens, info.vocab_size, "tokens")
-    return await _respond(request, service, lambda: _detokenized(service.tokenizer, body))
+        check_prompt(body.tokens, info.lane_vocab_size(lane), "tokens")
+    tokenizer = service.text_of(lane).tokenizer
+    return await _respond(request, service, lambda: _detokenized(tokenizer, body))
 
 
 async def _respond(request: Request, service: Service, work: Callable[[], Awaitable[bytes]]) -> Response:
@@ -72,6 +75,11 @@ async def _detokenized(tokenizer: TextTokenizer, body: DetokenizeRequest) -> byt
     return await tokenizer.run(lambda: encode(DetokenizeResponse(tokenizer.decode(body.tokens))), aside=True)
 
 
-def _check_model(service: Service, name: str | None) -> None:
-    if name is not None:
-        service.models.member(name)
+def _lane_of(service: Service, name: str | None, info: EngineInfo) -> int:
+    """The lane whose tokens are meant: a member's that has a vocabulary of its own, else the base's.
+
+    Raises:
+        ApiError: 404, no such model.
+    """
+    member = None if name is None else service.models.member(name)
+    return BASE if member is None or info.vocabularies == "same" else member

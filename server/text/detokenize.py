@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from engine.spelling.decoding import Decoding
 
@@ -26,15 +26,19 @@ _LONGEST_CHARACTER = 8
 class Detokenizer(Protocol):
     """Incremental detokenisation of one sequence."""
 
-    def push(self, token: int) -> str:
-        """The text that this token adds; "" while a character is incomplete, and for special tokens."""
+    def push(self, token: Any) -> str:
+        """The text that this token adds; "" while a character is incomplete, and for special tokens.
+
+        Args:
+            token: its id; for texts that are not written in tokens, bytes.
+        """
         ...
 
     def flush(self) -> str:
         """What is left at the end: "" or the replacement of an incomplete character."""
         ...
 
-    def lead(self, token: int, text: str, *, final: bool) -> int:
+    def lead(self, token: Any, text: str, *, final: bool) -> int:
         """How much of a token's text stands for characters that tokens before it began and it does not finish.
 
         Args:
@@ -147,3 +151,23 @@ class WindowDetokenizer:
         self._known = together[-CONTEXT:]
         self._held.clear()
         return text
+
+
+class ByteDetokenizer:
+    """For texts that are not written in tokens but in pieces of bytes. A prompt's characters are complete."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: bytes) -> str:
+        """See :class:`Detokenizer`."""
+        return self._decoder.decode(token)
+
+    def flush(self) -> str:
+        """See :class:`Detokenizer`."""
+        return self._decoder.decode(b"", final=True)
+
+    def lead(self, token: bytes, text: str, *, final: bool) -> int:
+        """See :class:`Detokenizer`."""
+        own = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(token, final)
+        return max(0, len(text) - len(own))

@@ -23,6 +23,7 @@ class Piece:
         token_texts: what each token added to the text; "" for special tokens and for the beginning of a character.
         offsets: where each token begins in the choice's text, in characters.
         support: (number of the token in this piece, log-probability with each member) of blended tokens.
+        spans: of a text that is not written in tokens: where each of its pieces lies in the answer, in bytes.
         prompt_logprobs: with the first piece if asked for, one entry for each prompt token but the first.
     """
 
@@ -36,10 +37,12 @@ class Piece:
     offsets: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
     support: list[tuple[int, list[float]]] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
 
     def extend(self, other: Piece) -> None:
         """Append the piece that follows."""
         self.support += [(number + len(self.tokens), values) for number, values in other.support]
+        self.spans += other.spans
         self.text += other.text
         self.token_texts += other.token_texts
         self.tokens += other.tokens
@@ -71,6 +74,7 @@ class PieceBuilder:
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._written = 0
+        self._bytes = 0
         self._length = 0
         self._pending = Piece()
         self._pending_chars = 0
@@ -86,9 +90,9 @@ class PieceBuilder:
         stopped = False
         used = 0
         last = len(delta.tokens) - 1
-        for index, token in enumerate(delta.tokens):
+        for index, token in enumerate(delta.texts or delta.tokens):
             final = index == last and delta.finish_reason is not None
-            hidden = final and delta.stop_token == token and not self._include_stop
+            hidden = final and delta.stop_token is not None and delta.stop_token == token and not self._include_stop
             text = "" if hidden else self._detokenizer.push(token)
             if final:
                 text += self._detokenizer.flush()
@@ -97,6 +101,9 @@ class PieceBuilder:
                 begin += len(text) if hidden else self._detokenizer.lead(token, text, final=final)
             used += 1
             self._written += 1
+            if isinstance(token, bytes):
+                pending.spans.append((self._bytes, self._bytes + len(token)))
+                self._bytes += len(token)
             pending.token_texts.append(text)
             pending.offsets.append(begin)
             self._length += len(text)
@@ -186,6 +193,7 @@ def _split(piece: Piece, count: int) -> tuple[Piece, Piece]:
             piece.prompt_logprobs,
             piece.offsets[:count],
             support=[(number, values) for number, values in piece.support if number < count],
+            spans=piece.spans[:count],
         ),
         Piece(
             "",
@@ -196,5 +204,6 @@ def _split(piece: Piece, count: int) -> tuple[Piece, Piece]:
             None if logprobs is None else logprobs[count:],
             offsets=piece.offsets[count:],
             support=[(number - count, values) for number, values in piece.support if number >= count],
+            spans=piece.spans[count:],
         ),
     )

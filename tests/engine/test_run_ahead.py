@@ -280,7 +280,7 @@ def test_what_goes_wrong_in_a_draft_counts_only_if_the_text_comes_that_far(stand
     """Step by step, a position that is cut would never have been looked at."""
     for gate, token in ((math.nan, 8), (BASE_WRITES, 99)):
         it = scheduler(vocab_size=16)
-        it._vocab_size = 16
+        it._terms = [terms._replace(vocab_size=16) for terms in it._terms]
         it.add(request(max_tokens=9, run_ahead=9))
         draft(it, (7, EXPERT_WRITES), (token, gate), expect_more=False)
         it.plan(1)

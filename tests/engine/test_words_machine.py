@@ -114,7 +114,7 @@ class WordsMachine(SchedulerMachine):
     @rule(data=st.data(), count=st.integers(1, 3))
     def add(self, data: st.DataObject, count: int) -> None:
         for _ in range(count):
-            new = data.draw(requests(str(len(self.requests)), self.pair, plain=self.plain))
+            new = data.draw(requests(str(len(self.requests)), self.pair, plain=self.focus == "deferral"))
             self.requests[new.request_id] = new
             self.scheduler.add(new)
 

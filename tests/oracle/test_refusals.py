@@ -50,6 +50,9 @@ def copy(random_pair: pairs.Served, tmp_path: Path) -> pairs.Served:
 
 
 def test_vocabulary_mismatch_names_the_entries(copy: pairs.Served) -> None:
+    """The base's tokenizer has no decoder, so that nobody knows what its tokens are in another's text."""
+    base = copy.base / "tokenizer.json"
+    base.write_text(json.dumps(json.loads(base.read_text()) | {"decoder": None}))
     file = copy.experts["expert1"] / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -57,7 +60,7 @@ def test_vocabulary_mismatch_names_the_entries(copy: pairs.Served) -> None:
     vocabulary["surprise"] = vocabulary.pop("<filler9>")
     file.write_text(json.dumps(tokenizer))
     message = _misfit(copy.config())
-    assert message.startswith("experts.expert1.model: base and expert must share a vocabulary; 4 entries differ: ")
+    assert message.startswith("experts.expert1.model: base and expert do not share a vocabulary; 4 entries differ: ")
     for name in ("<filler3>", "<filler4>", "<filler9>", "surprise"):
         assert name in message
 

@@ -55,6 +55,8 @@ async def test_the_joint_model_says_how_its_members_work_together(build: Build) 
         "gate": True,
         "experts": ["codes"],
         "blends": ["mixture", "union", "contrastive"],
+        "strategies": ["deferral"],
+        "vocabularies": "same",
     }
     assert (joint["chat"], joint["example_prompt"]) == (True, "Who?")
     assert all("collaboration" not in card for card in members)

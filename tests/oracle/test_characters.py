@@ -1,0 +1,153 @@
+"""Members that write by characters: served, symbol for symbol what a plain loop writes, and nothing is left behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import draws
+from engine.offline import Engine
+from engine.types import Collaboration, Completion, GenerationRequest, SamplingSpec
+from tests.oracle.characters_loop import Member, Written, write
+from tests.oracle.spelled import SpelledPair, spelled_pair
+
+PROMPTS = ("Question: What is 12 + 30? Answer:", "Wörter mit Umlauten:", "def add(a, b):\n    return", "日本語の")
+NEAR = 1e-5
+"""Symbols that came so near another one may differ by the rounding of another batch shape."""
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> SpelledPair:
+    return spelled_pair(tmp_path_factory.mktemp("spelled"), 2)
+
+
+@pytest.fixture(scope="module")
+def engine(pair: SpelledPair) -> Iterator[Engine]:
+    """Few KV blocks and a small budget of tokens: prompts come in chunks, and rows are computed over again."""
+    options: dict[str, Any] = {"kv_blocks": 9, "max_num_seqs": 16, "max_num_batched_tokens": 16}
+    with Engine(pair.config(enable_prefix_caching=True, **options)) as started:
+        yield started
+
+
+def asked(pair: SpelledPair, number: int, text: str, **fields: Any) -> GenerationRequest:
+    base, *others = [tokenizer.encode(text, add_special_tokens=False).ids for tokenizer in pair.tokenizers]
+    collaboration = {name: fields.pop(name) for name in ("weights", "average") if name in fields}
+    sampling = {"max_tokens": 20, "seed": number, **fields}
+    return GenerationRequest(
+        f"{number}",
+        base,
+        SamplingSpec(**sampling),
+        Collaboration(strategy="characters", prompts=tuple(enumerate(others, 1)), **collaboration),
+    )
+
+
+def expected(pair: SpelledPair, request: GenerationRequest) -> Written:
+    sampling, collaboration = request.sampling, request.collaboration
+    weights = dict(collaboration.weights or [(lane, 1 / len(pair.models)) for lane in range(len(pair.models))])
+    lanes = [lane for lane in range(len(pair.models)) if weights.get(lane)]
+    members = [
+        Member(pair.models[lane], pair.tokenizers[lane], pair.ends[lane], request.prompt_of(lane)) for lane in lanes
+    ]
+    return write(
+        members,
+        [weights[lane] for lane in lanes],
+        draw=lambda index: draws.uniform(sampling.seed or 0, draws.SYMBOL_STREAM, index),
+        temperature=sampling.temperature,
+        average=collaboration.average,
+        max_pieces=sampling.max_tokens,
+        min_pieces=sampling.min_tokens,
+    )
+
+
+def check(got: Completion, wanted: Written) -> bool:
+    """Whether all of it was compared: not where a symbol came too near another one to be told from it."""
+    assert got.error is None
+    if b"".join(got.texts) != b"".join(wanted.pieces) and min(wanted.margins) < NEAR:
+        return False
+    assert got.texts == wanted.pieces
+    assert got.finish_reason == wanted.finish_reason
+    return True
+
+
+VARIETY: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.6, "weights": ((0, 0.8), (1, 0.2))},
+    {"temperature": 1.0, "average": "geometric"},
+    {"temperature": 0.0, "average": "geometric", "weights": ((0, 0.3), (1, 0.7))},
+    {"temperature": 1.0, "weights": ((1, 1.0),)},
+    {"temperature": 1.0, "min_tokens": 12},
+    {"temperature": 0.0, "weights": ((0, 1.0),)},
+)
+
+
+def test_symbol_for_symbol(pair: SpelledPair, engine: Engine) -> None:
+    """All at once, in chunks, preempted, in batches of any shape."""
+    kinds = [(text, fields) for fields in VARIETY for text in PROMPTS]
+    random.Random(1).shuffle(kinds)
+    requests = [asked(pair, number, text, **fields) for number, (text, fields) in enumerate(kinds)]
+    got = engine.generate(requests)
+    compared = sum(check(one, expected(pair, request)) for one, request in zip(got, requests, strict=True))
+    assert compared >= len(requests) - 2
+    assert sum(lane.preemptions for lane in engine.stats.lanes) > 0, "nothing was computed over again"
+    assert engine.stats.integrity_errors == 0
+    assert len({one.sources[0] for one in got}) == 2, "nobody but one member wrote"
+
+
+def test_the_text_does_not_depend_on_company(pair: SpelledPair, engine: Engine) -> None:
+    requests = [asked(pair, number, PROMPTS[number], temperature=1.0, max_tokens=12) for number in range(3)]
+    together = engine.generate(requests)
+    alone = [engine.generate([request])[0] for request in requests]
+    assert [one.texts for one in together] == [one.texts for one in alone]
+
+
+def test_what_only_tokens_can_give_is_refused(pair: SpelledPair, engine: Engine) -> None:
+    refused: tuple[dict[str, Any], ...] = (
+        {"logprobs": 0}, {"top_k": 3}, {"top_p": 0.9}, {"logit_bias": {3: 1.0}}, {"stop_token_ids": (3,)},
+        {"weights": ((0, 0.5),)}, {"weights": ((0, 0.5), (2, 0.5))}, {"weights": ((0, 1.5), (1, -0.5))},
+    )  # fmt: skip
+    got = engine.generate([asked(pair, number, "a", **fields) for number, fields in enumerate(refused)])
+    assert all(one.error is not None and "characters: " in one.error for one in got)
+    (lacking,) = engine.generate([GenerationRequest("x", [5], SamplingSpec(), Collaboration(strategy="characters"))])
+    assert "lane 1 has no prompt in tokens of its own" in str(lacking.error)
+    (other,) = engine.generate([GenerationRequest("y", [5], SamplingSpec(), Collaboration(strategy="deferral"))])
+    assert "lane 1 has no prompt in tokens of its own" in str(other.error)
+
+
+def test_members_alone_are_served_in_their_own_tokens(pair: SpelledPair, engine: Engine) -> None:
+    for lane, tokenizer in enumerate(pair.tokenizers):
+        prompt = tokenizer.encode("Question: What", add_special_tokens=False).ids
+        request = GenerationRequest(
+            f"m{lane}", prompt, SamplingSpec(temperature=0.0, max_tokens=6), Collaboration(lane)
+        )
+        (got,) = engine.generate([request])
+        loop = Member(pair.models[lane], tokenizer, pair.ends[lane], prompt)
+        for token in got.tokens:
+            table = loop.dictionary()
+            own = loop.bytes_of.get(token, b"")
+            assert table[own] == max(table.values())
+            loop.strand.append(token)
+
+
+def test_equal_checkpoints_write_that_member(tmp_path: Path) -> None:
+    """Two members of one checkpoint, one vocabulary: greedy, the same pieces as the member by itself."""
+    twins = spelled_pair(tmp_path, 2, same=True)
+    with Engine(twins.config()) as engine:
+        assert engine.info.vocabularies == "same"
+        assert engine.info.strategies == ("deferral", "characters")
+        for temperature in (0.0, 1.0):
+            both = [asked(twins, n, text, temperature=temperature) for n, text in enumerate(PROMPTS)]
+            one = [
+                asked(twins, n, text, temperature=temperature, weights=((0, 1.0),)) for n, text in enumerate(PROMPTS)
+            ]
+            loops = [expected(twins, request) for request in one]
+            got = engine.generate(one)
+            for twin, single, loop in zip(engine.generate(both), got, loops, strict=True):
+                assert check(single, loop)
+                if all(piece.decode("utf-8", "ignore").encode() == piece for piece in single.texts):
+                    assert twin.texts == single.texts
+        assert engine.stats.integrity_errors == 0
