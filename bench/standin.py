@@ -157,7 +157,8 @@ class StandinLane:
             self._shelf.forget(self._number, request_id)
         for request in work.add:
             assert request.request_id not in self._rows, f"{request.request_id} was added twice"
-            self._rows[request.request_id] = _Row(request)
+            row = self._rows[request.request_id] = _Row(request)
+            self._stats.cache_queries += len(row.tokens)  # in a prefix cache that never has any
         for extension in work.extend:
             row = self._rows[extension.request_id]
             self._shelf.settle(self._number, extension.request_id, extension.final)

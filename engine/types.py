@@ -344,11 +344,17 @@ class Completion(msgspec.Struct):
 
 
 class GateInfo(msgspec.Struct, frozen=True):
-    """What the served gate says of itself. ``source`` is a path, or "lm_head" for a reference-format base."""
+    """What the served gate says of itself.
+
+    Attributes:
+        source: a path, or "lm_head" for a reference-format base.
+        curve: (threshold, share of the tokens that experts wrote at it) of its calibration; empty where none is stored.
+    """
 
     source: str
     policy: PolicyName
     threshold: float
+    curve: list[tuple[float, float]] = []
 
 
 class LaneInfo(msgspec.Struct, frozen=True):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from msgspec import UNSET, UnsetType
+
 from engine.strategies.deferral.policies import POLICIES
-from engine.types import BASE, Collaboration, EngineInfo, PolicyName
+from engine.types import BASE, Collaboration, EngineInfo, GateInfo, PolicyName
 from server.blends import BlendTable
 from server.errors import ApiError, invalid, shown, unknown_model
 from server.protocol.common import CollaborationOptions
-from server.protocol.responses import ServedCollaboration
+from server.protocol.responses import CurvePoint, ServedCollaboration
+from server.shares import threshold_of
 from server.strategies import characters, strategy_of
 
 
@@ -64,6 +67,7 @@ class ModelTable:
             blends,
             list(info.strategies),
             info.vocabularies,
+            _curve(gate),
         )
 
     def collaboration(self, name: str, options: CollaborationOptions | None, info: EngineInfo) -> Collaboration:
@@ -98,6 +102,8 @@ class ModelTable:
         effective = policy or info.policy
         self._check_gate(effective, options, info)
         self._check_heeded(effective, options)
+        if options.share is not None:
+            threshold = self._threshold_of(options.share, options, info)
         rate: dict[str, Any] = {} if options.rate is None else {"rate": options.rate}
         return Collaboration(
             policy=policy,
@@ -142,10 +148,29 @@ class ModelTable:
                 "collaboration.policy",
             )
 
+    def _threshold_of(self, share: float, options: CollaborationOptions, info: EngineInfo) -> float:
+        """The threshold for a share of tokens.
+
+        Raises:
+            ApiError: 400, there is no curve to find it by, or it is of other experts.
+        """
+        param = "collaboration.share"
+        if options.threshold is not None:
+            raise invalid(f"'{param}' and 'collaboration.threshold' say the same thing; give one of them.", param)
+        if info.gate is None or not info.gate.curve:
+            raise invalid(
+                f"'{param}' needs a gate with a stored calibration, and this pair's has none; give "
+                "'collaboration.threshold', or calibrate the gate (python -m training calibrate).",
+                param,
+            )
+        if options.experts is not None and set(options.experts) != set(self._experts):
+            raise invalid(f"'{param}' goes by the calibration of all experts together; leave out 'experts'.", param)
+        return threshold_of(share, info.gate.curve)
+
     def _check_heeded(self, policy: PolicyName, options: CollaborationOptions) -> None:
         """Refuse what the policy does not look at: the answer would not be the one that was asked for."""
         thresholds: list[str] = [name for name, each in POLICIES.items() if each.has_threshold]
-        policies = {"threshold": thresholds, "rate": ["random"]}
+        policies = {"threshold": thresholds, "share": ["threshold"], "rate": ["random"]}
         for field, heeding in policies.items():
             if getattr(options, field) is not None and policy not in heeding:
                 raise invalid(
@@ -164,3 +189,9 @@ class ModelTable:
         if len(set(experts)) < len(experts):
             raise invalid(f"'{param}' names an expert twice.", param)
         return tuple(self._experts[name] for name in experts)
+
+
+def _curve(gate: GateInfo | None) -> list[CurvePoint] | UnsetType:
+    if gate is None or not gate.curve:
+        return UNSET
+    return [CurvePoint(min(max(threshold, 0.0), 1.0), share) for threshold, share in sorted(gate.curve)]

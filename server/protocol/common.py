@@ -82,6 +82,10 @@ class CollaborationOptions(Strict):
     threshold: float | None = Field(default=None, ge=0, le=1)
     """A token is deferred when its deferral probability is greater. Default: the gate's."""
 
+    share: float | None = Field(default=None, ge=0, le=1)
+    """In the place of ``threshold``: the share of the tokens that experts should write on average, by the curve of the
+    gate's calibration."""
+
     rate: float | None = Field(default=None, ge=0, le=1)
     """Share of tokens that the "random" policy defers. Default: 0.5."""
 

@@ -232,11 +232,20 @@ class ChatChunk(Struct):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
+class CurvePoint(Struct):
+    """A point of a gate's calibration."""
+
+    threshold: float
+    share: float
+
+
 class ServedCollaboration(Struct):
     """How the members of a joint model share the work unless a request says otherwise.
 
     ``policies`` are those that this pair can use (some need a gate), ``thresholds`` the default of each that has one.
     The first of ``strategies`` is the default. ``vocabularies`` are the "same", or "spelled": each member has its own.
+    ``curve``: by rising threshold, the share of the tokens that experts wrote at it when the gate was calibrated; left
+    out where that is not known. ``collaboration.share`` goes by it.
     """
 
     policy: PolicyName
@@ -247,6 +256,7 @@ class ServedCollaboration(Struct):
     blends: list[str]
     strategies: list[StrategyName]
     vocabularies: Relation
+    curve: list[CurvePoint] | UnsetType = UNSET
 
 
 class ModelCard(Struct):

@@ -1,8 +1,9 @@
 """Spans of generation requests, sent to an OpenTelemetry collector.
 
     POST /v1/chat/completions          the HTTP request; its parent is the client's traceparent
-      choice                           one for each answer
-        queue, base, expert wait, base, expert wait, ..., base
+      chat MODEL                       what was generated for it, by OpenTelemetry's conventions for generative AI
+        choice                         one for each answer
+          queue, base, expert wait, base, expert wait, ..., base
 
 No span has text of a prompt or of an answer, nor a message that might quote it.
 """
@@ -35,7 +36,7 @@ from server.models import ModelTable
 from server.settings import ServerConfig
 from server.text.pieces import Piece
 from server.trace.exporter import quiet_exporter
-from server.trace.timeline import MAX_STRETCHES, Stretch, stretches
+from server.trace.timeline import Stretch, merged, stretches
 
 logger = logging.getLogger(__name__)
 
@@ -103,15 +104,13 @@ class Traces:
                 "http.request.method": "POST",
                 "http.route": route,
                 "url.scheme": scope.get("scheme", "http"),
-                "gen_ai.operation.name": OPERATIONS[route],
-                "gen_ai.provider.name": "collm",
                 "collm.request_id": scope.get("request_id", ""),
             },
             start_time=clock.wall(clock.begun),
         )
         if not (isinstance(span, Span) and span.get_span_context().trace_flags.sampled):
             return None
-        return RequestTrace(self, span, clock)
+        return RequestTrace(self, span, clock, OPERATIONS[route])
 
     async def shutdown(self, timeout: float = FLUSH_S) -> None:
         """Send what has not been sent, for so many seconds at most."""
@@ -133,16 +132,22 @@ class Traces:
 
 
 class RequestTrace:
-    """The span of one HTTP request, while it is served.
+    """The spans of one HTTP request, while it is served.
+
+    Args:
+        operation: what the route does, by the conventions' name.
 
     Attributes:
+        generation: the span of what is generated; that of the HTTP request until it is known what is asked for.
         outcomes: how its choices ended, and it itself where it has none.
     """
 
-    def __init__(self, traces: Traces, span: Span, clock: _Clock) -> None:
+    def __init__(self, traces: Traces, span: Span, clock: _Clock, operation: str) -> None:
         self.traces = traces
-        self.span = span
+        self.generation: api.Span = span
         self.clock = clock
+        self._http = span
+        self._operation = operation
         self._prompts: dict[int, int] = {}
         self._finish_reasons: dict[int, str] = {}
         self._tokens = [0, 0]
@@ -153,20 +158,28 @@ class RequestTrace:
         """What was asked for; ``request`` is any of the response's choices."""
         member, sampling, models = request.collaboration.member, request.sampling, self.traces.models
         self.joint = member is None and len(info.lanes) > 1
+        model = models.name if member is None else f"{models.name}/{models.lane_names[member]}"
         attributes: Attributes = {
-            "gen_ai.request.model": models.name if member is None else f"{models.name}/{models.lane_names[member]}",
+            "gen_ai.operation.name": self._operation,
+            "gen_ai.provider.name": "collm",
+            "gen_ai.request.model": model,
             "gen_ai.response.id": response_id,
             "gen_ai.request.max_tokens": sampling.max_tokens,
             "gen_ai.request.temperature": sampling.temperature,
             "gen_ai.request.top_p": sampling.top_p,
         }
-        self.span.set_attributes(attributes)
+        self.generation = self.traces.tracer.start_span(
+            f"{self._operation} {model}",
+            api.set_span_in_context(self._http),
+            attributes=attributes,
+            start_time=self.clock.wall(self.clock.begun),
+        )
 
     def accepted(self, collaboration: Collaboration) -> None:
         """What is in force for one of the choices, which is the same for all."""
         if self.joint:
             given = {"collm.policy": collaboration.policy, "collm.threshold": collaboration.threshold}
-            self.span.set_attributes({name: value for name, value in given.items() if value is not None})
+            self.generation.set_attributes({name: value for name, value in given.items() if value is not None})
 
     def choice(self, index: int, prompt_index: int, request: GenerationRequest | None) -> ChoiceObserver:
         """See :class:`~server.choice.RequestObserver`."""
@@ -177,22 +190,24 @@ class RequestTrace:
     def responded(self, message: Message) -> None:
         """The response's head is being sent."""
         status = int(message["status"])
-        self.span.set_attribute("http.response.status_code", status)
+        self._http.set_attribute("http.response.status_code", status)
         if status < 400:
             stream = any(
                 name.lower() == b"content-type" and b"event-stream" in value for name, value in message["headers"]
             )
-            self.span.set_attribute("gen_ai.request.stream", stream)
+            self.generation.set_attribute("gen_ai.request.stream", stream)
         elif status >= 500:
             self.fail(str(status))
         else:
-            self.span.set_attribute("error.type", str(status))
+            for span in self._spans:
+                span.set_attribute("error.type", str(status))
 
     def fail(self, error: str) -> None:
         """The request failed, by our fault. The first reason stays."""
-        if self.span.status.is_unset:
-            self.span.set_attribute("error.type", error)
-            self.span.set_status(api.StatusCode.ERROR, error)
+        if self._http.status.is_unset:
+            for span in self._spans:
+                span.set_attribute("error.type", error)
+                span.set_status(api.StatusCode.ERROR, error)
         self.outcomes.append("error")
 
     def choice_ended(self, index: int, outcome: str, base: int, expert: int) -> None:
@@ -214,10 +229,17 @@ class RequestTrace:
                 "collm.choices": len(reasons),
                 **_shares(base, expert, joint=self.joint),
             }
-            self.span.set_attributes(attributes)
+            self.generation.set_attributes(attributes)
         if self.outcomes:
-            self.span.set_attribute("collm.finish_reason", max(self.outcomes, key=_SEVERITY.index))
-        self.span.end(self.clock.wall(time.monotonic()))
+            self.generation.set_attribute("collm.finish_reason", max(self.outcomes, key=_SEVERITY.index))
+        ended = self.clock.wall(time.monotonic())
+        for span in self._spans:
+            span.end(ended)
+
+    @property
+    def _spans(self) -> list[api.Span]:
+        """Inner ones first."""
+        return [self._http] if self.generation is self._http else [self.generation, self._http]
 
 
 class ChoiceTrace:
@@ -274,12 +296,13 @@ class ChoiceTrace:
             trace.fail(error)
         ended = self._ended or time.monotonic()
         found = self._stretches(last, ended, finished=error is None and self._ended is not None)
+        shown = merged(found)
         attributes: Attributes = {
             "collm.choice.index": self._index,
             "collm.finish_reason": self._outcome,
             "gen_ai.usage.output_tokens": base + expert,
             **_shares(base, expert, joint=trace.joint),
-            "collm.spans.dropped": max(0, len(found) - MAX_STRETCHES),
+            "collm.spans.merged": len(found) - len(shown),
             "collm.timeline": bool(found),
         }
         for name in {stretch.name for stretch in found}:
@@ -290,14 +313,14 @@ class ChoiceTrace:
         if error is not None:
             attributes["error.type"] = error
         tracer, clock = trace.traces.tracer, trace.clock
-        above = api.set_span_in_context(trace.span)
+        above = api.set_span_in_context(trace.generation)
         span = tracer.start_span("choice", above, attributes=attributes, start_time=clock.wall(self._begun))
         if ours:
             span.set_status(api.StatusCode.ERROR, error)
         span.end(clock.wall(ended))
-        if found:
+        if shown:
             inside = api.set_span_in_context(span)
-            trace.traces.background.submit(_make_stretches, trace, inside, found[:MAX_STRETCHES])
+            trace.traces.background.submit(_make_stretches, trace, inside, shown)
 
     def _stretches(self, last: Delta | None, ended: float, *, finished: bool) -> list[Stretch]:
         if self._request is None or last is None or last.timeline is None:

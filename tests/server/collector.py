@@ -91,6 +91,12 @@ class Collector:
     def _requests(self) -> list[Span]:
         return [span for span in self.spans if span.proto.kind == SpanProto.SPAN_KIND_SERVER]
 
+    def generation(self, request: Span) -> Span:
+        """The span of what was generated for a request."""
+        [found] = self.below(request)
+        assert found.proto.kind == SpanProto.SPAN_KIND_INTERNAL
+        return found
+
     def below(self, parent: Span) -> list[Span]:
         """Its children, by their beginning."""
         return sorted((span for span in self.spans if span.parent == parent.id), key=lambda span: span.start)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -60,13 +60,21 @@ async def build(tokenizer: TextTokenizer) -> AsyncIterator[Build]:
     """Builds houses: ``await build(script, server={...})``."""
     async with AsyncExitStack() as stack:
 
-        async def make(script: Script | None = None, *, gate: bool = True, attach: bool = True, **parts: Any) -> House:
+        async def make(
+            script: Script | None = None,
+            *,
+            gate: bool = True,
+            attach: bool = True,
+            curve: Iterable[tuple[float, float]] = (),
+            **parts: Any,
+        ) -> House:
             service = Service(settings(**parts), tokenizer)
             engine = FakeEngine(
                 script or writes(letters("abcdefgh")),
                 gate=gate,
                 policy=service.settings.gate.policy,
                 lane_names=service.models.lane_names,
+                curve=curve,
             )
             if attach:
                 service.attach(engine)

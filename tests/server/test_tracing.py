@@ -27,7 +27,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 
 from engine.types import Delta, GenerationRequest
 from server.settings import ConfigFileError
-from server.trace.timeline import MAX_STRETCHES, Stretch, stretches
+from server.trace.timeline import MAX_STRETCHES, Stretch, merged, stretches
 from tests.server import test_lifecycle
 from tests.server.collector import Collector, Span
 from tests.server.conftest import Build, House
@@ -154,12 +154,17 @@ async def test_a_request_continues_the_clients_trace(start: Start, collector: Co
     assert request.proto.trace_state == "vendor=abc"
     assert before <= request.start <= request.end <= after + 1_000_000_000
     assert not request.failed
-    details = answer["usage"]["completion_tokens_details"]
-    assert {name: value for name, value in request.attributes.items() if name != "collm.deferral_rate"} == {
+    assert request.attributes == {
         "http.request.method": "POST",
         "http.route": "/v1/completions",
         "http.response.status_code": 200,
         "url.scheme": "http",
+        "collm.request_id": "req-1",
+    }
+    generation = collector.generation(request)
+    assert generation.name == "text_completion collm-demo"
+    details = answer["usage"]["completion_tokens_details"]
+    assert {name: value for name, value in generation.attributes.items() if name != "collm.deferral_rate"} == {
         "gen_ai.operation.name": "text_completion",
         "gen_ai.provider.name": "collm",
         "gen_ai.request.model": "collm-demo",
@@ -171,28 +176,30 @@ async def test_a_request_continues_the_clients_trace(start: Start, collector: Co
         "gen_ai.response.finish_reasons": ["length", "length"],
         "gen_ai.usage.input_tokens": answer["usage"]["prompt_tokens"],
         "gen_ai.usage.output_tokens": 80,
-        "collm.request_id": "req-1",
         "collm.choices": 2,
         "collm.policy": "random",
         "collm.base_tokens": details["base_tokens"],
         "collm.expert_tokens": details["expert_tokens"],
         "collm.finish_reason": "length",
     }
-    assert request.attributes["collm.deferral_rate"] == details["expert_tokens"] / 80
-    choices = collector.below(request)
+    assert generation.attributes["collm.deferral_rate"] == details["expert_tokens"] / 80
+    choices = collector.below(generation)
     assert sorted(choice.attributes["collm.choice.index"] for choice in choices) == [0, 1]
     for choice in choices:
         assert choice.name == "choice"
         sources = answer["choices"][choice.attributes["collm.choice.index"]]["collaboration"]["sources"]
         inside = check_order(collector, request, choice)
         waits = [span for span in inside if span.name == "expert wait"]
-        assert len(waits) == sources.count("codes") == choice.attributes["collm.expert_tokens"] > 0
+        # A run of expert tokens is one span.
+        runs = [(who, len(list(run))) for who, run in itertools.groupby(sources)]
+        assert [span.attributes["collm.tokens"] for span in waits] == [n for who, n in runs if who == "codes"] != []
+        assert sources.count("codes") == choice.attributes["collm.expert_tokens"]
         assert all(span.attributes["collm.expert"] == "codes" for span in waits)
         written = sum(span.attributes["collm.tokens"] for span in inside if span.name == "base")
         assert written == sources.count("base")
         # The last token is the end of the last step.
         assert inside[-1].name == ("base" if sources[-1] == "base" else "expert wait")
-        assert choice.attributes["collm.spans.dropped"] == 0
+        assert choice.attributes["collm.spans.merged"] == 2 * (sources.count("codes") - len(waits))
         assert choice.attributes["collm.expert_wait.seconds"] > 0
     assert SECRET.encode() not in collector.raw
     server.process.send_signal(signal.SIGTERM)
@@ -219,12 +226,14 @@ async def test_a_stream_and_the_flush_at_the_end(
     [request] = await collector.requests(1)
     assert request.resource["service.name"] == "mine"
     assert request.parent == ""
-    assert request.attributes["gen_ai.request.stream"] is True
-    assert request.attributes["collm.deferral_rate"] == 1.0
+    generation = collector.generation(request)
+    assert generation.attributes["gen_ai.request.stream"] is True
+    assert generation.attributes["collm.deferral_rate"] == 1.0
     assert request.attributes["collm.request_id"] == answer.headers["x-request-id"]
-    [choice] = collector.below(request)
+    [choice] = collector.below(generation)
     inside = check_order(collector, request, choice)
-    assert [span.name for span in inside] == ["queue", *["base", "expert wait"] * 30]
+    assert [span.name for span in inside] == ["queue", "base", "expert wait"]
+    assert inside[-1].attributes["collm.tokens"] == 30
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -242,11 +251,13 @@ async def test_the_engine_dies(start: Start, collector: Collector, stream: bool)
     assert "engine" in answer.text
     assert await server.ended() == 1
     [request] = await collector.requests(1)
-    [choice] = collector.below(request)
+    generation = collector.generation(request)
+    [choice] = collector.below(generation)
     assert request.attributes["http.response.status_code"] == (200 if stream else 500)
-    for span in (request, choice):
+    for span in (request, generation, choice):
         assert span.failed
         assert span.attributes["error.type"] == "engine_dead"
+    for span in (generation, choice):
         assert span.attributes["collm.finish_reason"] == "error"
     assert choice.attributes["collm.timeline"] is False
     assert SECRET.encode() not in collector.raw
@@ -312,9 +323,11 @@ async def test_chat_and_members_alone(traced: Any) -> None:
     assert (await on.house.chat(model="collm-demo/codes", temperature=0)).status_code == 200
     [request] = await on.flushed()
     assert request.name == "POST /v1/chat/completions"
-    assert request.attributes["gen_ai.operation.name"] == "chat"
-    assert request.attributes["gen_ai.request.model"] == "collm-demo/codes"
-    assert not {"collm.policy", "collm.threshold", "collm.deferral_rate"} & set(request.attributes)
+    generation = on.collector.generation(request)
+    assert generation.name == "chat collm-demo/codes"
+    assert generation.attributes["gen_ai.operation.name"] == "chat"
+    assert generation.attributes["gen_ai.request.model"] == "collm-demo/codes"
+    assert not {"collm.policy", "collm.threshold", "collm.deferral_rate"} & set(generation.attributes)
 
 
 async def test_policy_and_threshold_of_the_gate_or_the_request(traced: Any) -> None:
@@ -323,26 +336,32 @@ async def test_policy_and_threshold_of_the_gate_or_the_request(traced: Any) -> N
     await on.house.complete(collaboration={"threshold": 0.25})
     await on.house.complete(collaboration={"policy": "sample"})
     requests = sorted(await on.flushed(), key=lambda span: span.start)
+    requests = [on.collector.generation(request) for request in requests]
     found = [(span.attributes["collm.policy"], span.attributes.get("collm.threshold")) for span in requests]
     assert found == [("threshold", 0.5), ("threshold", 0.25), ("sample", None)]
 
 
-async def test_too_many_stretches_are_counted(traced: Any) -> None:
-    on = await traced(timed(letters("a") * 200, [1] * 200))
+async def test_a_long_answer_keeps_its_trace(traced: Any) -> None:
+    """Writers that alternate 200 times: neighbours are merged, and the last span is the end of the answer."""
+    on = await traced(timed(letters("ab") * 100, [0, 1] * 100))
     await on.house.complete(max_tokens=200)
     [request] = await on.flushed()
-    [choice] = on.collector.below(request)
-    assert len(check_order(on.collector, request, choice)) == MAX_STRETCHES
-    assert choice.attributes["collm.spans.dropped"] == 401 - MAX_STRETCHES
-    assert choice.attributes["collm.expert_tokens"] == 200
+    [choice] = on.collector.below(on.collector.generation(request))
+    inside = on.collector.below(choice)
+    assert 64 < len(inside) <= MAX_STRETCHES
+    assert all(first.end == second.start for first, second in itertools.pairwise(inside))
+    assert sum(span.attributes.get("collm.tokens", 0) for span in inside) == 200
+    assert choice.attributes["collm.spans.merged"] == 201 - len(inside)
+    assert choice.attributes["collm.expert_tokens"] == 100
 
 
 async def test_a_stop_string_leaves_no_timeline(traced: Any) -> None:
     on = await traced(timed(letters("abcdef"), [0] * 6))
     await on.house.complete(stop="cd")
     [request] = await on.flushed()
-    [choice] = on.collector.below(request)
-    assert choice.attributes["collm.finish_reason"] == request.attributes["collm.finish_reason"] == "stop"
+    generation = on.collector.generation(request)
+    [choice] = on.collector.below(generation)
+    assert choice.attributes["collm.finish_reason"] == generation.attributes["collm.finish_reason"] == "stop"
     assert choice.attributes["collm.timeline"] is False
     assert on.collector.below(choice) == []
 
@@ -391,9 +410,10 @@ async def test_a_client_that_hangs_up(traced: Any) -> None:
     asked.cancel()
     await asyncio.gather(asked, return_exceptions=True)
     [request] = await on.flushed()
-    assert request.attributes["collm.finish_reason"] == "aborted"
+    generation = on.collector.generation(request)
+    assert generation.attributes["collm.finish_reason"] == "aborted"
     assert not request.failed
-    [choice] = on.collector.below(request)
+    [choice] = on.collector.below(generation)
     assert choice.attributes["collm.finish_reason"] == "aborted"
 
 
@@ -435,7 +455,7 @@ async def test_grpc(build: Build) -> None:
         assert house.traces is not None
         await house.traces.shutdown()
         [request] = await collector.requests(1)
-        assert request.attributes["gen_ai.request.model"] == "collm-demo"
+        assert collector.generation(request).attributes["gen_ai.request.model"] == "collm-demo"
     finally:
         server.stop(None).wait()
 
@@ -475,3 +495,21 @@ def test_stretches() -> None:
     # Cut short in the base's step, and while parked.
     assert cut([1, 3, 4], [0, 1], finished=False)[-1] == Stretch("base", 4, 10, 0, 0)
     assert cut([1, 3], [0], finished=False)[-1] == Stretch("expert wait", 3, 10, None, None)
+
+
+def test_runs_of_one_expert_are_merged() -> None:
+    found = cut([1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 1, 2, 0, 2])
+    assert merged(found) == [
+        Stretch("queue", 0, 1),
+        Stretch("base", 1, 2, 0, 0),
+        Stretch("expert wait", 2, 5, 1, 2),
+        Stretch("base", 5, 6, 0, 0),  # another expert begins another run
+        Stretch("expert wait", 6, 7, 2, 1),
+        Stretch("base", 7, 8, 0, 1),
+        Stretch("expert wait", 8, 9, 2, 1),
+    ]
+    assert merged(found, 3) == [
+        Stretch("queue", 0, 1),
+        Stretch("base and experts", 1, 6, None, 2),
+        Stretch("base and experts", 6, 9, None, 3),
+    ]

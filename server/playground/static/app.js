@@ -334,7 +334,7 @@ for (const kind of ["input", "change"]) {
     settingsChanged();
   });
 }
-for (const control of [ui.policy, ui.blend, ui.threshold, ui.rate, ui.experts]) {
+for (const control of [ui.policy, ui.blend, ui.threshold, byId("share-of-tokens"), ui.rate, ui.experts]) {
   control.addEventListener("change", () => ui.auto.checked && run());
 }
 byId("threshold-reset").addEventListener("click", () => ui.auto.checked && run());

@@ -30,6 +30,41 @@ export function shown(p) {
   return p < 0.05 || p > 0.95 ? p.toFixed(4) : p.toFixed(2);
 }
 
+/**
+ * The threshold at which experts write about so many of the tokens; as the server's `collaboration.share`, between two
+ * points of the curve by log-odds.
+ * @param {number} share
+ * @param {{threshold: number, share: number}[]} curve
+ */
+export function thresholdFor(share, curve) {
+  if (share <= 0) return 1;
+  if (share >= 1) return 0;
+  const [below, above] = around(share, curve, "share");
+  const part = (share - below.share) / (above.share - below.share);
+  return 1 / (1 + Math.exp(-((1 - part) * odds(below.threshold) + part * odds(above.threshold))));
+}
+
+/** The share of tokens that experts write at a threshold, by the same curve. */
+export function shareAt(threshold, curve) {
+  const [above, below] = around(threshold, curve, "threshold");
+  const [low, high] = [odds(above.threshold), odds(below.threshold)];
+  const part = high > low ? (odds(threshold) - low) / (high - low) : 0;
+  return (1 - part) * above.share + part * below.share;
+}
+
+/** The two points that a value lies between. */
+function around(value, curve, name) {
+  const points = [{ threshold: 1, share: 0 }, ...curve, { threshold: 0, share: 1 }];
+  points.sort((a, b) => a[name] - b[name] || (name === "share" ? b.threshold - a.threshold : b.share - a.share));
+  const next = points.findIndex((point) => point[name] > value);
+  return next < 0 ? [points.at(-1), points.at(-1)] : [points[Math.max(next - 1, 0)], points[next]];
+}
+
+function odds(p) {
+  const inside = Math.min(Math.max(p, 1e-9), 1 - 1e-9);
+  return Math.log(inside / (1 - inside));
+}
+
 function round(p) {
   return Number(p.toFixed(p < 0.05 || p > 0.95 ? 4 : 2));
 }

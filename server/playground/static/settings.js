@@ -1,7 +1,7 @@
 // The form as a value: what a run is made with. It becomes requests, and goes into share links and the history.
 
 import { byId, el, valueOf } from "./dom.js";
-import { sliderAt, shown, SLIDER, thresholdAt } from "./odds.js";
+import { shareAt, sliderAt, shown, SLIDER, thresholdAt, thresholdFor } from "./odds.js";
 
 const POLICIES = {
   threshold: { label: "The gate, by threshold", hint: "An expert writes where the gate's probability is above the threshold." },
@@ -29,10 +29,18 @@ export class Settings {
     this.served = null;
     this.turns = []; // of a chat, before the prompt: {role, content}
     this.threshold = null; // the user's; null: the server's default
+    this.share = null; // of the tokens that experts should write, in the threshold's place
     this.form = byId("form");
     Object.assign(byId("threshold"), SLIDER);
     byId("threshold").addEventListener("input", () => {
+      this.share = null;
       this.threshold = thresholdAt(Number(byId("threshold").value));
+    });
+    byId("share-of-tokens").addEventListener("input", () => {
+      const share = valueOf(byId("share-of-tokens"));
+      if (share === null || !(share >= 0 && share <= 100)) return;
+      this.threshold = null;
+      this.share = share / 100;
     });
     byId("threshold-reset").addEventListener("click", () => {
       this.takeThreshold(null);
@@ -85,7 +93,16 @@ export class Settings {
   /** The threshold in force: the user's, or the server's default; null where the policy has none. */
   get effectiveThreshold() {
     if (!WITH_THRESHOLD.includes(this.policy)) return null;
+    if (this.#shareInForce !== null) return thresholdFor(this.share, this.#curve);
     return this.threshold ?? this.#default();
+  }
+
+  get #curve() {
+    return (this.policy === "threshold" && this.served?.collaboration.curve) || null;
+  }
+
+  get #shareInForce() {
+    return this.#curve && this.#experts() === null ? this.share : null;
   }
 
   #default() {
@@ -94,6 +111,7 @@ export class Settings {
 
   /** Take a threshold as the user's own, or null for the default. */
   takeThreshold(threshold) {
+    this.share = null;
     this.threshold = threshold;
     this.show();
     this.changed();
@@ -106,13 +124,18 @@ export class Settings {
     byId("threshold-field").hidden = at === null;
     byId("rate-field").hidden = this.policy !== "random";
     if (at !== null) {
-      const own = this.threshold !== null;
+      const own = this.threshold !== null || this.#shareInForce !== null;
       byId("threshold").value = sliderAt(at);
       byId("threshold").setAttribute("aria-valuetext", shown(at));
       const source = this.policy === "threshold" && this.served?.collaboration.gate ? "the gate's" : "the default";
       byId("threshold-value").textContent = own ? shown(at) : `${shown(at)}, ${source}`;
       byId("threshold-reset").textContent = `use ${source}`;
       byId("threshold-reset").hidden = !own;
+    }
+    const curve = this.#curve;
+    byId("share-field").hidden = at === null || !curve || this.#experts() !== null;
+    if (curve && document.activeElement !== byId("share-of-tokens")) {
+      byId("share-of-tokens").value = String(Math.round(100 * (this.#shareInForce ?? shareAt(at, curve))));
     }
     byId("rate-value").textContent = Number(byId("rate").value).toFixed(2);
     byId("system-field").hidden = this.kind !== "chat";
@@ -148,7 +171,8 @@ export class Settings {
     const { collaboration } = this.served;
     const chosen = {};
     if (this.policy !== collaboration.policy) chosen.policy = this.policy;
-    if (this.threshold !== null && this.effectiveThreshold !== null) chosen.threshold = this.threshold;
+    if (this.#shareInForce !== null) chosen.share = this.share;
+    else if (this.threshold !== null && this.effectiveThreshold !== null) chosen.threshold = this.threshold;
     if (this.policy === "random") chosen.rate = Number(byId("rate").value);
     if (byId("blend").value) chosen.blend = byId("blend").value;
     const most = valueOf(byId("max-expert-tokens"));
@@ -206,6 +230,7 @@ export class Settings {
       policy: this.policy,
       blend: byId("blend").value,
       threshold: this.threshold,
+      share: this.share,
       rate: byId("rate").value,
       experts: this.#experts(),
     };
@@ -221,6 +246,7 @@ export class Settings {
     if (option && !option.disabled) byId("policy").value = values.policy;
     if ([...byId("blend").options].some((each) => each.value === values.blend)) byId("blend").value = values.blend;
     this.threshold = typeof values.threshold === "number" && values.threshold >= 0 && values.threshold <= 1 ? values.threshold : null;
+    this.share = typeof values.share === "number" && values.share >= 0 && values.share <= 1 ? values.share : null;
     for (const box of byId("experts").querySelectorAll("input")) {
       box.checked = !Array.isArray(values.experts) || values.experts.includes(box.value);
     }

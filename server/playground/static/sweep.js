@@ -34,7 +34,7 @@ export async function sweep(root, request, probabilities, experts, take, key, si
   // One after the other: each finds the prompt in the prefix cache, and a browser has few connections.
   for (const threshold of thresholds) {
     const { stream: _, ...whole } = request;
-    const collaboration = { ...request.collaboration, threshold };
+    const collaboration = { ...request.collaboration, threshold, share: undefined };
     const choice = await api.complete({ ...whole, collaboration }, key, signal);
     const tokens = api.tokensOf(choice);
     const text = tokens.map((token) => token.text).join("");

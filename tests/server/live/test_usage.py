@@ -57,3 +57,22 @@ def test_streams_and_timing(client: openai.OpenAI) -> None:
     timings = dict(part.split(";dur=") for part in raw.headers["server-timing"].split(", "))
     lanes = sum(float(value) for name, value in timings.items() if name.startswith("lane-"))
     assert 0 < lanes <= float(timings["total"])
+
+
+def test_a_share_of_tokens(client: openai.OpenAI, questions: list[dict[str, Any]]) -> None:
+    """The gate's calibration tells the threshold: on questions of its kind experts write about as much as was asked."""
+    [card] = [model for model in client.models.list() if model.id == MODEL]
+    curve = card.model_extra["collaboration"]["curve"]  # type: ignore[index]
+    assert {"threshold": 1.0, "share": 0.0} in curve
+    prompts = [item["prompt"] for item in questions[::25]]
+    shares = []
+    for share in (0.0, 0.2, 0.45, 1.0):
+        answers = client.completions.create(
+            model=MODEL, prompt=prompts, max_tokens=60, temperature=0, extra_body={"collaboration": {"share": share}}
+        )
+        assert answers.usage is not None
+        details: Any = answers.usage.completion_tokens_details
+        shares.append(details.expert_tokens / answers.usage.completion_tokens)
+    assert (shares[0], shares[3]) == (0.0, 1.0)
+    assert abs(shares[1] - 0.2) < 0.1
+    assert shares[1] < shares[2] < 1.0

@@ -184,3 +184,25 @@ def test_unsure_tokens_are_marked(demo: LiveServer, open_page: Open) -> None:
                      " t.classList.contains('unsure'))", f"{MODEL}/base")  # fmt: skip
     assert marked == [value < -0.6931 for value in found]
     assert any(marked)
+
+
+def test_a_threshold_by_the_share_of_tokens(demo: LiveServer, open_page: Open) -> None:
+    """The field shows the share of the threshold in force; a share of one's own is sent as it is."""
+    page = open_page(demo.url)
+    page.ask(PROMPT)
+    share = page.one("#share-of-tokens")
+    assert share.is_displayed()
+    assert share.get_attribute("value") == "22"  # what the demo's gate was calibrated for
+    page.set_number("#share-of-tokens", 45)
+    assert page.one("#threshold-reset").is_displayed()
+    page.run()
+    joint = [body for body in page.posted() if body["model"] == MODEL]
+    assert [body["collaboration"] for body in joint] == [{"share": 0.45, "report": True}]
+    assert page.js("return document.querySelector('.joint').dataset.finish") == "stop"
+    page.keys("#threshold", END)
+    assert share.get_attribute("value") == "0"
+    page.run()
+    [body] = [body for body in page.posted() if body["model"] == MODEL]
+    assert body["collaboration"] == {"threshold": 1, "report": True}
+    page.one("#threshold-reset").click()
+    assert share.get_attribute("value") == "22"

@@ -1,0 +1,80 @@
+"""Thresholds by the share of tokens that experts write."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.shares import threshold_of
+from tests.server.conftest import Build
+
+CURVE = [(1.0, 0.0), (0.9, 0.1), (0.5, 0.2), (0.1, 0.4), (-1.0, 1.0)]
+"""As a calibration stores it: the threshold -1 defers everything."""
+
+curves = st.lists(st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)), min_size=1, max_size=8).map(
+    lambda points: list(
+        zip(sorted((at for at, _ in points), reverse=True), sorted(share for _, share in points), strict=True)
+    )
+)
+
+
+@pytest.mark.parametrize(("share", "threshold"), [(0.0, 1.0), (0.1, 0.9), (0.2, 0.5), (0.4, 0.1), (1.0, 0.0)])
+def test_the_curve_s_own_points(share: float, threshold: float) -> None:
+    assert threshold_of(share, CURVE) == pytest.approx(threshold)
+
+
+def test_between_points_log_odds_count() -> None:
+    odds = (math.log(9) + 0.0) / 2
+    assert threshold_of(0.15, CURVE) == pytest.approx(1 / (1 + math.exp(-odds)))
+
+
+@given(curves, st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_more_tokens_need_no_higher_threshold(curve: list[tuple[float, float]], one: float, other: float) -> None:
+    less, more = sorted((one, other))
+    assert 1.0 >= threshold_of(less, curve) >= threshold_of(more, curve) - 1e-9 >= -1e-9
+
+
+async def test_a_share_becomes_a_threshold(build: Build) -> None:
+    house = await build(curve=CURVE)
+    response = await house.complete(collaboration={"share": 0.2})
+    assert response.status_code == 200
+    assert house.engine.seen[0].collaboration.threshold == pytest.approx(0.5)
+    served = (await house.http.get("/v1/models")).json()["data"][0]["collaboration"]
+    assert served["curve"][0] == {"threshold": 0.0, "share": 1.0}
+    assert [point["share"] for point in served["curve"]] == [1.0, 0.4, 0.2, 0.1, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("collaboration", "says"),
+    [
+        ({"share": 0.2, "threshold": 0.5}, "give one of them"),
+        ({"share": 0.2, "policy": "confidence"}, "means nothing to the policy 'confidence', only to threshold"),
+        ({"share": 0.2, "experts": []}, "leave out 'experts'"),
+        ({"share": 1.5}, "must be at most 1"),
+    ],
+)
+async def test_what_is_refused(build: Build, collaboration: dict[str, object], says: str) -> None:
+    house = await build(curve=CURVE)
+    response = await house.complete(collaboration=collaboration)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "collaboration.share"
+    assert says in error["message"]
+    assert house.engine.seen == []
+
+
+async def test_without_a_curve_it_is_refused(build: Build) -> None:
+    house = await build()
+    response = await house.complete(collaboration={"share": 0.2})
+    assert response.status_code == 400
+    assert "a stored calibration" in response.json()["error"]["message"]
+    assert "curve" not in (await house.http.get("/v1/models")).json()["data"][0]["collaboration"]
+
+
+async def test_without_a_gate_it_is_refused(build: Build) -> None:
+    house = await build(gate=False)
+    response = await house.complete(collaboration={"share": 0.2, "policy": "threshold"})
+    assert response.status_code == 400
