@@ -17,6 +17,24 @@ HEAD = """\
 
 <!-- Made by `python -m server.settings_page > docs/configuration.md` from the settings models; do not edit. -->
 
+What people change most:
+
+| option | why |
+| --- | --- |
+| `base.model`, `experts.model` | your own pair |
+| `gate.path` | the trained gate; without one the base's confidence decides |
+| `gate.threshold` | how much the experts write, unless a request says so: lower is more |
+| `served_model_name` | what clients put into `model` |
+| `server.host`, `server.port` | `0.0.0.0` lets other machines in |
+| `server.api_keys_file` | who may ask |
+| `scheduler.max_num_seqs` | requests in the lanes at once |
+| `base.vllm`, `experts.vllm` | vLLM's own options of a lane, such as `max_model_len`, `dtype`, `quantization` |
+| `base.kv_cache_memory_bytes`, `experts.kv_cache_memory_bytes` | memory for the KV cache of a lane |
+| `base.devices`, `experts.devices` | which GPUs a lane has (with `executor = "mp"`) |
+| `server.max_queued_requests` | how many may wait before clients get 429 |
+
+## How to set an option
+
 Every option can stand in three places. Where it stands in more than one, the first of these counts:
 
 1. the command line: `--server.port 9000` (`--host` and `--port` are short for `--server.host` and `--server.port`);
