@@ -310,15 +310,13 @@ def _words(lanes: Sequence[Lane], loaded: Loaded) -> dict[str, Any]:
         "spellers": [base.speller, *(None if each.speller is base.speller else each.speller for each in experts)],
         "contexts": [lane.info.max_model_len for lane in lanes],
         "end": base.ends[0] if base.ends else None,
+        "words_obstacle": _cannot_cut(lanes[1 : len(loaded.spoken)]),
     }
 
 
 def _characters(config: EngineConfig, lanes: Sequence[Lane], loaded: Loaded, shelf: Shelf) -> Characters:
     """The strategy, with what is in its way."""
-    obstacle = config.blend_obstacle
-    for lane in lanes:
-        if obstacle is None and not lane.info.can_cut:
-            obstacle = f"{lane.info.name} cannot take tokens back, as it must where others write parts of its words"
+    obstacle = config.blend_obstacle or _cannot_cut(lanes)
     return Characters(
         [spoken.speller for spoken in loaded.spoken],
         [lane.info.max_model_len for lane in lanes],
@@ -326,6 +324,14 @@ def _characters(config: EngineConfig, lanes: Sequence[Lane], loaded: Loaded, she
         spelled=loaded.vocabularies == "spelled",
         obstacle=obstacle,
     )
+
+
+def _cannot_cut(lanes: Sequence[Lane]) -> str | None:
+    """Why these lanes cannot follow a text that others write too; None if nothing is in the way."""
+    fixed = next((lane.info.name for lane in lanes if not lane.info.can_cut), None)
+    if fixed is None:
+        return None
+    return f"{fixed} cannot take tokens back, as it must where others write parts of its words"
 
 
 def _lane_infos(lanes: Sequence[Lane], loaded: Loaded) -> list[LaneInfo]:

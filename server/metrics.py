@@ -134,6 +134,12 @@ class Metrics:
         self.expert_failures = Counter(
             "collm_expert_failures", "Deferrals whose expert was lost, whatever became of them.", model, registry=r
         )
+        self.unaligned_deferrals = Counter(
+            "collm_unaligned_deferrals",
+            "Deferred positions that the base wrote, since no word began there for an expert of another vocabulary.",
+            model,
+            registry=r,
+        )
         self.integrity_errors = Counter(
             "collm_integrity_errors", "Leftovers found in idle lanes; any is a defect.", model, registry=r
         )
@@ -175,7 +181,12 @@ class Metrics:
         self._totals = [
             *(
                 counter.labels(self.joint)
-                for counter in (self.gate_errors, self.integrity_errors, self.expert_failures)
+                for counter in (
+                    self.gate_errors,
+                    self.integrity_errors,
+                    self.expert_failures,
+                    self.unaligned_deferrals,
+                )
             ),
             *(self.runahead.labels(self.joint, result) for result in ("accepted", "discarded")),
             *(counter.labels(self.joint) for counter in (self.active_seconds, self.lane_seconds)),
@@ -222,6 +233,7 @@ class Metrics:
             stats.gate_errors,
             stats.integrity_errors,
             stats.expert_failures,
+            stats.unaligned_deferrals,
             stats.runahead_accepted,
             stats.runahead_discarded,
             stats.loop_seconds,

@@ -35,7 +35,7 @@ def inside_character(text: bytes | bytearray) -> bool:
     """Whether a text ends with the beginning of a character in UTF-8."""
     for back, byte in enumerate(reversed(text[-3:]), 1):
         if byte >= 0xC0:
-            return back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)
+            return 0xC2 <= byte < 0xF5 and back < (2 if byte < 0xE0 else 3 if byte < 0xF0 else 4)
         if byte < 0x80:
             return False
     return False

@@ -28,6 +28,7 @@ class Strategies:
         contexts: of each member, in tokens; with ``spellers``.
         end: the base's token that ends a text, if it has one; with ``spellers``.
         score_window: positions that are scored at once, see :func:`~engine.strategies.scoring.window_of`.
+        words_obstacle: why experts cannot write words; None if nothing is in the way.
         characters: None where members' tokens are not known as bytes.
         deferral: further arguments of :class:`~engine.strategies.deferral.Deferral`.
 
@@ -47,6 +48,7 @@ class Strategies:
         end: int | None = None,
         drafting: bool = True,
         score_window: int = LONGEST_WINDOW,
+        words_obstacle: str | None = None,
         characters: Characters | None = None,
         **deferral: Any,
     ) -> None:
@@ -55,7 +57,7 @@ class Strategies:
         self.alone = Alone(lanes)
         self.deferral = Deferral(lanes=lanes, members=members, counters=self.counters, drafting=drafting, **deferral)
         self.blends = Blends(self.deferral, self.alone, blend_obstacle)
-        self.words = Words(self.deferral, spellers, contexts, end)
+        self.words = Words(self.deferral, spellers, contexts, end, words_obstacle)
         self.scoring = Scoring(self.deferral, self.blends, window=score_window, can_cut=drafting)
         self._characters = characters
         self._lanes = lanes

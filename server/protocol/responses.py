@@ -81,6 +81,22 @@ class WrittenPiece(Struct):
     dropped: list[str]
 
 
+class ReportedWord(Struct):
+    """A word that an expert with a vocabulary of its own has written.
+
+    Attributes:
+        start: number of its first token, in this report's lists.
+        length: in tokens. The last of them may be missing where the text was cut, and come with a later chunk.
+        member: the expert.
+        logprob: of the word, with that expert.
+    """
+
+    start: int
+    length: int
+    member: str
+    logprob: float
+
+
 class CollaborationReport(Struct):
     """Per token (or piece), on request: lists of equal length. ``tokens``, joined, are the text that was written.
 
@@ -89,6 +105,7 @@ class CollaborationReport(Struct):
         support: of a blended token its log-probability with each member that took part; null for other tokens. Left out
             where nothing was blended.
         pieces: where members write by characters.
+        words: where experts with vocabularies of their own have written.
     """
 
     tokens: list[str]
@@ -96,6 +113,7 @@ class CollaborationReport(Struct):
     deferral_probabilities: list[float | None]
     support: list[dict[str, float] | None] | UnsetType = UNSET
     pieces: list[WrittenPiece] | UnsetType = UNSET
+    words: list[ReportedWord] | UnsetType = UNSET
 
 
 class LegacyLogprobs(Struct):

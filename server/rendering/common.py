@@ -12,7 +12,14 @@ import msgspec
 from engine.strategies.characters.requests import members
 from engine.types import BLEND, NEGATIVE, Collaboration, TokenLogprobs
 from server.choice import Choice
-from server.protocol.responses import CollaborationReport, PromptLogprob, PromptLogprobs, Usage, WrittenPiece
+from server.protocol.responses import (
+    CollaborationReport,
+    PromptLogprob,
+    PromptLogprobs,
+    ReportedWord,
+    Usage,
+    WrittenPiece,
+)
 from server.text.pieces import Piece
 from server.text.tokenizer import TextTokenizer
 
@@ -78,6 +85,10 @@ def report(piece: Piece, lane_names: Sequence[str], asked: Collaboration | None 
         for number, values in piece.support:
             support[number] = {name: finite(value) for name, value in zip(taking_part, values, strict=True)}
         whole.support = support
+    if piece.words:
+        whole.words = [
+            ReportedWord(word.start, word.length, lane_names[word.source], finite(word.logprob)) for word in piece.words
+        ]
     return whole
 
 

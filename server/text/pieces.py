@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.types import Delta, TokenLogprobs
+from engine.types import Delta, TokenLogprobs, WrittenWord
 from server.text.detokenize import Detokenizer
 from server.text.stop import StopMatcher
 
@@ -23,6 +23,8 @@ class Piece:
         token_texts: what each token added to the text; "" for special tokens and for the beginning of a character.
         offsets: where each token begins in the choice's text, in characters.
         support: (number of the token in this piece, log-probability with each member) of blended tokens.
+        words: those that experts of other vocabularies wrote and that begin in this piece; ``start`` is the number of
+            the token in this piece.
         spans: of a text that is not written in tokens: where each of its pieces lies in the answer, in bytes.
         prompt_logprobs: with the first piece if asked for, one entry for each prompt token but the first.
     """
@@ -38,11 +40,13 @@ class Piece:
     finish_reason: Literal["stop", "length"] | None = None
     support: list[tuple[int, list[float]]] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
+    words: list[WrittenWord] = field(default_factory=list)
 
     def extend(self, other: Piece) -> None:
         """Append the piece that follows."""
         self.support += [(number + len(self.tokens), values) for number, values in other.support]
         self.spans += other.spans
+        self.words += [word.moved(len(self.tokens)) for word in other.words]
         self.text += other.text
         self.token_texts += other.token_texts
         self.tokens += other.tokens
@@ -118,6 +122,7 @@ class PieceBuilder:
         if delta.support:
             before = len(pending.tokens)
             pending.support += [(number + before, values) for number, values in delta.support if number < used]
+        pending.words += [word.moved(len(pending.tokens)) for word in delta.words if word.start < used]
         pending.tokens += delta.tokens[:used]
         pending.sources += delta.sources[:used]
         pending.deferrals += delta.deferrals[:used]
@@ -194,6 +199,7 @@ def _split(piece: Piece, count: int) -> tuple[Piece, Piece]:
             piece.offsets[:count],
             support=[(number, values) for number, values in piece.support if number < count],
             spans=piece.spans[:count],
+            words=[word for word in piece.words if word.start < count],
         ),
         Piece(
             "",
@@ -205,5 +211,6 @@ def _split(piece: Piece, count: int) -> tuple[Piece, Piece]:
             offsets=piece.offsets[count:],
             support=[(number - count, values) for number, values in piece.support if number >= count],
             spans=piece.spans[count:],
+            words=[word.moved(-count) for word in piece.words if word.start >= count],
         ),
     )

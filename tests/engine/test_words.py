@@ -41,7 +41,8 @@ class Hand:
         self.ledger = Ledger()
 
     def add(self, **fields: Any) -> None:
-        self.scheduler.add(request("a", PROMPT, **{"max_tokens": 20, "ignore_eos": False, **fields}))
+        usual = {"max_tokens": 20, "ignore_eos": False, "prompts": ((1, PROMPT),)}
+        self.scheduler.add(request("a", PROMPT, **{**usual, **fields}))
 
     def plan(self, lane: int) -> None:
         """Take in what the lane is told."""
@@ -204,6 +205,29 @@ def test_an_expert_without_room_is_not_asked() -> None:
     assert hand.got().sources == [1, 1, 1, 0]
 
 
+def test_lanes_that_cannot_take_tokens_back_are_refused() -> None:
+    hand = Hand(words_obstacle="codes cannot take tokens back")
+    hand.add()
+    assert hand.got().error == "members of different vocabularies: codes cannot take tokens back"
+
+
+def test_an_expert_that_writes_everything_sees_its_own_tokens() -> None:
+    """The base would end the text at every word; the expert's text is what it writes alone, its tokens untouched."""
+    hand = Hand()
+    hand.add(max_tokens=30)
+    own = [b"a", b"ba", b" b", b"b", b".", b" b", b"a", b"\xc3", b"\xa9", b"  ", b"a", b"\n", b"b"]
+    hand.says(0, toys.end(BASE))
+    for part in own:
+        before = len(hand.got().words)
+        hand.says(1, part)
+        if len(hand.got().words) > before:
+            hand.says(0, toys.end(BASE))
+    hand.plan(1)
+    assert hand.held[1] == [spell(1, part)[0] for part in own]
+    assert hand.text == b"aba bb. ba\xc3\xa9  a\n"
+    assert set(hand.got().sources) == {1}
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -229,6 +253,7 @@ def test_experts_of_the_bases_vocabulary_write_tokens_as_ever() -> None:
     assert isinstance(strategies, Strategies)
     strategies.words.spellers = [toys.speller(0), None]
     strategies.words.concerns = lambda _: True  # type: ignore[method-assign]
+    strategies._check_prompts = lambda _: None  # type: ignore[method-assign]
     for rig in (deferral, words):
         rig.add(*requests)
     assert words.run() == deferral.run()

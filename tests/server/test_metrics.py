@@ -30,6 +30,7 @@ PROMISED = {
             "virtual_memory_bytes", "resident_memory_bytes", "start_time_seconds", "cpu_seconds", "open_fds", "max_fds",
         )
     ),
+    "collm_unaligned_deferrals", "collm_characters_text_bytes",
 }  # fmt: skip
 JOINT = {"model_name": "collm-demo"}
 
@@ -159,7 +160,9 @@ async def test_names_that_endpoint_pickers_read(build: Build) -> None:
 async def test_the_engine_s_account(house: House) -> None:
     lane = {"lane": "codes", **JOINT}
     stats = EngineStats(
-        [LaneStats("base"), LaneStats("codes", 3, [0.01, 0.02], 5, 100, 7, 2, 3, 0.5)], expert_waits=[0.1, 0.2]
+        [LaneStats("base"), LaneStats("codes", 3, [0.01, 0.02], 5, 100, 7, 2, 3, 0.5)],
+        expert_waits=[0.1, 0.2],
+        unaligned_deferrals=4,
     )
     house.engine.batch(stats)
     stats.lanes[1].prompt_tokens, stats.lanes[1].cache_queries, stats.lanes[1].cache_hits = 40, 60, 20
@@ -180,6 +183,7 @@ async def test_the_engine_s_account(house: House) -> None:
     assert await house.metric("collm_engine_active_seconds_total", **JOINT) == 2.5
     assert await house.metric("collm_engine_lane_seconds_total", **JOINT) == 2.0
     assert await house.metric("collm_expert_wait_seconds_count", **JOINT) == 2
+    assert await house.metric("collm_unaligned_deferrals_total", **JOINT) == 4
     assert await house.metric("collm_lane_up", **lane) == 1
 
 

@@ -12,12 +12,12 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from engine.types import Collaboration, Delta, GenerationRequest
+from engine.types import Collaboration, Delta, GenerationRequest, WrittenWord
 from server.app import create_app
 from server.service import Service
 from server.text.tokenizer import TextTokenizer
 from tests.server.conftest import House
-from tests.server.fakes import FakeEngine, check_error, settings
+from tests.server.fakes import FakeEngine, check_error, events, settings
 
 PIECES = [b"sm", b"\xc3", b"\xb6rg\xc3\xa5", b"s \xf0\x9f\x99\x82", b"!"]
 SUPPORT = [[-0.5, -0.7], [-1.0, float("nan")], [-2.0, -0.1], [-0.1, -0.1], [-0.3, -0.2]]
@@ -32,6 +32,15 @@ def by_characters(request: GenerationRequest) -> list[Delta]:
     ]
     found[-1].finish_reason = "stop"
     return found
+
+
+def by_words(request: GenerationRequest) -> list[Delta]:
+    """Two words of the expert's and a token of the base's; a stop string holds the second word back for a while."""
+    return [
+        Delta("", [12, 13], [1, 1], [0.75, None], words=[WrittenWord(0, 2, 1, -0.5)]),
+        Delta("", [14, 15, 16], [0, 1, 1], [0.25, 0.5, None], words=[WrittenWord(1, 2, 1, -1.5)]),
+        Delta("", [17], [0], [None], finish_reason="length"),
+    ]
 
 
 @pytest.fixture
@@ -179,3 +188,23 @@ async def test_it_is_said_who_spells(spelled: House) -> None:
     card = (await spelled.http.get("/v1/models/collm-demo")).json()["collaboration"]
     assert (card["vocabularies"], card["strategies"], card["blends"]) == ("spelled", ["characters"], [])
     assert (await spelled.http.get("/version")).json()["vocabularies"] == "spelled"
+
+
+async def test_words_of_experts_are_reported(spelled: House) -> None:
+    spelled.engine.script = by_words
+    spelled.engine.info = msgspec.structs.replace(spelled.engine.info, strategies=("deferral",))
+    body = {"max_tokens": 6, "collaboration": {"report": True}}
+    whole = (await spelled.complete(**body)).json()["choices"][0]["collaboration"]
+    words = [(word["start"], word["length"], word["member"], word["logprob"]) for word in whole["words"]]
+    assert words == [(0, 2, "codes", -0.5), (3, 2, "codes", -1.5)]
+    assert whole["sources"] == ["codes", "codes", "base", "codes", "codes", "base"]
+    assert whole["deferral_probabilities"] == [0.75, None, 0.25, 0.5, None, None]
+    # A stop string that might begin in the second word holds its tokens back: one chunk less, and the word with them.
+    response = await spelled.complete(**body, stream=True, stop=whole["tokens"][3] + "?")
+    streamed, before = [], 0
+    for event in events(response.text):
+        for choice in [] if event == "[DONE]" else event["choices"]:
+            chunk = choice["collaboration"]
+            streamed += [(word["start"] + before, word["length"]) for word in chunk.get("words", ())]
+            before += len(chunk["tokens"])
+    assert streamed == [(0, 2), (3, 2)]

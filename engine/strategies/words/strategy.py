@@ -52,11 +52,18 @@ class Words:
         spellers: of each member; None for an expert that shares the base's vocabulary, which writes single tokens.
         contexts: of each member's lane, in tokens.
         end: the base's token that ends a text; None if it has none, and no expert can end one.
+        obstacle: why members cannot write words, for whoever asks for it; None if nothing is in the way.
     """
 
     def __init__(
-        self, deferral: Deferral, spellers: Sequence[Speller | None], contexts: Sequence[int], end: int | None
+        self,
+        deferral: Deferral,
+        spellers: Sequence[Speller | None],
+        contexts: Sequence[int],
+        end: int | None,
+        obstacle: str | None = None,
     ) -> None:
+        self._obstacle = obstacle
         self.counters = deferral.counters
         self.deferral = deferral
         self.spellers = spellers
@@ -73,6 +80,8 @@ class Words:
         Raises:
             Rejected: it asks for what only members of one vocabulary can do, or for what deferral cannot serve either.
         """
+        if self._obstacle is not None:
+            raise Rejected(f"members of different vocabularies: {self._obstacle}")
         sampling = answer.request.sampling
         for field, default in _REFUSED.items():
             if getattr(sampling, field) != default:
