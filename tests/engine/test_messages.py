@@ -20,6 +20,7 @@ PLAIN = {
     float: st.floats(allow_nan=False),
     str: st.text(max_size=20),
     bool: st.booleans(),
+    bytes: st.binary(max_size=5),
     type(None): st.none(),
 }
 

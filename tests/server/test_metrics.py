@@ -30,7 +30,7 @@ PROMISED = {
             "virtual_memory_bytes", "resident_memory_bytes", "start_time_seconds", "cpu_seconds", "open_fds", "max_fds",
         )
     ),
-    "collm_unaligned_deferrals", "collm_characters_text_bytes",
+    "collm_unaligned_deferrals",
 }  # fmt: skip
 JOINT = {"model_name": "collm-demo"}
 
