@@ -3,4 +3,4 @@
 Imports neither torch nor vllm nor transformers, and knows the engine only through :mod:`server.engine_port`.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.types import Cost, Delta, EngineStats, GenerationRequest, LaneStats
+from server import __version__
 from tests.server.conftest import Build, House
 from tests.server.fakes import deltas_of, letters, waits_forever
 from tests.waiting import until
@@ -266,6 +267,6 @@ async def test_http_labels_are_bounded(house: House) -> None:
 
 async def test_build_info(build: Build) -> None:
     house = await build()
-    assert await house.metric("collm_build_info", version="0.1.0", gate="gate-folder", threshold="0.5") == 1
+    assert await house.metric("collm_build_info", version=__version__, gate="gate-folder", threshold="0.5") == 1
     plain = await build(gate=False)
-    assert await plain.metric("collm_build_info", version="0.1.0", gate="none", threshold="") == 1
+    assert await plain.metric("collm_build_info", version=__version__, gate="none", threshold="") == 1
