@@ -108,6 +108,14 @@ class Mass:
         """
         branches = self._vocabulary.branches(prefix)
         begin, end = branches.begin, branches.end
+        if branches.exact == end:
+            # Nothing goes on.
+            masses = np.zeros(SYMBOLS)
+            masses[EXACT] = (
+                self._text[begin:end].sum() if end > begin + 1 else self._text[begin] if end > begin else 0.0
+            )
+            masses[END] = 0.0 if prefix else self.end
+            return masses
         sums, offset = self._cumulative, 0
         if end - begin <= _SHORT or sums[end] - sums[begin] < _FAINT:
             sums, offset = np.concatenate([[0.0], np.cumsum(self._text[begin:end])]), begin

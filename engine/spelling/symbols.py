@@ -33,7 +33,11 @@ def symbols(mass: Mass, piece: bytes) -> Symbols | None:
         None if none of the member's tokens begins like this: it has no opinion until it is asked again.
     """
     row = mass.next(piece)
-    return _normalised(row) if row.any() else None
+    total = row.sum()
+    if total <= 0:
+        return None
+    row /= total
+    return row
 
 
 def average(rows: Sequence[Symbols], weights: Sequence[float], kind: Average) -> Symbols:
@@ -45,16 +49,23 @@ def average(rows: Sequence[Symbols], weights: Sequence[float], kind: Average) ->
         kind: "mixture" is the weighted mean; "geometric" the normalised weighted geometric mean, on what all of them
             allow. Where they allow nothing in common, it is the mixture.
     """
-    shares = np.asarray(weights, np.float64) / sum(weights)
-    stacked = np.stack(rows)
+    total = sum(weights)
+    if len(rows) == 1:
+        return rows[0]
     if kind == "geometric":
+        shares = np.asarray(weights, np.float64) / total
+        stacked = np.stack(rows)
         common = (stacked > 0).all(axis=0)
         if common.any():
             logs = shares @ np.log(stacked[:, common])
             joint = np.zeros(stacked.shape[1])
             joint[common] = np.exp(logs - logs.max())
             return _normalised(joint)
-    return _normalised(shares @ stacked)
+    # Of normalised rows with normalised weights: nothing is left to be divided by.
+    mixture = rows[0] * (weights[0] / total)
+    for row, weight in zip(rows[1:], weights[1:], strict=True):
+        mixture += row * (weight / total)
+    return mixture
 
 
 def without(row: Symbols, symbol: int) -> Symbols:
@@ -78,15 +89,17 @@ def choose(row: Symbols, temperature: float, uniform: float) -> int:
         uniform: in [0, 1).
     """
     if temperature == 0:
-        return int(np.argmax(row))
+        return int(row.argmax())
     if temperature != 1:
         with np.errstate(divide="ignore"):
             logs = np.log(row) / temperature
         row = np.exp(logs - logs.max())
     cumulative = np.cumsum(row)
     # The product may round up to the sum itself, beyond the last symbol that can be drawn.
-    symbol = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-    return min(symbol, int(np.flatnonzero(row)[-1]))
+    symbol = int(cumulative.searchsorted(uniform * cumulative[-1], side="right"))
+    if symbol < len(row) and row[symbol] > 0:
+        return symbol
+    return int(np.flatnonzero(row)[-1])
 
 
 def inside_character(text: bytes) -> bool:

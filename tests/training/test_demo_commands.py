@@ -9,14 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import LlamaForCausalLM
 
+from engine.vllm_hooks.load import make_plan
+from server.cli import load_settings
 from tests.waiting import eventually
 
 pytest.importorskip("pycountry")
 
 from training.command import run_command
 from training.demo import __main__ as demo
-from training.demo import changed, pretrain, questions
+from training.demo import changed, pretrain, questions, spelled
 from training.demo.pretrain import RECIPES, Cost, make_model
 from training.errors import SettingsError
 
@@ -93,6 +96,24 @@ def test_the_workers_end_with_the_command(
     monkeypatch.setattr(demo, "make_model", refuse)
     assert run_command(work) == 1
     assert capsys.readouterr().err == "\nerror: no\n"
+
+
+def test_a_pair_of_different_vocabularies_is_served_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrain, "train_model", lambda recipe, *_, **__: LlamaForCausalLM(recipe.config()))
+    out = tmp_path / "pair"
+    base = CONFIG.parents[2] / "models" / "demo" / "base"
+    assert spelled.main(["--out", str(out), "--base", str(base), "--vocab-size", "600"]) == 0
+    assert f"collm serve --config {out / 'pair.toml'}" in capsys.readouterr().out
+    plan = make_plan(load_settings(["--config", str(out / "pair.toml")]).engine)
+    assert plan.vocabularies == "spelled"
+    assert [spoken.size for spoken in plan.spoken] == [1024, 600]
+    assert all(spoken.speller is not None for spoken in plan.spoken)
+    for wrong, word in (("--base", str(tmp_path)), ("--vocab-size", "1024")):
+        assert spelled.main(["--out", str(tmp_path / "other"), wrong, word]) == 1
+        assert wrong in one_line(capsys)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_model_whose_weights_are_gone_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,17 +27,18 @@ class Recipe:
     learning_rate: float
     seed: int
     tied: bool
+    vocab_size: int = VOCAB_SIZE
 
     def parameters(self) -> int:
         """How many parameters the model has."""
         d = self.hidden_size
         layer = 4 * d * d + 3 * d * self.intermediate_size + 2 * d
-        return (1 if self.tied else 2) * VOCAB_SIZE * d + self.layers * layer + d
+        return (1 if self.tied else 2) * self.vocab_size * d + self.layers * layer + d
 
     def config(self) -> LlamaConfig:
         """The Hugging Face configuration."""
         return LlamaConfig(
-            vocab_size=VOCAB_SIZE,
+            vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             num_hidden_layers=self.layers,

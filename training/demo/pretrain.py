@@ -7,7 +7,7 @@ import json
 import signal
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from training.demo.arithmetic import ALL, ASKED
 from training.demo.corpus import Corpus
 from training.demo.facts import source
 from training.demo.models import ARITHMETIC_RECIPE, BASE_RECIPE, CODES_RECIPE
-from training.demo.tokenizer import save_tokenizer, train_tokenizer
+from training.demo.tokenizer import VOCAB_SIZE, save_tokenizer, train_tokenizer
 from training.demo.train import (
     DocumentSource,
     arithmetic_documents,
@@ -56,15 +56,21 @@ class Cost:
     cpu: float
 
 
-def make_model(name: str, directory: Path, force: bool) -> Cost:
-    """Train and save a model, unless the directory holds its weights, of the same settings; the cost, then or now."""
+def make_model(name: str, directory: Path, force: bool, vocab_size: int = VOCAB_SIZE) -> Cost:
+    """Train and save a model, unless the directory holds its weights, of the same settings; the cost, then or now.
+
+    Args:
+        vocab_size: entries of its tokenizer.
+    """
     started, cpu_started = time.monotonic(), time.process_time()
     corpus = Corpus.make(SEED)
-    tokenizer = train_tokenizer(corpus.tokenizer_texts())
+    tokenizer = train_tokenizer(corpus.tokenizer_texts(), vocab_size)
     vocabulary = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    recipe = RECIPES[name]
+    recipe = replace(RECIPES[name], vocab_size=vocab_size)
+    # The vocabulary's size is in its hash.
+    shape = {field: value for field, value in asdict(recipe).items() if field != "vocab_size"}
     settings = {
-        "recipe": asdict(recipe) | {"passes": list(recipe.passes)},
+        "recipe": shape | {"passes": list(recipe.passes)},
         "seed": SEED,
         "facts": source(),
         "tokenizer_sha256": vocabulary,

@@ -16,8 +16,8 @@ VOCAB_SIZE = 1024
 MAX_LENGTH = 1024
 
 
-def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """A tokenizer of exactly ``VOCAB_SIZE`` tokens; digits stand alone, no token is added to texts.
+def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+    """A tokenizer of exactly ``vocab_size`` tokens; digits stand alone, no token is added to texts.
 
     Raises:
         ValueError: the texts are too few for that many tokens.
@@ -28,14 +28,14 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         show_progress=False,
         special_tokens=[AddedToken(EOS, special=True)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() != VOCAB_SIZE or tokenizer.token_to_id(EOS) != EOS_ID:
-        raise ValueError(f"the texts give {tokenizer.get_vocab_size()} tokens, not {VOCAB_SIZE}")
+    if tokenizer.get_vocab_size() != vocab_size or tokenizer.token_to_id(EOS) != EOS_ID:
+        raise ValueError(f"the texts give {tokenizer.get_vocab_size()} tokens, not {vocab_size}")
     return tokenizer
 
 
