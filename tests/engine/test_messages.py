@@ -19,7 +19,6 @@ PLAIN = {
     int: st.integers(-(1 << 63), (1 << 64) - 1),
     float: st.floats(allow_nan=False),
     str: st.text(max_size=20),
-    bytes: st.binary(max_size=20),
     bool: st.booleans(),
     bytes: st.binary(max_size=5),
     type(None): st.none(),
