@@ -17,6 +17,7 @@ from engine import draws
 from engine.offline import Engine
 from engine.types import Collaboration, Completion, GenerationRequest, SamplingSpec
 from tests.oracle.characters_loop import Member, Written, write
+from tests.oracle.checks import assert_empty
 from tests.oracle.spelled import SpelledPair, spelled_pair
 
 PROMPTS = ("Question: What is 12 + 30? Answer:", "Wörter mit Umlauten:", "def add(a, b):\n    return", "日本語の")
@@ -119,7 +120,7 @@ def test_what_only_tokens_can_give_is_refused(pair: SpelledPair, engine: Engine)
     (lacking,) = engine.generate([GenerationRequest("x", [5], SamplingSpec(), Collaboration(strategy="characters"))])
     assert "lane 1 has no prompt in tokens of its own" in str(lacking.error)
     (other,) = engine.generate([GenerationRequest("y", [5], SamplingSpec(), Collaboration(strategy="deferral"))])
-    assert "lane 1 has no prompt in tokens of its own" in str(other.error)
+    assert "expert1 has no prompt in tokens of its own" in str(other.error)
 
 
 def test_members_alone_are_served_in_their_own_tokens(pair: SpelledPair, engine: Engine) -> None:
@@ -137,6 +138,7 @@ def test_members_alone_are_served_in_their_own_tokens(pair: SpelledPair, engine:
             loop.strand.append(token)
 
 
+@pytest.mark.slow
 def test_weight_1_is_the_member_s_own_sampling(pair: SpelledPair, engine: Engine) -> None:
     """Chi-square of first pieces against the float32 model's distribution, over 1,500 seeds."""
     count = 1500
@@ -166,12 +168,10 @@ def test_an_abort_leaves_nothing(pair: SpelledPair, engine: Engine) -> None:
         await asyncio.gather(*(cut_off(request, n % 7) for n, request in enumerate(asks)))
 
     engine._call(some())
-    # What is left would be found when the engine goes idle after another request.
-    engine.generate([asked(pair, 99, "a", max_tokens=1)])
-    assert engine.stats.integrity_errors == 0
-    assert [lane.requests for lane in engine.stats.lanes] == [0, 0]
+    assert_empty(engine)
 
 
+@pytest.mark.slow
 def test_equal_checkpoints_write_that_member(tmp_path: Path) -> None:
     """Two members of one checkpoint, one vocabulary: greedy, the same pieces as the member by itself."""
     twins = spelled_pair(tmp_path, 2, same=True)
