@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from engine.types import BASE, Collaboration, Cost, LaneStats
 
-if TYPE_CHECKING:
-    from server.metrics import Metrics
+Metrics = Any
+"""``server.metrics.Metrics``, which stands above this module."""
 
 OUTCOMES = ("stop", "length", "aborted", "error", "rejected")
 ALONE = "alone"
