@@ -67,6 +67,13 @@ serve: $(INSTALLED) ## Serve CONFIG on HOST:PORT
 	@echo "The command line is $(BIN)/collm; to find it as collm: export PATH=\"$(abspath $(BIN)):\$$PATH\""
 	$(BIN)/python -m server --config $(CONFIG) --host $(HOST) --port $(PORT) $(ARGS)
 
+SMOLLM := deploy/config/smollm.toml
+
+.PHONY: serve-smollm
+serve-smollm: $(INSTALLED) ## Serve SmolLM2-135M with an expert for ICD-10 codes (downloads 93 MB once)
+	$(BIN)/python -m training.smollm.base
+	@$(MAKE) serve CONFIG=$(SMOLLM)
+
 .PHONY: demo
 demo: $(INSTALLED) ## Retrain the demo pair and its gate into models/demo (22 minutes on 2 quiet cores)
 	$(BIN)/python -m training.demo --out models/demo $(ARGS)

@@ -52,6 +52,16 @@ def test_demo_is_the_shipped_pair() -> None:
     assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
 
 
+def test_smollm_is_an_adapter_of_the_base() -> None:
+    settings = Settings(config=ROOT / "deploy/config/smollm.toml")
+    assert settings.engine.lane_names == ("base", "icd10")
+    assert settings.engine.hosts == (0, 0)
+    assert settings.gate.path is not None
+    [expert] = settings.experts
+    assert expert.adapter is not None
+    assert [folder for folder in (expert.adapter, settings.gate.path) if not (ROOT / folder).is_dir()] == []
+
+
 def test_examples_step_as_their_comments_say() -> None:
     one, two = (Settings(config=ROOT / f"deploy/config/example-{name}.toml").engine for name in ("gpu", "two-gpus"))
     assert not one.on_separate_devices

