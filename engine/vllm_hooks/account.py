@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
@@ -15,56 +15,60 @@ if TYPE_CHECKING:
     from engine.vllm_hooks.guest import GuestLane
 
 
-class Part(NamedTuple):
-    """A row's part in a step.
-
-    Attributes:
-        guest: whose row it is; None for the lane's own.
-        looked_up: tokens that were looked up in the prefix cache, prompt and written ones.
-        found: those of them that it had.
-    """
-
-    guest: GuestLane | None
-    computed: Computed
-    looked_up: int
-    found: int
-
-
-def parts(
+def account(
     scheduled: SchedulerOutput,
     requests: Mapping[str, Request],
     guest_rows: Mapping[str, tuple[GuestLane, str]],
     lane: int,
-) -> Iterator[Part]:
-    """The parts of all rows in a step.
+) -> list[Computed]:
+    """What a step computed for each of its rows.
 
     Args:
         requests: by row, as they are after the step has been scheduled.
         guest_rows: the guest and the request's id, of rows that are a guest's.
         lane: number of the lane.
     """
-    found = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+    fresh = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+    computed = []
     for row, tokens in scheduled.num_scheduled_tokens.items():
         request = requests[row]
-        prompt = request.num_prompt_tokens
-        begin = request.num_computed_tokens - tokens
-        of_prompt = min(tokens, prompt - begin) if begin < prompt else 0
-        hit = found.get(row)
-        looked_up = 0 if hit is None else request.num_tokens
-        guest, request_id = guest_rows.get(row) or (None, row)
-        number = lane if guest is None else guest.number
-        cached = min(hit, prompt) if hit else 0
-        yield Part(guest, Computed(number, request_id, tokens, of_prompt, cached), looked_up, hit or 0)
+        number, request_id = lane, row
+        if guest_rows and (of := guest_rows.get(row)) is not None:
+            number, request_id = of[0].number, of[1]
+        left = request.num_prompt_tokens - request.num_computed_tokens + tokens
+        if left <= 0:
+            # By far the most rows: one written token.
+            computed.append(Computed(number, request_id, tokens))
+        else:
+            cached = min(fresh.get(row, 0), request.num_prompt_tokens)
+            computed.append(Computed(number, request_id, tokens, min(tokens, left), cached))
+    return computed
 
 
-def count(part: Part, stats: LaneStats, *, caches: bool) -> None:
-    """Add a part to a lane's counters.
+def count(
+    stats: Mapping[int, LaneStats],
+    computed: list[Computed],
+    scheduled: SchedulerOutput,
+    requests: Mapping[str, Request],
+    *,
+    caches: bool,
+) -> None:
+    """Add a step to the counters of those that it was for.
 
     Args:
+        stats: by lane number: the lane's own, and its guests'.
+        computed: from :func:`account`, in the order of the step's rows.
         caches: whether the lane has a prefix cache.
     """
-    stats.computed_tokens += part.computed.tokens
-    stats.prompt_tokens += part.computed.prompt_tokens
-    if caches:
-        stats.cache_queries += part.looked_up
-        stats.cache_hits += part.found
+    for lane, each in stats.items():
+        own = computed if len(stats) == 1 else [row for row in computed if row.lane == lane]
+        each.rows = len(own)
+        each.computed_tokens += sum(row.tokens for row in own)
+        each.prompt_tokens += sum(row.prompt_tokens for row in own)
+    if not caches or not scheduled.scheduled_new_reqs:
+        return
+    lanes = {row: of.lane for row, of in zip(scheduled.num_scheduled_tokens, computed, strict=True)}
+    for new in scheduled.scheduled_new_reqs:
+        each = stats[lanes[new.req_id]]
+        each.cache_queries += requests[new.req_id].num_tokens
+        each.cache_hits += new.num_computed_tokens

@@ -33,7 +33,7 @@ from engine.types import (
     StructuredOutputs,
 )
 from engine.vllm_hooks import processor
-from engine.vllm_hooks.account import count, parts
+from engine.vllm_hooks.account import account, count
 from engine.vllm_hooks.grammars import LaneGrammar, VllmForms, setup_of
 from engine.vllm_hooks.guest import GuestLane, lora_request
 from engine.vllm_hooks.hashes import PromptHashes
@@ -453,18 +453,11 @@ class VllmLane:
 
     def _count(self, scheduled: SchedulerOutput) -> list[Computed]:
         """Count a step's rows and tokens where they belong."""
-        caches = self._scheduler.kv_cache_manager.enable_caching
-        rows = dict.fromkeys(self._guests, 0)
-        computed = []
-        for part in parts(scheduled, self._scheduler.requests, self._guest_rows, self._number):
-            computed.append(part.computed)
-            guest = part.guest
-            count(part, self._stats if guest is None else guest.counts, caches=caches)
-            if guest is not None:
-                rows[guest.number] += 1
-        self._stats.rows = len(computed) - sum(rows.values())
-        for number, present in rows.items():
-            counts = self._guests[number].counts
-            counts.rows = present
-            counts.steps += present > 0
+        scheduler = self._scheduler
+        computed = account(scheduled, scheduler.requests, self._guest_rows, self._number)
+        guests = {number: guest.counts for number, guest in self._guests.items()}
+        caches = scheduler.kv_cache_manager.enable_caching
+        count({self._number: self._stats, **guests}, computed, scheduled, scheduler.requests, caches=caches)
+        for counts in guests.values():
+            counts.steps += counts.rows > 0
         return computed
