@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from engine.adapters import Adapter, is_adapter
 from engine.checkpoints import TOKENIZER, Checkpoint, copy_companions, make_readable, tokenizer_folder
+from engine.compatibility import compatibility
 from engine.composed.artifact import is_composed
 from engine.errors import CheckpointError
 from engine.vocabulary import Member, SharedVocabulary, difference, missing_rows
@@ -145,7 +146,7 @@ def mean_head_row(model: PreTrainedModel) -> torch.Tensor:
 
 
 def shared_vocabulary(settings: Settings) -> SharedVocabulary:
-    """What all models of a project may write.
+    """What the base may write, with the experts that have its vocabulary.
 
     Raises:
         ModelError: a checkpoint cannot be read.
@@ -153,10 +154,12 @@ def shared_vocabulary(settings: Settings) -> SharedVocabulary:
     labels = ["base", *(f"expert {expert.name}" for expert in settings.experts)]
     base = Path(settings.base.model)
     paths = [base, *(expert.folder for expert in settings.experts)]
-    members = []
+    members: list[Member] = []
     for label, path in zip(labels, paths, strict=True):
         try:
             checkpoint = expert_checkpoint(path, base)
+            if members and difference(members[0].vocabulary, checkpoint.vocabulary) is not None:
+                continue
             members.append(Member(label, checkpoint.vocabulary, checkpoint.rows, checkpoint.ends))
         except CheckpointError as error:
             raise ModelError(str(error)) from error
@@ -164,7 +167,8 @@ def shared_vocabulary(settings: Settings) -> SharedVocabulary:
 
 
 def check_models(settings: Settings) -> None:
-    """Check that all models are there, share the base's vocabulary and have outputs for it, before anything is loaded.
+    """Check that all models are there, have outputs for their vocabulary, and share the base's or can spell the common
+    text in their own, before anything is loaded.
 
     Raises:
         ModelError: naming the model, and for a vocabulary the first entries that differ.
@@ -183,13 +187,12 @@ def check_models(settings: Settings) -> None:
         for checkpoint in checkpoints.values():
             _ = checkpoint.config, checkpoint.vocabulary
             _check_weights(checkpoint.directory)
-        base = checkpoints["base"].vocabulary
+        base = checkpoints["base"]
         for label, checkpoint in checkpoints.items():
-            differs = difference(base, checkpoint.vocabulary)
-            if differs is not None:
-                raise ModelError(f"{label} does not share the base's vocabulary: {differs}")
-        for label, checkpoint in checkpoints.items():
-            lacks = missing_rows(base, checkpoint.rows)
+            relation, reason = compatibility(base, checkpoint)
+            if relation is None:
+                raise ModelError(f"{label} does not share the base's vocabulary: {reason}")
+            lacks = missing_rows((base if relation == "same" else checkpoint).vocabulary, checkpoint.rows)
             if lacks is not None:
                 raise ModelError(f"{label} has {lacks}")
     except CheckpointError as error:

@@ -116,7 +116,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> tu
     kept: list[Example] = []
     ids: list[TokenExample] = []
     for example in examples:
-        prompt = _prompt_ids(tokenizer, example.prompt)
+        prompt = prompt_ids(tokenizer, example.prompt)
         completion = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
         if not prompt or not completion:
             text = example.completion if prompt else example.prompt
@@ -130,7 +130,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> tu
     return kept, ids
 
 
-def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """A prompt's ids with the special tokens that the tokenizer adds, but no second BOS.
 
     A prompt that a chat template made often begins with the BOS already; the server adds none to it either.

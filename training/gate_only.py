@@ -150,6 +150,7 @@ def fit_gate(
         inputs_NI = (inputs_NI - scaling.mean_I) / scaling.scale_I
     inputs_NI, base_logp_N = inputs_NI.to(device), scores.base.logp_N.to(device)
     expert_logp_NK, label_N = scores.expert_logp_NK.to(device), scores.weak_labels().to(device)
+    aligned_NK = None if scores.aligned_NK is None else scores.aligned_NK.to(device)
     tensors = {
         name: torch.nn.Parameter(tensor.clone().to(device), requires_grad=name != "bias" or settings.bias)
         for name, tensor in (scaling.into(start) if scaling else start.tensors).items()
@@ -170,6 +171,7 @@ def fit_gate(
                 base_logp_N=base_logp_N[rows],
                 expert_logp_NK=expert_logp_NK[rows],
                 label_N=label_N[rows],
+                aligned_NK=None if aligned_NK is None else aligned_NK[rows],
             ),
             settings.positive_weight,
         )
@@ -205,6 +207,8 @@ def ranking(gate: Gate, scores: PairScores) -> Ranking:
     favourite_N = gate.logits(inputs_NI).argmax(dim=1)
     base_N = (scores.base.top_N == scores.gold_N).double()
     right_NK = torch.stack([expert.top_N == scores.gold_N for expert in scores.experts], dim=1).double()
+    if scores.aligned_NK is not None:
+        right_NK = torch.where(scores.aligned_NK, right_NK, base_N[:, None])
     expert_N = right_NK.gather(1, favourite_N[:, None])[:, 0]
     gain_N = (expert_N - base_N)[log_odds_N.argsort(descending=True)]
     needed_N, count = scores.weak_labels() > 0, len(base_N)

@@ -62,7 +62,7 @@ def fit_joint(
     else:
         model = _with_lora(model, settings.lora)
     model.train()
-    expert_logp_NK, label_N = scores.expert_logp_NK, scores.weak_labels()
+    expert_logp_NK, label_N, aligned_NK = scores.expert_logp_NK, scores.weak_labels(), scores.aligned_NK
     theta_KD = torch.nn.Parameter(start.theta_KD.clone().to(device))
     bias_K = torch.nn.Parameter(start.bias_K.clone().to(device), requires_grad=fitting.bias)
     per_epoch = -(-len(examples) // settings.batch_size)
@@ -87,6 +87,7 @@ def fit_joint(
                 base_logp_N=gold_logp(logits_BTV, tokens_BT, where_BT, fitting.vocabulary),
                 expert_logp_NK=expert_logp_NK[rows].to(device),
                 label_N=label_N[rows].to(device),
+                aligned_NK=None if aligned_NK is None else aligned_NK[rows].to(device),
             )
             yield loss(tokens, fitting.positive_weight) * (len(rows) / total)
 

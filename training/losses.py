@@ -20,12 +20,15 @@ class Tokens:
         base_logp_N: log P_base(gold), over the real vocabulary.
         expert_logp_NK: log P_k(gold), without gradient.
         label_N: weak label: 0 for the base, k for expert k.
+        aligned_NK: whether expert k may be asked there; None if all may everywhere. Where it may not, the base writes
+            what is deferred to it.
     """
 
     gate_NK: torch.Tensor
     base_logp_N: torch.Tensor
     expert_logp_NK: torch.Tensor
     label_N: torch.Tensor
+    aligned_NK: torch.Tensor | None = None
 
     def log_gate(self) -> torch.Tensor:
         """log P(Z) [N, K + 1], the base first."""
@@ -42,7 +45,10 @@ def marginal(tokens: Tokens, positive_weight: float = 1.0) -> torch.Tensor:
 
     Z depends on the text alone, so that the sum over all sequences of Z factorises.
     """
-    written_NZ = torch.cat([tokens.base_logp_N[:, None], tokens.expert_logp_NK], dim=1)
+    expert_logp_NK, base_logp_N1 = tokens.expert_logp_NK, tokens.base_logp_N[:, None]
+    if tokens.aligned_NK is not None:
+        expert_logp_NK = torch.where(tokens.aligned_NK, expert_logp_NK, base_logp_N1)
+    written_NZ = torch.cat([base_logp_N1, expert_logp_NK], dim=1)
     return -torch.logsumexp(tokens.log_gate() + written_NZ, dim=1).mean()
 
 
@@ -52,19 +58,26 @@ def priced(loss: Loss, cost: float) -> Loss:
         return loss
 
     def with_cost(tokens: Tokens, positive_weight: float) -> torch.Tensor:
-        deferral_N = -torch.expm1(tokens.log_gate()[:, 0])
+        if tokens.aligned_NK is None:
+            deferral_N = -torch.expm1(tokens.log_gate()[:, 0])
+        else:
+            deferral_N = (tokens.log_gate()[:, 1:].exp() * tokens.aligned_NK).sum(dim=1)
         return loss(tokens, positive_weight) + cost * deferral_N.mean()
 
     return with_cost
 
 
 def weak(tokens: Tokens, positive_weight: float) -> torch.Tensor:
-    """Mean over N of the cross-entropy of the weak labels; those of an expert weigh ``positive_weight``.
+    """Mean of the cross-entropy of the weak labels over the N where an expert may be asked.
 
-    For K = 1 this is binary cross-entropy with a positive weight.
+    Labels of an expert weigh ``positive_weight``: for K = 1 this is binary cross-entropy with a positive weight.
     """
     nll_N = -tokens.log_gate().gather(1, tokens.label_N[:, None])[:, 0]
-    return torch.where(tokens.label_N > 0, positive_weight * nll_N, nll_N).mean()
+    weighted_N = torch.where(tokens.label_N > 0, positive_weight * nll_N, nll_N)
+    if tokens.aligned_NK is None:
+        return weighted_N.mean()
+    asked_N = tokens.aligned_NK.any(dim=1)
+    return (weighted_N * asked_N).sum() / asked_N.sum().clamp(min=1)
 
 
 def language(tokens: Tokens, positive_weight: float = 1.0) -> torch.Tensor:

@@ -12,7 +12,17 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.adapters import is_adapter
-from training.checkpoints import check_models, device_of, load_expert, load_tokenizer, shared_vocabulary
+from engine.checkpoints import Checkpoint
+from engine.compatibility import compatibility
+from engine.spelling.speller import Speller
+from training.checkpoints import (
+    check_models,
+    device_of,
+    expert_checkpoint,
+    load_expert,
+    load_tokenizer,
+    shared_vocabulary,
+)
 from training.data import Example, TokenExample, read_examples, tokenize
 from training.engine_options import check_engine_options
 from training.errors import SettingsError
@@ -48,6 +58,7 @@ class Project:
 
     settings: Settings
     _splits: dict[Split, SplitData] = field(default_factory=dict)
+    _own_spellers: dict[str, Speller | None] = field(default_factory=dict)
 
     def check(self) -> None:
         """Look at all input before the first long stage.
@@ -68,12 +79,29 @@ class Project:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The base's, which the experts share."""
+        """The base's, which experts may share."""
         return load_tokenizer(self.base)
 
     @cached_property
+    def base_speller(self) -> Speller:
+        """Of the base's vocabulary."""
+        return Checkpoint(self.base).speller
+
+    def own_speller(self, name: str) -> Speller | None:
+        """Of an expert with a vocabulary of its own; None if it has the base's."""
+        if name not in self._own_spellers:
+            expert = expert_checkpoint(self.expert_paths[name], self.base)
+            own = compatibility(Checkpoint(self.base), expert).relation != "same"
+            self._own_spellers[name] = expert.speller if own else None
+        return self._own_spellers[name]
+
+    def tokenizer_of(self, name: str) -> Any:
+        """An expert's own tokenizer."""
+        return load_tokenizer(self.expert_paths[name])
+
+    @cached_property
     def vocabulary(self) -> int:
-        """Size of the vocabulary that all models share; their heads may be padded beyond it."""
+        """Size of the vocabulary that the base shares with experts; their heads may be padded beyond it."""
         return shared_vocabulary(self.settings).size
 
     @cached_property

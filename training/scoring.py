@@ -6,9 +6,10 @@ Shapes: B examples, T tokens, V vocabulary, d hidden size, N completion tokens, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
@@ -22,6 +23,8 @@ from training.errors import DataError
 from training.files import write_tensors
 from training.settings import ScoreSettings
 
+_E = TypeVar("_E")
+
 
 @dataclass(frozen=True)
 class ModelScores:
@@ -29,21 +32,24 @@ class ModelScores:
 
     Attributes:
         logp_N: log P(gold), float32.
-        top_N: the model's argmax.
+        top_N: the model's argmax; with a vocabulary of its own the gold token where it goes on like the text, else -1.
         hidden_ND: the LM head's input, float32; None for an expert.
         features_NF: ``engine.gates.FEATURES`` of its distribution, float32; None for an expert.
+        aligned_N: whether an expert with a vocabulary of its own may be asked there; None for others, which may always.
     """
 
     logp_N: torch.Tensor
     top_N: torch.Tensor
     hidden_ND: torch.Tensor | None
     features_NF: torch.Tensor | None = None
+    aligned_N: torch.Tensor | None = None
 
     def rows(self, rows: torch.Tensor) -> ModelScores:
         """What it says of some of the tokens."""
         hidden_ND = None if self.hidden_ND is None else self.hidden_ND[rows]
         features_NF = None if self.features_NF is None else self.features_NF[rows]
-        return ModelScores(self.logp_N[rows], self.top_N[rows], hidden_ND, features_NF)
+        aligned_N = None if self.aligned_N is None else self.aligned_N[rows]
+        return ModelScores(self.logp_N[rows], self.top_N[rows], hidden_ND, features_NF, aligned_N)
 
     def inputs(self, features: Sequence[str]) -> torch.Tensor:
         """What a gate reads [N, d + F]: the hidden state and these features."""
@@ -73,6 +79,15 @@ class PairScores:
     def expert_logp_NK(self) -> torch.Tensor:
         """log P_k(gold)."""
         return torch.stack([expert.logp_N for expert in self.experts], dim=1)
+
+    @property
+    def aligned_NK(self) -> torch.Tensor | None:
+        """Whether expert k may be asked there; None if all may everywhere."""
+        if all(expert.aligned_N is None for expert in self.experts):
+            return None
+        everywhere_N = torch.ones(len(self.gold_N), dtype=torch.bool)
+        found = [everywhere_N if expert.aligned_N is None else expert.aligned_N for expert in self.experts]
+        return torch.stack(found, dim=1)
 
     @property
     def hidden_ND(self) -> torch.Tensor:
@@ -162,16 +177,16 @@ def shard_files(folder: Path, examples: int, settings: ScoreSettings) -> list[Pa
 
 
 def score_model(
-    model: PreTrainedModel,
-    examples: Sequence[TokenExample],
+    score: Callable[[Sequence[_E]], dict[str, torch.Tensor]],
+    examples: Sequence[_E],
     folder: Path,
     settings: ScoreSettings,
-    *,
-    vocabulary: int,
-    hidden: bool,
     label: str,
 ) -> None:
     """Write the scores that ``folder`` lacks.
+
+    Args:
+        score: of a shard, e.g. :func:`score_shard`.
 
     Raises:
         DataError: a score is not a number.
@@ -183,7 +198,7 @@ def score_model(
     with bar:
         for number in missing:
             shard = _shard(examples, number, settings)
-            tensors = score_shard(model, shard, settings.batch_size, vocabulary, hidden)
+            tensors = score(shard)
             for name, tensor in tensors.items():
                 if tensor.is_floating_point() and tensor.isnan().any():
                     raise DataError(f"{label}: {name} is not a number for an example of shard {number}: try float32")
@@ -191,7 +206,7 @@ def score_model(
             bar.update(len(shard))
 
 
-def _shard(examples: Sequence[TokenExample], number: int, settings: ScoreSettings) -> Sequence[TokenExample]:
+def _shard(examples: Sequence[_E], number: int, settings: ScoreSettings) -> Sequence[_E]:
     return examples[number * settings.shard : (number + 1) * settings.shard]
 
 
@@ -199,4 +214,6 @@ def load_scores(folder: Path, examples: int, settings: ScoreSettings) -> ModelSc
     """What ``score_model`` wrote."""
     shards = [load_file(str(file)) for file in shard_files(folder, examples, settings)]
     columns = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
-    return ModelScores(columns["logp"], columns["top"], columns.get("hidden"), columns.get("features"))
+    return ModelScores(
+        columns["logp"], columns["top"], columns.get("hidden"), columns.get("features"), columns.get("aligned")
+    )

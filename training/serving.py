@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 from tqdm import tqdm
 
 from engine.adapters import is_adapter
@@ -16,7 +17,8 @@ from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, Sc
 from engine.errors import EngineDeadError, EngineStartupError
 from engine.offline import Engine
 from engine.types import Collaboration, Completion, GenerationRequest, PolicyName, SamplingSpec
-from training.data import Example, TokenExample, spread
+from training.checkpoints import load_tokenizer
+from training.data import Example, TokenExample, prompt_ids, spread
 from training.errors import TrainingError
 from training.project import Project
 from training.settings import EngineSettings, Split
@@ -188,6 +190,10 @@ class Pair:
             except EngineStartupError as error:
                 raise TrainingError(f"the engine does not start: {error}") from error
         self._warm = False
+        # By lane, the tokenizers of experts with vocabularies of their own.
+        info = self._engine.info
+        own = info.lanes if info.vocabularies == "spelled" else []
+        self._own = {lane: load_tokenizer(each.tokenizer) for lane, each in enumerate(own) if lane and each.tokenizer}
 
     def __enter__(self) -> Self:
         return self
@@ -227,14 +233,19 @@ class Pair:
         completions = self._generate(questions, collaboration, seed, label)
         seconds = time.monotonic() - started
         found = zip(questions.examples, completions, strict=True)
-        return Result([self._answer(example, completion) for example, completion in found], seconds)
+        return Result([self._answer(example, completion, member) for example, completion in found], seconds)
 
     def _generate(self, questions: Questions, collaboration: Collaboration, seed: int, label: str) -> list[Completion]:
         requests = []
-        for number, tokens in enumerate(questions.tokens):
+        member = collaboration.member
+        for number, (example, tokens) in enumerate(zip(questions.examples, questions.tokens, strict=True)):
             room = len(tokens.completion) + questions.room
             sampling = SamplingSpec(temperature=0.0, seed=seed * 1_000_003 + number, max_tokens=room)
-            requests.append(GenerationRequest(str(number), tokens.prompt, sampling, collaboration))
+            prompt = prompt_ids(self._own[member], example.prompt) if member in self._own else tokens.prompt
+            if member is None and self._own:
+                prompts = tuple((lane, prompt_ids(own, example.prompt)) for lane, own in self._own.items())
+                collaboration = msgspec.structs.replace(collaboration, prompts=prompts)
+            requests.append(GenerationRequest(str(number), prompt, sampling, collaboration))
         with tqdm(total=len(requests), desc=label, unit="answer", mininterval=1, leave=False) as bar:
             try:
                 completions = self._engine.generate(requests, on_done=lambda _: bar.update(1))
@@ -245,7 +256,8 @@ class Pair:
                 raise TrainingError(f"{label}: question {completion.request_id}: {completion.error}")
         return completions
 
-    def _answer(self, example: Example, completion: Completion) -> Answer:
+    def _answer(self, example: Example, completion: Completion, member: int | None) -> Answer:
         ended = completion.finish_reason == "stop"
-        text = self._tokenizer.decode(completion.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokenizer = self._tokenizer if member is None else self._own.get(member, self._tokenizer)
+        text = tokenizer.decode(completion.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Answer(example.task, text, example.completion, ended, completion.sources, example.complete)

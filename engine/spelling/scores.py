@@ -16,7 +16,8 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,14 +59,15 @@ def score_foreign(
     tokens = speller.spell(text)
     vocabulary = speller.vocabulary
     offsets = [0, *accumulate(len(vocabulary.bytes_of(token) or b"") for token in tokens)]
-    masses = [mass_after(place) for place in range(len(tokens) + 1)]
-    chances = (mass.at(text[a:b]) for mass, a, b in zip(masses, offsets, offsets[1:], strict=False))
+    # Each is looked at in order, twice: kept, those of a long text and a large vocabulary would take gigabytes.
+    mass_at = lru_cache(maxsize=2)(mass_after)
+    chances = (mass_at(place).at(text[a:b]) for place, (a, b) in enumerate(pairwise(offsets)))
     logs = [0.0, *accumulate(map(_log, chances))]
 
     def log_mass(offset: int) -> float:
         place = bisect_right(offsets, offset) - 1
         part = text[offsets[place] : offset]
-        return logs[place] + (_log(masses[place].of(part)) if part else 0.0)
+        return logs[place] + (_log(mass_at(place).of(part)) if part else 0.0)
 
     own_ends = set(offsets)
     strand = Strand(speller)
@@ -75,14 +77,14 @@ def score_foreign(
         before, after = log_mass(begin), log_mass(begin + len(piece))
         logp.append(after - before if before > -math.inf else -math.inf)
         aligned.append(strand.aligned(piece))
-        mass = masses[bisect_right(offsets, begin) - 1]
+        mass = mass_at(bisect_right(offsets, begin) - 1)
         right.append(aligned[-1] and begin in own_ends and bool(best := mass.best()) and text.startswith(best, begin))
         strand.follow(piece)
         begin += len(piece)
     if ends:
-        logp.append(_log(masses[-1].end))
+        logp.append(_log(mass_at(len(tokens)).end))
         aligned.append(True)
-        right.append(masses[-1].best() == b"")
+        right.append(mass_at(len(tokens)).best() == b"")
     return ForeignScores(np.array(logp, np.float32), np.array(right, bool), np.array(aligned, bool))
 
 

@@ -8,8 +8,9 @@ from training import graph
 from training.checkpoints import load_causal
 from training.graph import BASE
 from training.project import BaseRef, Project
-from training.scoring import ModelScores, PairScores, gold_tokens, load_scores, score_model
+from training.scoring import ModelScores, PairScores, gold_tokens, load_scores, score_model, score_shard
 from training.settings import Split
+from training.spelled import score_spelled_shard, spelled
 
 
 def run(project: Project) -> None:
@@ -59,14 +60,26 @@ def _make(project: Project, split: Split, name: str, base: BaseRef) -> None:
     if stage.done:
         return
     path = base.path if name == BASE else project.expert_paths[name]
-    is_base = name == BASE
-    score_model(
-        load_causal(path, settings.compute.dtype, project.device) if is_base else project.load_expert(name),
-        tokens,
-        stage.path,
-        settings.score,
-        vocabulary=project.vocabulary,
-        hidden=is_base,
-        label=f"score {split} by {stage.path.name}",
-    )
+    is_base, batch = name == BASE, settings.score.batch_size
+    model = load_causal(path, settings.compute.dtype, project.device) if is_base else project.load_expert(name)
+    label = f"score {split} by {stage.path.name}"
+    if not is_base and (expert := project.own_speller(name)) is not None:
+        examples = spelled(
+            project.data(split).examples, tokens, project.base_speller, expert, project.tokenizer_of(name)
+        )
+        score_model(
+            lambda shard: score_spelled_shard(model, shard, batch, project.base_speller, expert),
+            examples,
+            stage.path,
+            settings.score,
+            label,
+        )
+    else:
+        score_model(
+            lambda shard: score_shard(model, shard, batch, project.vocabulary, is_base),
+            tokens,
+            stage.path,
+            settings.score,
+            label,
+        )
     stage.finish(model=str(path), examples=len(tokens))
