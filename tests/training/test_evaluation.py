@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,6 +106,8 @@ def test_scores_of_some_examples() -> None:
 class FakeEngine:
     """Answers "ok" and stops, or, asked for more tokens than that has, goes on with it and never ends."""
 
+    info = SimpleNamespace(vocabularies="same", lanes=[])
+
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
@@ -126,6 +129,35 @@ class Letters:
 
     def decode(self, tokens: list[int], **_: object) -> str:
         return "".join(map(chr, tokens))
+
+
+def test_experts_with_vocabularies_of_their_own_are_asked_in_their_own_tokens(
+    tiny: TinyProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[GenerationRequest] = []
+
+    class Spelled(FakeEngine):
+        info = SimpleNamespace(
+            vocabularies="spelled",
+            lanes=[SimpleNamespace(tokenizer="unused"), SimpleNamespace(tokenizer=str(tiny.folder / "expert1"))],
+        )
+
+        def generate(
+            self, requests: list[GenerationRequest], on_done: Callable[[Completion], None]
+        ) -> list[Completion]:
+            asked.extend(requests)
+            return super().generate(requests, on_done)
+
+    monkeypatch.setattr("training.serving.Engine", Spelled)
+    own = tiny.project.tokenizer("say it")["input_ids"]
+    config: Any = None
+    with Pair(config, Letters()) as pair:
+        questions = Questions([Example("say it", "ok")], [TokenExample([1], [0])], 20)
+        pair.answer(questions, "test", policy="always")
+        joint = asked[-1]
+        pair.answer(questions, "test", member=1)
+    assert (joint.prompt, joint.collaboration.prompts) == ([1], ((1, own),))
+    assert (asked[-1].prompt, asked[-1].collaboration.prompts) == (own, ())
 
 
 def test_an_answer_to_the_start_of_a_completion_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
