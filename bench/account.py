@@ -22,6 +22,7 @@ class Account:
         tokens: written tokens.
         expert_tokens: those that an expert wrote.
         lane_seconds: duration of the steps, per lane.
+        device_seconds: of these, what the device computed, per lane.
         accepted: tokens that the base drafted past a deferral and that stood.
         discarded: those that did not.
         agreements: deferred positions at which the expert wrote what the base would have written.
@@ -38,6 +39,7 @@ class Account:
     accepted: int = 0
     discarded: int = 0
     agreements: int = 0
+    device_seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def since(self, before: Account) -> Account:
         """What came after ``before``."""
@@ -57,12 +59,21 @@ class Account:
             self.accepted - before.accepted,
             self.discarded - before.discarded,
             self.agreements - before.agreements,
+            minus(self.device_seconds, before.device_seconds),
         )
 
     @property
     def share(self) -> float:
         """Coordination share: the part of the engine's time that no lane's step accounts for, 0 to 1."""
         return 1.0 - self.step_seconds / self.loop_seconds if self.loop_seconds else 0.0
+
+    @property
+    def device_share(self) -> float:
+        """Part of the engine's time in which a device computes for one of the lanes, 0 to 1.
+
+        In lockstep the share in which the device is busy; lanes that step at the same time may add up to more than 1.
+        """
+        return sum(self.device_seconds) / self.loop_seconds if self.loop_seconds else 0.0
 
     @property
     def own_microseconds_per_token(self) -> float:

@@ -65,6 +65,7 @@ def _report(
                 str(cell),
                 spread([outcome.tokens_per_second for outcome, _ in measured]),
                 spread(shares, 1, 100, " %"),
+                spread([account.device_share for account in accounts], 1, 100, " %"),
                 spread([account.own_microseconds_per_token for account in accounts]),
                 *account_cells(accounts),
             ]
@@ -82,7 +83,7 @@ def _report(
         if lockstep and name in SHARE_BARS and (cell.concurrency, cell.prompt) == (BAR_CONCURRENCY, "short"):
             label = f"{name}: coordination share, engine, {cell}"
             bars.append(Bar(label, SHARE_BARS[name], tuple(shares), at_most=True))
-    headers = ["cell", "tokens/s", "coordination share", "own us/token", *ACCOUNT_HEADERS]
+    headers = ["cell", "tokens/s", "coordination share", "device busy", "own us/token", *ACCOUNT_HEADERS]
     text = f"### Coordination, {settings.pair.name}, engine alone\n\n{table(headers, rows)}\n\n"
     text += f"Peak resident memory of the engine's process: {peak / 2**20:,.0f} MiB."
     data = {
@@ -131,4 +132,6 @@ def account_record(account: Account) -> dict[str, object]:
         "rows": account.rows,
         "computed": account.computed,
         "lane_seconds": account.lane_seconds,
+        "device_seconds": account.device_seconds,
+        "device_share": account.device_share,
     }

@@ -14,9 +14,17 @@ The mixing function is SplitMix64 (Steele, Lea and Flood, "Fast splittable pseud
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
 _MASK = (1 << 64) - 1
 GOLDEN_RATIO = 0x9E3779B97F4A7C15
 """What SplitMix64's state grows by; 2**64 over the golden ratio."""
+
+FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+"""What SplitMix64 multiplies with."""
 
 TOKEN_STREAM = 0
 """The stream of every lane's token draws."""
@@ -31,8 +39,8 @@ SYMBOL_STREAM = 2 << 32
 def mix(value: int) -> int:
     """SplitMix64's next output after a state: 64 bits, each of which depends on every bit of the state's low 64."""
     value = (value + GOLDEN_RATIO) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    value = ((value ^ (value >> 30)) * FACTORS[0]) & _MASK
+    value = ((value ^ (value >> 27)) * FACTORS[1]) & _MASK
     return value ^ (value >> 31)
 
 
@@ -50,6 +58,19 @@ def key(seed: int, stream: int, position: int) -> int:
         position: number of tokens, prompt included, before the one being drawn; of symbols, without the prompt.
     """
     return mix(series(seed, stream) ^ position)
+
+
+def keys(seeds: Sequence[int], stream: int, positions: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """:func:`key` of many draws at once, each with its own seed and position; shape [len(seeds)]."""
+    of_seeds = np.fromiter((seed & _MASK for seed in seeds), dtype=np.uint64, count=len(seeds))
+    return _mix_all(_mix_all(_mix_all(of_seeds) ^ np.uint64(stream)) ^ np.asarray(positions, dtype=np.uint64))
+
+
+def _mix_all(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    values = values + np.uint64(GOLDEN_RATIO)  # arrays wrap without a warning
+    for shift, factor in zip((30, 27), FACTORS, strict=True):
+        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
+    return values ^ (values >> np.uint64(31))
 
 
 def uniform_in(series: int, position: int) -> float:

@@ -439,6 +439,7 @@ class LaneStats(msgspec.Struct, array_like=True):
         prompt_tokens: computed positions of prompts.
         cache_queries: tokens of requests that were looked up in the prefix cache.
         cache_hits: such tokens that it had.
+        device_seconds: of all steps, what the device computed; the rest of their duration it waited for the host.
     """
 
     name: str
@@ -454,6 +455,7 @@ class LaneStats(msgspec.Struct, array_like=True):
     prompt_tokens: int = 0
     cache_queries: int = 0
     cache_hits: int = 0
+    device_seconds: float = 0.0
 
 
 class EngineStats(msgspec.Struct, array_like=True):

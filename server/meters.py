@@ -168,9 +168,10 @@ class LaneMeter:
                 ("preemptions", metrics.preemptions),
                 ("cache_queries", metrics.cache_queries),
                 ("cache_hits", metrics.cache_hits),
+                ("device_seconds", metrics.device_seconds),
             )
         }
-        self._seen = dict.fromkeys(self._counters, 0)
+        self._seen: dict[str, float] = dict.fromkeys(self._counters, 0)
 
     def restart(self, kv_tokens: int) -> None:
         """The lane is ready, and counts from 0. Its KV cache holds so many tokens."""
@@ -191,6 +192,6 @@ class LaneMeter:
         self._rows.set(report.rows)
         self._kv_usage.set(report.kv_usage)
         for name, counter in self._counters.items():
-            now: int = getattr(report, name)
+            now: float = getattr(report, name)
             counter.inc(now - self._seen[name])
             self._seen[name] = now

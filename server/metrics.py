@@ -104,6 +104,9 @@ class Metrics:
         self.step_seconds = Histogram(
             "collm_lane_step_seconds", "Duration of a lane's steps.", lane, buckets=_STEPS, registry=r
         )
+        self.device_seconds = Counter(
+            "collm_lane_device_seconds", "Of the lane's steps, what its device computed.", lane, registry=r
+        )
         self.rows = Gauge("collm_lane_batch_rows", "Rows in the lane's last step.", lane, registry=r)
         self.catchup = Counter(
             "collm_lane_catchup_tokens", "Written tokens that a lane computed to catch up.", lane, registry=r

@@ -99,6 +99,7 @@ class EngineService:
             account.steps[lane] = report.steps
             account.computed[lane] = report.computed_tokens
             account.lane_seconds[lane] += sum(report.step_seconds)
+            account.device_seconds[lane] = report.device_seconds
         for delta in deltas:
             account.tokens += len(delta.tokens)
             account.expert_tokens += sum(source != BASE for source in delta.sources)

@@ -168,6 +168,8 @@ class LaneReport:
         guests: what the step brought to lanes whose rows it computed too, by lane number; their time is in ``seconds``,
             their tokens and rows in ``tokens`` and ``rows``.
         computed: what was computed for whom, guests' rows included.
+        device_seconds: of ``seconds``, those in which the device computed (the forward pass and sampling); in the
+            others it waited for the host.
     """
 
     samples: list[Sample]
@@ -177,6 +179,7 @@ class LaneReport:
     failures: list[Failure] = field(default_factory=list)
     guests: dict[int, list[Sample]] = field(default_factory=dict)
     computed: list[Computed] = field(default_factory=list)
+    device_seconds: float = 0.0
 
 
 class Lane(Protocol):

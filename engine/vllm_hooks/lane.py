@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from engine.spelling.vocabulary import Vocabulary
     from engine.vllm_hooks.adapters import LaneAdapter
 
-_NO_READINGS = Readings(None, None, [], None, {}, {})
+_NO_READINGS = Readings(None, None, [], None, {}, {}, 0.0)
 _USAGE = None if current_platform.is_cpu() else UsageContext.OPENAI_API_SERVER
 """On a GPU prompts are computed in chunks as large as vLLM's own server takes."""
 
@@ -437,6 +437,7 @@ class VllmLane:
         stats = self._stats
         stats.steps += 1
         computed = self._count(scheduled)
+        stats.device_seconds += readings.device_seconds
         if self._guests:
             failures = [failure._replace(request_id=self._owner(failure.request_id)[1]) for failure in failures]
         seconds = time.perf_counter() - begin
@@ -449,6 +450,7 @@ class VllmLane:
             failures,
             guests,
             computed,
+            readings.device_seconds,
         )
 
     def _count(self, scheduled: SchedulerOutput) -> list[Computed]:

@@ -54,13 +54,15 @@ class Readings(NamedTuple):
         top_probability: [rows], if any row wanted it.
         asked: [samples] of ``LaneEdits.asked``, in its order.
         asked_logprobs: vLLM's ``LogprobsLists`` of these samples, if any of their requests wants log-probabilities.
-        support: row -> see ``Sample.support``, of rows where the lane writes a blend.
-        asked_support: the same by index in ``asked``.
+        asked_support: see ``Sample.support``, by index in ``asked``, where the lane writes a blend.
+        support: the same by row.
+        device_seconds: see ``LaneReport.device_seconds``.
     """
 
     gate: list[list[float]] | None
     top_probability: list[float] | None
     asked: list[int]
     asked_logprobs: Any
-    support: dict[int, list[float]]
     asked_support: dict[int, list[float]]
+    support: dict[int, list[float]]
+    device_seconds: float

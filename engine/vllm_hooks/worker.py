@@ -14,18 +14,16 @@ import numpy as np
 import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.sampling_params import SamplingParams
-from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput
-from vllm.v1.sample.logits_processor import LogitsProcessors
-from vllm.v1.sample.metadata import SamplingMetadata
-from vllm.v1.sample.sampler import _SAMPLING_EPS as GREEDY
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput, SamplerOutput
 
-from engine import draws
 from engine.errors import ConfigError
 from engine.gate import GateArtifact
 from engine.lanes.shelf import Shelf
 from engine.vllm_hooks import blend
+from engine.vllm_hooks.device_clock import DeviceClock, events_of
 from engine.vllm_hooks.isolation import OwnWorkspace, ensure_expert_group, graphs_kept
 from engine.vllm_hooks.masses import MassReader
+from engine.vllm_hooks.sampling import KeyedSampler, metadata_of, on_device
 from engine.vllm_hooks.wire import EDITS, READINGS, SETTINGS_KEY, LaneEdits, Readings
 
 if TYPE_CHECKING:
@@ -77,6 +75,8 @@ class RowReader:
         self._columns_N = torch.tensor(columns, device=device) if columns else None
         self._reading = False
         self._wants_top_probability = False
+        self._asked = 0
+        self._asked_AV: torch.Tensor | None = None
         self._gate_RK: torch.Tensor | None = None
         self._top_R: torch.Tensor | None = None
 
@@ -84,7 +84,12 @@ class RowReader:
         """The next call of the model's ``compute_logits`` is for the rows to be sampled."""
         self._reading = True
         self._wants_top_probability = top_probability
-        self._gate_RK = self._top_R = None
+        self._asked = 0
+        self._gate_RK = self._top_R = self._asked_AV = None
+
+    def expect_asked(self, count: int) -> None:
+        """As many of the last rows of that call are of asked positions: masked like all, kept, and not returned."""
+        self._asked = count
 
     def __call__(self, hidden_RD: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
         """The model's ``compute_logits``, with the gate read and foreign columns masked."""
@@ -93,15 +98,18 @@ class RowReader:
         reading, self._reading = self._reading, False
         if logits_RV is None:
             return None
+        ends = len(logits_RV) - self._asked if reading else len(logits_RV)
         if reading and self._gate is not None:
-            self._gate_RK = self._gate(hidden_RD, logits_RV[:, : self._vocab_size])
+            self._gate_RK = self._gate(hidden_RD[:ends], logits_RV[:ends, : self._vocab_size])
         if reading and self._gate_in_head:
             # A copy: the column is masked next.
-            self._gate_RK = logits_RV[:, -1:].to(torch.float32, copy=True)
+            self._gate_RK = logits_RV[:ends, -1:].to(torch.float32, copy=True)
         for columns in self._slices:
             logits_RV[:, columns] = float("-inf")
         if self._columns_N is not None:
             logits_RV.index_fill_(-1, self._columns_N, float("-inf"))
+        if ends < len(logits_RV):
+            self._asked_AV, logits_RV = logits_RV[ends:], logits_RV[:ends]
         if reading and self._wants_top_probability:
             logits = logits_RV.float()
             self._top_R = torch.exp(logits.amax(-1) - torch.logsumexp(logits, -1))
@@ -111,6 +119,11 @@ class RowReader:
     def gate_RK(self) -> torch.Tensor | None:
         """Gate values read since :meth:`begin`, on the device."""
         return self._gate_RK
+
+    def take_asked(self) -> torch.Tensor | None:
+        """Logits of the asked positions, [A, V]; None if there are none, or on ranks that hold no logits."""
+        asked_AV, self._asked_AV = self._asked_AV, None
+        return asked_AV
 
     def take(self) -> tuple[list[list[float]] | None, list[float] | None]:
         """Gate values and top probabilities read since :meth:`begin`; waits for the device."""
@@ -179,12 +192,19 @@ class LaneWorkerMixin(_Worker):
         )
         # Whatever manager is in place was made by this worker, the last one to start.
         self._collm_workspace = OwnWorkspace()
-        self._collm_generators: list[torch.Generator] = []
+        self._collm_clock = DeviceClock(events_of(self.device))
+        self._collm_keyed: tuple[list[int], list[int], list[int]] = ([], [], [])
         self._collm_batch: Any = None
         self.collm_shelf = Shelf()
         self.collm_masses: MassReader | None = None
         model.compute_logits = self._collm_reader
-        self.model_runner.sampler.gather_logprobs = gather_logprobs
+        runner = self.model_runner
+        runner.sampler.gather_logprobs = gather_logprobs
+        self._collm_sampler = KeyedSampler(runner.sampler.topk_topp_sampler)
+        runner.sampler.topk_topp_sampler.forward = self._collm_sampler
+        runner._prepare_inputs = partial(self._collm_prepare_inputs, runner._prepare_inputs)
+        runner._model_forward = partial(self._collm_forward, runner._model_forward)
+        runner._sample = partial(self._collm_sample, runner._sample)
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache; other lanes' CUDA graphs outlive vLLM's trial captures."""
@@ -212,7 +232,10 @@ class LaneWorkerMixin(_Worker):
             self._collm_batch = batch
             batch.refresh_metadata = partial(self._collm_refresh, batch.refresh_metadata)
         self._collm_reader.begin(edits.top_probability)
-        return super().execute_model(scheduler_output)
+        self._collm_clock.begin()
+        output = super().execute_model(scheduler_output)
+        self._collm_clock.stop()
+        return output
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
@@ -220,9 +243,7 @@ class LaneWorkerMixin(_Worker):
         self._collm_workspace.use()
         # None on pipeline stages that hold no logits.
         state = self.model_runner.execute_model_state
-        asked, asked_logprobs, asked_support = (
-            ([], None, {}) if state is None else self._collm_sample_asked(state.hidden_states)
-        )
+        asked = self._collm_sample_asked()
         blending = None
         if self._collm_edits.parts and state is not None and state.logits is not None:
             blending = self._collm_blend(self._collm_ends(), state.logits)
@@ -233,9 +254,38 @@ class LaneWorkerMixin(_Worker):
             support = {}
             if blending is not None:
                 support = blending.support([tokens[0] if tokens else 0 for tokens in output.sampled_token_ids])
-            readings = Readings(*self._collm_reader.take(), asked, asked_logprobs, support, asked_support)
+            gate, top = self._collm_reader.take()
+            readings = Readings(gate, top, *_read(asked), support=support, device_seconds=self._collm_clock.take())
             setattr(output, READINGS, readings)
         return output
+
+    def _collm_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._collm_clock.start()
+        return forward(*args, **kwargs)
+
+    def _collm_sample(self, sample: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._collm_sampler.prepare(*self._collm_keyed)
+        self._collm_clock.start()
+        output = sample(*args, **kwargs)
+        self._collm_clock.stop()
+        return output
+
+    def _collm_prepare_inputs(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Let the LM head read the asked positions along with the ends of the rows, its weights once for all."""
+        logits_indices, *others = prepare(*args, **kwargs)
+        asked = self._collm_edits.asked
+        if asked:
+            begin = 0
+            begins: dict[str, int] = {}
+            for request_id in self.model_runner.input_batch.req_ids:
+                begins[request_id] = begin
+                begin += self._collm_chunks[request_id]
+            rows = [begins[request_id] + index for request_id, indices in asked.items() for index in indices]
+            self._collm_reader.expect_asked(len(rows))
+            logits_indices = torch.cat(
+                (logits_indices, on_device(rows, logits_indices.dtype, logits_indices.device)),
+            )
+        return logits_indices, *others
 
     def _collm_ends(self) -> list[blend.Place]:
         """The rows of requests with blends that are sampled at their end."""
@@ -257,57 +307,42 @@ class LaneWorkerMixin(_Worker):
         blend.offer(self.collm_shelf, places, logits_RV, lambda: self._collm_reader.gate_RK)
         return blend.blended(self.collm_shelf, places, logits_RV)
 
-    def _collm_sample_asked(
-        self, hidden_TD: torch.Tensor
-    ) -> tuple[list[int], LogprobsLists | None, dict[int, list[float]]]:
+    def _collm_sample_asked(self) -> tuple[SamplerOutput, blend.Blending | None] | None:
         """Sample the positions that were asked for before the end of a row, as if they were its end.
 
         Only requests without penalties, token biases and grammars ask for these, so no more is needed of vLLM's
         sampling than temperature, top_k and top_p.
         """
-        if not self._collm_edits.asked:
-            return [], None, {}
+        logits_AV = self._collm_reader.take_asked()
+        if logits_AV is None:
+            return None
+        self._collm_clock.start()
         runner = self.model_runner
-        begins: dict[str, int] = {}
-        begin = 0
-        for request_id in runner.input_batch.req_ids:
-            begins[request_id] = begin
-            begin += self._collm_chunks[request_id]
-        rows: list[int] = []
         places: list[blend.Place] = []
         offsets = self._collm_edits.draw_offsets
         params: list[SamplingParams] = []
-        generators: dict[int, torch.Generator] = {}
+        rows: list[int] = []
+        seeds: list[int] = []
+        positions: list[int] = []
         for request_id, indices in self._collm_edits.asked.items():
             state = runner.requests[request_id]
             part = self._collm_edits.parts.get(request_id)
             for index in indices:
                 position = state.num_computed_tokens + index + 1
                 if part is not None:
-                    written = position - state.num_prompt_tokens
-                    places.append(blend.Place(len(rows), written, part))
-                if state.generator is not None:
-                    generators[len(rows)] = self._collm_generator(
-                        len(rows), state.sampling_params.seed, position + offsets.get(request_id, 0)
-                    )
-                rows.append(begins[request_id] + index)
+                    places.append(blend.Place(len(params), position - state.num_prompt_tokens, part))
+                if (seed := state.sampling_params.seed) is not None:
+                    rows.append(len(params))
+                    seeds.append(seed)
+                    positions.append(position + offsets.get(request_id, 0))
                 params.append(state.sampling_params)
-        logits_AV = self._collm_reader(hidden_TD[torch.tensor(rows, device=hidden_TD.device)])
-        if logits_AV is None:
-            return [], None, {}  # gathered on another rank
         blending = self._collm_blend(places, logits_AV)
         if blending is not None:
             logits_AV = blending.logits_RV
-        output = runner.sampler(logits_AV, _sampling_metadata(params, generators, logits_AV))
-        logprobs = output.logprobs_tensors
-        tokens = output.sampled_token_ids[:, 0].tolist()
-        support = blending.support(tokens) if blending is not None else {}
-        return tokens, logprobs.tolists() if logprobs is not None else None, support
-
-    def _collm_generator(self, number: int, seed: int, position: int) -> torch.Generator:
-        while len(self._collm_generators) <= number:
-            self._collm_generators.append(torch.Generator(self.device))
-        return self._collm_generators[number].manual_seed(_generator_seed(seed, position))
+        self._collm_sampler.prepare(rows, seeds, positions)
+        output = runner.sampler(logits_AV, metadata_of(params, logits_AV))
+        self._collm_clock.stop()
+        return output, blending
 
     def _collm_refresh(self, refresh: Callable[[], None]) -> None:
         runner = self.model_runner
@@ -327,51 +362,29 @@ class LaneWorkerMixin(_Worker):
             batch.token_ids_cpu[row, begin:end] = tokens
             batch.is_token_ids[row, begin:end] = True
             batch.num_tokens_no_spec[row] = end
+        rows, seeds, positions = [], [], []
+        offsets = self._collm_edits.draw_offsets
         for row, request_id in enumerate(batch.req_ids):
             state = runner.requests[request_id]
-            if state.generator is None:
-                continue
-            position = state.num_computed_tokens + self._collm_chunks[request_id]
-            if position == state.num_tokens:
-                keyed = position + self._collm_edits.draw_offsets.get(request_id, 0)
-                state.generator.manual_seed(_generator_seed(state.sampling_params.seed, keyed))
-                batch.generators[row] = state.generator
-            else:
-                # An unfinished chunk's sample is thrown away. vLLM would rewind the generator, which a CPU
-                # generator cannot do; nothing is rewound where nothing is advanced.
-                batch.generators.pop(row, None)
+            if (seed := state.sampling_params.seed) is not None:
+                rows.append(row)
+                seeds.append(seed)
+                computed = state.num_computed_tokens + self._collm_chunks[request_id]
+                positions.append(computed + offsets.get(request_id, 0))
+        self._collm_keyed = (rows, seeds, positions)
+        # What vLLM would draw from, and rewind where an unfinished chunk's sample is thrown away.
+        batch.generators.clear()
         refresh()
 
 
-def _generator_seed(seed: int, position: int) -> int:
-    # Torch takes seeds below 2^63.
-    return draws.key(seed, draws.TOKEN_STREAM, position) >> 1
-
-
-def _sampling_metadata(
-    params: list[SamplingParams], generators: dict[int, torch.Generator], logits_AV: torch.Tensor
-) -> SamplingMetadata:
-    """For rows of which each is sampled by its own parameters, as far as they count here."""
-    device, vocab_size = logits_AV.device, logits_AV.shape[-1]
-    greedy = [of.temperature < GREEDY for of in params]
-    top_k = [of.top_k if 0 < of.top_k < vocab_size else vocab_size for of in params]
-    top_p = [of.top_p for of in params]
-    nothing = torch.empty(0, device=device)
-    return SamplingMetadata(
-        temperature=None if all(greedy) else torch.tensor([of.temperature for of in params], device=device),
-        all_greedy=all(greedy),
-        all_random=not any(greedy),
-        top_p=torch.tensor(top_p, device=device) if min(top_p) < 1 else None,
-        top_k=torch.tensor(top_k, dtype=torch.int32, device=device) if min(top_k) < vocab_size else None,
-        generators=generators,
-        max_num_logprobs=max((of.logprobs for of in params if of.logprobs is not None), default=None),
-        no_penalties=True,
-        prompt_token_ids=None,
-        frequency_penalties=nothing,
-        presence_penalties=nothing,
-        repetition_penalties=nothing,
-        output_token_ids=[[]] * len(params),
-        allowed_token_ids_mask=None,
-        bad_words_token_ids={row: of.bad_words_token_ids for row, of in enumerate(params) if of.bad_words_token_ids},
-        logitsprocs=LogitsProcessors(),
-    )
+def _read(
+    asked: tuple[SamplerOutput, blend.Blending | None] | None,
+) -> tuple[list[int], LogprobsLists | None, dict[int, list[float]]]:
+    """Tokens, log-probabilities and support of the asked positions; waits for the device."""
+    if asked is None:
+        return [], None, {}
+    output, blending = asked
+    tokens = output.sampled_token_ids[:, 0].tolist()
+    logprobs = output.logprobs_tensors
+    support = blending.support(tokens) if blending is not None else {}
+    return tokens, logprobs.tolists() if logprobs is not None else None, support

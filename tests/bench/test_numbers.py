@@ -70,10 +70,11 @@ def test_the_environment_says_how_busy_the_machine_was() -> None:
 
 
 def test_account() -> None:
-    before = Account(1.0, 0.5, [10, 2], [100, 10], [200, 30], 100, 10, [0.4, 0.1])
-    after = Account(3.0, 2.3, [20, 2], [400, 10], [600, 30], 400, 10, [2.2, 0.1])
+    before = Account(1.0, 0.5, [10, 2], [100, 10], [200, 30], 100, 10, [0.4, 0.1], device_seconds=[0.3, 0.1])
+    after = Account(3.0, 2.3, [20, 2], [400, 10], [600, 30], 400, 10, [2.2, 0.1], device_seconds=[1.5, 0.2])
     account = after.since(before)
     assert account.share == pytest.approx(0.1)
+    assert account.device_share == pytest.approx(1.3 / 2)
     assert account.own_microseconds_per_token == pytest.approx(1e6 * 0.2 / 300)
     assert account.limit_tokens_per_second == pytest.approx(300 / 1.8)
     assert account.rows_per_step(0) == 30

@@ -85,3 +85,10 @@ def test_neighbouring_draws_are_independent(one: tuple[int, int, int], other: tu
 def test_a_bad_generator_fails_here() -> None:
     counts, _ = np.histogram([index * 0.618 % 0.99 for index in range(20_000)], bins=100, range=(0, 1))
     assert chisquare(counts).pvalue < LEVEL
+
+
+def test_many_keys_at_once() -> None:
+    seeds = [0, 1, -1, 1 << 63, (1 << 64) - 1, -(1 << 62), 12345]
+    positions = [0, 5, 1 << 31, 7, 8191, 1, 131_071]
+    expected = [draws.key(seed, draws.POLICY_STREAM, at) for seed, at in zip(seeds, positions, strict=True)]
+    assert draws.keys(seeds, draws.POLICY_STREAM, positions).tolist() == expected

@@ -116,8 +116,8 @@ def combine(blend: Blend, rows: dict[int, torch.Tensor], weights: dict[int, floa
 
 def noisy_argmax(logits: torch.Tensor, seed: int, position: int) -> int:
     """A draw from softmax(logits) [V] by the noise that vLLM's CPU sampler takes for this key."""
-    generator = torch.Generator().manual_seed(draws.key(seed, draws.TOKEN_STREAM, position) >> 1)
-    noise = torch.randint(0, 2**31, (1,), generator=generator)
+    key = draws.key(seed, draws.TOKEN_STREAM, position)
+    noise = torch.tensor([key - (1 << 64) if key >> 63 else key])
     return int(torch.ops._C.fused_gumbel_argmax(logits[None].float().contiguous(), noise)[0])
 
 

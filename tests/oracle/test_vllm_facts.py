@@ -229,6 +229,14 @@ def test_compiled_normalisation_is_for_eager_lanes_and_those_who_choose_nothing(
     assert priority(enforce_eager=False) == ["native"]
 
 
+def test_a_step_goes_through_what_the_worker_wraps() -> None:
+    step = inspect.getsource(GPUModelRunner.execute_model)
+    assert "self._prepare_inputs(scheduler_output, num_scheduled_tokens_np)" in step
+    assert step.index("self._prepare_inputs(") < step.index("self._model_forward(") < step.index("compute_logits(")
+    assert "self._sample(logits, spec_decode_metadata)" in inspect.getsource(GPUModelRunner.sample_tokens)
+    assert "self.topk_topp_sampler(" in inspect.getsource(Sampler.sample)
+
+
 def test_hidden_states_of_all_computed_tokens_are_kept_until_sampling() -> None:
     assert "hidden_states" in ExecuteModelState._fields
     assert "self.execute_model_state = None" in inspect.getsource(GPUModelRunner.sample_tokens)

@@ -31,7 +31,7 @@ PROMISED = {
             "virtual_memory_bytes", "resident_memory_bytes", "start_time_seconds", "cpu_seconds", "open_fds", "max_fds",
         )
     ),
-    "collm_unaligned_deferrals",
+    "collm_unaligned_deferrals", "collm_lane_device_seconds",
 }  # fmt: skip
 JOINT = {"model_name": "collm-demo"}
 
@@ -165,7 +165,9 @@ async def test_the_engine_s_account(house: House) -> None:
         expert_waits=[0.1, 0.2],
         unaligned_deferrals=4,
     )
+    stats.lanes[1].device_seconds = 0.02
     house.engine.batch(stats)
+    stats.lanes[1].device_seconds = 0.045
     stats.lanes[1].prompt_tokens, stats.lanes[1].cache_queries, stats.lanes[1].cache_hits = 40, 60, 20
     stats.loop_seconds, stats.step_seconds = 2.5, 2.0
     stats.lanes[1].catchup_tokens, stats.lanes[1].preemptions, stats.lanes[1].step_seconds = 9, 2, [0.03]
@@ -173,6 +175,7 @@ async def test_the_engine_s_account(house: House) -> None:
     house.engine.batch(stats)
     assert await house.metric("collm_lane_step_seconds_count", **lane) == 3
     assert await house.metric("collm_lane_step_seconds_sum", **lane) == pytest.approx(0.06)
+    assert await house.metric("collm_lane_device_seconds_total", **lane) == pytest.approx(0.045)
     assert await house.metric("collm_lane_batch_rows", **lane) == 5
     assert await house.metric("collm_lane_kv_cache_usage_ratio", **lane) == 0.5
     assert await house.metric("collm_lane_catchup_tokens_total", **lane) == 9
