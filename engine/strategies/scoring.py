@@ -30,7 +30,7 @@ from engine.types import BASE, ErrorCode, SamplingSpec, TokenLogprobs
 WINDOW_ELEMENTS = 1 << 24
 """Logits that a lane may have in its hands for the positions of one window: 64 MiB of float32."""
 
-LONGEST_WINDOW = 512
+LONGEST_WINDOW = 64
 
 
 def window_of(vocab_size: int) -> int:

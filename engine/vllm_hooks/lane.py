@@ -420,14 +420,16 @@ class VllmLane:
             assert spec is not None
             guest, request_id = self._owner(request.request_id)
             sample = Sample(request_id, position, token)
+            # Readings of asked positions lie behind those of the rows' ends.
+            reading = len(output.req_ids) + row if asked else row
+            if readings.gate is not None and guest is None:
+                sample.gate = readings.gate[reading]
+            if readings.top_probability is not None:
+                sample.top_probability = readings.top_probability[reading]
             if asked:
                 sample.logprobs = row_logprobs(readings.asked_logprobs, row, spec.logprobs)
                 sample.support = readings.asked_support.get(row)
             else:
-                if readings.gate is not None and guest is None:
-                    sample.gate = readings.gate[row]
-                if readings.top_probability is not None:
-                    sample.top_probability = readings.top_probability[row]
                 sample.logprobs = row_logprobs(output.logprobs, row, spec.logprobs)
                 sample.support = readings.support.get(row)
                 prompt = output.prompt_logprobs_dict.get(request.request_id)

@@ -55,6 +55,7 @@ class _Row(msgspec.Struct):
         sample: the runner's last sample.
         part: the lane's part in the request's blend.
         draw_offset: see LaneRequest.
+        scores: see LaneRequest.
     """
 
     request: Request
@@ -65,6 +66,7 @@ class _Row(msgspec.Struct):
     sample: int = -1
     part: Part | None = None
     draw_offset: int = 0
+    scores: bool = False
 
 
 class LaneScheduler(Scheduler):
@@ -106,7 +108,12 @@ class LaneScheduler(Scheduler):
         request.prefill_stats = None
         final = request.num_prompt_tokens + added.final
         self._rows[request.request_id] = _Row(
-            request, final, list(added.asked), part=added.part, draw_offset=added.draw_offset
+            request,
+            final,
+            list(added.asked),
+            part=added.part,
+            draw_offset=added.draw_offset,
+            scores=added.scores,
         )
         if added.wants_top_probability:
             self._wants_top_probability.add(request.request_id)
@@ -288,6 +295,7 @@ class LaneScheduler(Scheduler):
         asked: dict[str, list[int]] = {}
         parts: dict[str, Part] = {}
         offsets: dict[str, int] = {}
+        scored: set[str] = set()
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             row = self._rows[request_id]
             request = row.request
@@ -299,6 +307,8 @@ class LaneScheduler(Scheduler):
                 begin = request.num_computed_tokens - num_tokens
                 if indices := [position - 1 - begin for position in _pass(row)]:
                     asked[request_id] = indices
+                    if row.scores:
+                        scored.add(request_id)
             if row.synced < request.num_output_tokens:
                 edits[request_id] = Edit(row.synced, request._output_token_ids[row.synced :])
                 row.synced = request.num_output_tokens
@@ -307,7 +317,12 @@ class LaneScheduler(Scheduler):
             output,
             EDITS,
             LaneEdits(
-                edits, bool(wanted) and not wanted.isdisjoint(output.num_scheduled_tokens), asked, parts, offsets
+                edits,
+                bool(wanted) and not wanted.isdisjoint(output.num_scheduled_tokens),
+                asked,
+                parts,
+                offsets,
+                frozenset(scored),
             ),
         )
         return output

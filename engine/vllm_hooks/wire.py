@@ -37,6 +37,7 @@ class LaneEdits(NamedTuple):
             besides the one at the end.
         draw_offsets: request id -> see LaneRequest, of scheduled requests where it is not 0.
         parts: request id -> the lane's part in its blend, of scheduled requests that have one.
+        scored: requests whose asked positions are scored by the token that stands there; nothing is drawn at them.
     """
 
     tokens: dict[str, Edit]
@@ -44,14 +45,15 @@ class LaneEdits(NamedTuple):
     asked: dict[str, list[int]]
     parts: dict[str, Part]
     draw_offsets: dict[str, int]
+    scored: frozenset[str] = frozenset()
 
 
 class Readings(NamedTuple):
     """What a worker read off the rows that were sampled, in the order of ``ModelRunnerOutput.req_ids``.
 
     Attributes:
-        gate: [rows][K] gate values, or None for a lane without a gate.
-        top_probability: [rows], if any row wanted it.
+        gate: [rows + samples of ``asked``][K] gate values, or None for a lane without a gate.
+        top_probability: [rows + samples of ``asked``], if any row wanted it.
         asked: [samples] of ``LaneEdits.asked``, in its order.
         asked_logprobs: vLLM's ``LogprobsLists`` of these samples, if any of their requests wants log-probabilities.
         asked_support: see ``Sample.support``, by index in ``asked``, where the lane writes a blend.

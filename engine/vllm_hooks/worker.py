@@ -98,27 +98,31 @@ class RowReader:
         reading, self._reading = self._reading, False
         if logits_RV is None:
             return None
-        ends = len(logits_RV) - self._asked if reading else len(logits_RV)
         if reading and self._gate is not None:
-            self._gate_RK = self._gate(hidden_RD[:ends], logits_RV[:ends, : self._vocab_size])
+            self._gate_RK = self._gate(hidden_RD, logits_RV[:, : self._vocab_size])
         if reading and self._gate_in_head:
             # A copy: the column is masked next.
-            self._gate_RK = logits_RV[:ends, -1:].to(torch.float32, copy=True)
+            self._gate_RK = logits_RV[:, -1:].to(torch.float32, copy=True)
         for columns in self._slices:
             logits_RV[:, columns] = float("-inf")
         if self._columns_N is not None:
             logits_RV.index_fill_(-1, self._columns_N, float("-inf"))
-        if ends < len(logits_RV):
-            self._asked_AV, logits_RV = logits_RV[ends:], logits_RV[:ends]
         if reading and self._wants_top_probability:
             logits = logits_RV.float()
             self._top_R = torch.exp(logits.amax(-1) - torch.logsumexp(logits, -1))
+        if reading and self._asked:
+            self._asked_AV, logits_RV = logits_RV[-self._asked :], logits_RV[: -self._asked]
         return logits_RV
 
     @property
     def gate_RK(self) -> torch.Tensor | None:
-        """Gate values read since :meth:`begin`, on the device."""
+        """Gate values read since :meth:`begin`, on the device: those of the asked positions are the last ones."""
         return self._gate_RK
+
+    @property
+    def asked_gate_AK(self) -> torch.Tensor | None:
+        """Gate values of the asked positions, on the device."""
+        return None if self._gate_RK is None else self._gate_RK[-self._asked :]
 
     def take_asked(self) -> torch.Tensor | None:
         """Logits of the asked positions, [A, V]; None if there are none, or on ranks that hold no logits."""
@@ -126,7 +130,10 @@ class RowReader:
         return asked_AV
 
     def take(self) -> tuple[list[list[float]] | None, list[float] | None]:
-        """Gate values and top probabilities read since :meth:`begin`; waits for the device."""
+        """Gate values and top probabilities read since :meth:`begin`; waits for the device.
+
+        Those of the rows' ends come first, then those of the asked positions.
+        """
         gate = self._gate_RK.tolist() if self._gate_RK is not None else None
         top = self._top_R.tolist() if self._top_R is not None else None
         self._gate_RK = self._top_R = None
@@ -155,6 +162,30 @@ def gather_logprobs(logprobs_RV: torch.Tensor, num_logprobs: int, token_ids: tor
         torch.cat((own_R1, top_RN), dim=1),
         torch.cat([(rows_RV >= rows_R1).sum(-1) for rows_RV, rows_R1 in pairs]),
     )
+
+
+def score(logits_AV: torch.Tensor, given: dict[int, int], num_logprobs: int) -> SamplerOutput:
+    """What a sampler would say of rows in which these tokens were drawn.
+
+    Args:
+        given: row -> token.
+        num_logprobs: most probable tokens wanted of each row.
+    """
+    rows_G = torch.tensor(list(given), device=logits_AV.device)
+    tokens_G = torch.tensor(list(given.values()), device=logits_AV.device)
+    logprobs_GV = logits_AV[rows_G].log_softmax(dim=-1, dtype=torch.float32)
+    tokens_G1 = tokens_G.to(torch.int32).unsqueeze(-1)
+    return SamplerOutput(tokens_G1, gather_logprobs(logprobs_GV, num_logprobs, tokens_G))
+
+
+def write_over(output: SamplerOutput, scored: SamplerOutput, rows: list[int]) -> None:
+    """Put scored rows in the place of drawn ones; both have as many columns of log-probabilities."""
+    assert output.logprobs_tensors is not None
+    assert scored.logprobs_tensors is not None
+    rows_G = torch.tensor(rows, device=output.sampled_token_ids.device)
+    output.sampled_token_ids[rows_G] = scored.sampled_token_ids.to(output.sampled_token_ids.dtype)
+    for drawn, of_given in zip(output.logprobs_tensors[:3], scored.logprobs_tensors[:3], strict=True):
+        drawn[rows_G] = of_given.to(drawn.dtype)
 
 
 def head_width(model: torch.nn.Module) -> int | None:
@@ -246,7 +277,7 @@ class LaneWorkerMixin(_Worker):
         asked = self._collm_sample_asked()
         blending = None
         if self._collm_edits.parts and state is not None and state.logits is not None:
-            blending = self._collm_blend(self._collm_ends(), state.logits)
+            blending = self._collm_blend(self._collm_ends(), state.logits, lambda: self._collm_reader.gate_RK)
             if blending is not None:
                 self.model_runner.execute_model_state = state._replace(logits=blending.logits_RV)
         output = super().sample_tokens(grammar_output)
@@ -300,11 +331,13 @@ class LaneWorkerMixin(_Worker):
                 places.append(blend.Place(row, len(state.output_token_ids), part))
         return places
 
-    def _collm_blend(self, places: list[blend.Place], logits_RV: torch.Tensor) -> blend.Blending | None:
+    def _collm_blend(
+        self, places: list[blend.Place], logits_RV: torch.Tensor, gate_RK: Callable[[], torch.Tensor | None]
+    ) -> blend.Blending | None:
         """Lay down what others need, and blend what they have laid down."""
         if self.collm_masses is not None:
             self.collm_masses.lay_down(self.collm_shelf, places, logits_RV)
-        blend.offer(self.collm_shelf, places, logits_RV, lambda: self._collm_reader.gate_RK)
+        blend.offer(self.collm_shelf, places, logits_RV, gate_RK)
         return blend.blended(self.collm_shelf, places, logits_RV)
 
     def _collm_sample_asked(self) -> tuple[SamplerOutput, blend.Blending | None] | None:
@@ -324,6 +357,7 @@ class LaneWorkerMixin(_Worker):
         rows: list[int] = []
         seeds: list[int] = []
         positions: list[int] = []
+        given: dict[int, int] = {}
         for request_id, indices in self._collm_edits.asked.items():
             state = runner.requests[request_id]
             part = self._collm_edits.parts.get(request_id)
@@ -331,16 +365,26 @@ class LaneWorkerMixin(_Worker):
                 position = state.num_computed_tokens + index + 1
                 if part is not None:
                     places.append(blend.Place(len(params), position - state.num_prompt_tokens, part))
-                if (seed := state.sampling_params.seed) is not None:
+                if request_id in self._collm_edits.scored:
+                    given[len(params)] = state.output_token_ids[position - state.num_prompt_tokens]
+                elif (seed := state.sampling_params.seed) is not None:
                     rows.append(len(params))
                     seeds.append(seed)
                     positions.append(position + offsets.get(request_id, 0))
                 params.append(state.sampling_params)
-        blending = self._collm_blend(places, logits_AV)
+        blending = self._collm_blend(places, logits_AV, lambda: self._collm_reader.asked_gate_AK)
         if blending is not None:
             logits_AV = blending.logits_RV
-        self._collm_sampler.prepare(rows, seeds, positions)
-        output = runner.sampler(logits_AV, metadata_of(params, logits_AV))
+        metadata = metadata_of(params, logits_AV)
+        # Before the sampler, which may change logits in place.
+        scored = score(logits_AV, given, metadata.max_num_logprobs or 0) if given else None
+        if scored is not None and len(given) == len(params):
+            output = scored
+        else:
+            self._collm_sampler.prepare(rows, seeds, positions)
+            output = runner.sampler(logits_AV, metadata)
+            if scored is not None:
+                write_over(output, scored, list(given))
         self._collm_clock.stop()
         return output, blending
 
