@@ -91,8 +91,8 @@ def engine(served: pairs.Served) -> Iterator[Engine]:
 @pytest.fixture(scope="module")
 def texts(prompts: list[list[int]]) -> list[list[int]]:
     """Of one window, of three, and some that end with one."""
-    longest = [token for prompt in prompts for token in prompt][:180]
-    return [longest, longest[:65], longest[50:116], prompts[0][:2], *(text for text in prompts[1:6] if len(text) > 1)]
+    longest = [token for prompt in prompts for token in prompt][:140]
+    return [longest, longest[:65], longest[50:116], prompts[0][:2], *(text for text in prompts[1:3] if len(text) > 1)]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -125,19 +125,25 @@ def test_the_most_probable_tokens(served: pairs.Served, engine: Engine, texts: l
     "settings",
     [
         pytest.param({**CHUNKED, **TIGHT}, id="chunked, tight"),
-        pytest.param({"enable_prefix_caching": False, "scheduler": {"gather": 4}}, id="no prefix caching, gather"),
+        pytest.param(
+            {"enable_prefix_caching": False, "scheduler": {"gather": 4}},
+            id="no prefix caching, gather",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_any_way_of_computing(settings: dict[str, Any], served: pairs.Served, prompts: list[list[int]]) -> None:
-    many = [text for text in prompts[:24] if len(text) > 1]
+    everything = [token for prompt in prompts for token in prompt]
+    many = [everything[begin : begin + 130] for begin in range(0, 240, 30)]
     with Engine(served.config(**settings)) as engine:
-        for case in ("marginal over the gate", "union where the gate asks", "confidence"):
+        for case in ("union where the gate asks", "confidence"):
             same(engine.generate(asked(case, many)), many, loops(served, case, many))
         stats = assert_empty(engine)
         if "kv_blocks" in settings:
-            assert min(lane.preemptions for lane in stats.lanes) > 0
+            assert sum(lane.preemptions for lane in stats.lanes) > 0
 
 
+@pytest.mark.slow
 def test_worker_processes(served: pairs.Served, texts: list[list[int]]) -> None:
     """Members in processes of their own are asked one by one; what needs their distributions is refused by name."""
     with Engine(served.config(executor="mp", coordination="overlapped")) as engine:
