@@ -181,9 +181,11 @@ def test_asked_positions_are_in_the_one_product_of_the_head() -> None:
     wanted = hidden @ weight.T
     wanted[:, 5] = float("-inf")
     assert torch.equal(torch.cat((ends, asked)), wanted)
+    # Those of the asked positions are the last ones.
+    assert torch.equal(reader.asked_gate_AK, hidden[3:] @ weight[5:].T)
     gate, top = reader.take()
-    assert gate == [[pytest.approx(float(row @ weight[5]))] for row in hidden[:3]]
-    assert top == pytest.approx(torch.softmax(wanted[:3], -1).amax(-1).tolist())
+    assert gate == [[pytest.approx(float(row @ weight[5]))] for row in hidden]
+    assert top == pytest.approx(torch.softmax(wanted, -1).amax(-1).tolist())
     prompt = reader(hidden)  # for prompt log-probabilities: all rows come back
     assert prompt is not None
     assert len(prompt) == 5
