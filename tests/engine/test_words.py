@@ -117,7 +117,10 @@ def test_an_experts_end_is_the_bases() -> None:
     assert got.words == [WrittenWord(0, 1, 1, -0.25)]
 
 
-@pytest.mark.parametrize("fields", [{"min_tokens": 2}, {"ignore_eos": True}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"min_tokens": 2}, {"ignore_eos": True}, {"ignore_eos": True, "stop_token_ids": (toys.end(BASE),)}],
+)
 def test_an_end_that_does_not_count_leaves_the_word_to_the_base(fields: dict[str, Any]) -> None:
     hand = Hand()
     hand.add(**fields)

@@ -266,8 +266,9 @@ class WordsDecoding(DeferralDecoding):
         before = len(answer.tokens)
         if not word.tokens:
             end = self.words.end
-            ends = word.ended and end in answer.stop_token_ids and before + 1 >= answer.min_tokens
-            return [end] if ends and end is not None else []
+            if end is None or not word.ended or answer.request.sampling.ignore_eos or before + 1 < answer.min_tokens:
+                return []
+            return [end]
         try:
             tokens = self._base.spell(word.text)
         except SpellingError:
