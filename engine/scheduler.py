@@ -205,9 +205,8 @@ class Scheduler:
             self._carry_out(decoding, decoding.on_sample(lane, sample, fault))
         return gained
 
-    def charge(self, computed: Iterable[Computed], seconds: float) -> None:
+    def charge(self, computed: Series[Computed], seconds: float) -> None:
         """Note what a step that took so long has computed, to whoever it was for. Before its samples are landed."""
-        computed = list(computed)
         running = self._running
         each = seconds / max(1, sum(row.tokens for row in computed))
         for lane, request_id, tokens, prompt_tokens, cached_tokens in computed:
@@ -333,8 +332,6 @@ class Scheduler:
                     return False
             elif type(decision) is Scored:
                 decoding.answer.note_prompt_logprobs(decision.entries)
-                self._end(decoding, "length")
-                return False
             elif type(decision) is Finish:
                 self._end(decoding, decision.reason)
                 return False

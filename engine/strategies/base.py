@@ -41,7 +41,7 @@ class End(msgspec.Struct, frozen=True):
 
 
 class Scored(NamedTuple):
-    """The request's prompt is scored, which is all that it asked for: it ends, by "length".
+    """The request's prompt is scored.
 
     Attributes:
         entries: one for each prompt token but the first.
@@ -164,9 +164,7 @@ class SharedText(Decoding):
         super().__init__(answer, primary_lane)
         self.known = [NEVER_TOLD] * lanes
         request = answer.request
-        self.prompts = [request.prompt] * lanes
-        for lane, prompt in request.collaboration.prompts:
-            self.prompts[lane] = prompt
+        self.prompts = [request.prompt_of(lane) for lane in range(lanes)]
         self.prompt_lengths = [len(prompt) for prompt in self.prompts]
 
     def sampling(self, lane: int) -> SamplingSpec:

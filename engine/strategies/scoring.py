@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from engine.blends import Blend
 from engine.lanes.interface import Extension, LaneRequest, Part, Sample
 from engine.sequence import Sequence
-from engine.strategies.base import LOST, Decision, Decoding, End, Rejected, Scored
+from engine.strategies.base import LOST, Decision, Decoding, End, Finish, Rejected, Scored
 from engine.strategies.deferral.blending import BASE_ALONE, NO_DISTRIBUTION, Blends, Roles
 from engine.strategies.deferral.strategy import Deferral, DeferralDecoding
 from engine.types import BASE, ErrorCode, SamplingSpec, TokenLogprobs
@@ -201,11 +201,10 @@ class ScoringDecoding(DeferralDecoding):
         position = self.pending.popleft()
         assert sample.logprobs is not None
         if lane == BASE:
-            try:
-                self.writers.append(self._writer(sample))
-            except ValueError as error:
-                self.shared.counters.gate_errors += 1
-                return (End(str(error), ErrorCode.BAD_READING),)
+            writer, _, fault = self._look(sample, None)
+            if fault is not None:
+                return (fault,)
+            self.writers.append(writer)
             self.entries.append(sample.logprobs)
         elif self.roles.blend is None or lane == self.roles.blend.writer:
             if sample.support is not None and any(map(math.isnan, sample.support)):
@@ -218,10 +217,10 @@ class ScoringDecoding(DeferralDecoding):
         self.shared.counters.expert_failures += 1
         return (LOST,)
 
-    def _writer(self, sample: Sample) -> int:
+    def _decide(self, sample: Sample) -> tuple[int, float | None]:
         if self.roles.blend is not None and self.everywhere:
-            return self.roles.chain[0]
-        return self._decide(sample)[0] if self.experts else BASE
+            return self.roles.chain[0], None
+        return super()._decide(sample) if self.experts else (BASE, None)
 
     @property
     def may_defer(self) -> bool:
@@ -235,7 +234,7 @@ class ScoringDecoding(DeferralDecoding):
             self._give_the_floor(*self.queue.popleft())
             return (self.shared.waits[self.turn],)
         if self.end == len(self.text):
-            return (Scored(self.entries),)
+            return (Scored(self.entries), Finish("length"))
         self._open_window()
         return (self.shared.asks[BASE],)
 

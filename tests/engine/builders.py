@@ -9,7 +9,7 @@ from typing import Any
 from bench.standin import StandinLane
 from engine.blends import Blend
 from engine.config import EngineConfig, ExpertConfig, LaneConfig
-from engine.lanes import Lane, LaneRequest, Sample
+from engine.lanes import Lane, LaneRequest, LaneWork, Sample
 from engine.lanes.shelf import Shelf
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies
@@ -112,6 +112,31 @@ def make_lanes(
         )
         for number in range(pair.lanes)
     ]
+
+
+class RepeatingLane(StandinLane):
+    """Samples a dropped row a second time at the same position, as a real lane may, instead of leaving it alone.
+
+    Once: two rows that repeat themselves whenever they are dropped can take each other's memory for ever.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._repeated: set[str] = set()
+
+    def preempt(self, request_id: str) -> None:
+        super().preempt(request_id)
+        if request_id not in self._repeated:
+            self._repeated.add(request_id)
+            self._rows[request_id].preempted = False
+
+    def apply(self, work: LaneWork) -> None:
+        self._repeated.difference_update(work.remove, [extension.request_id for extension in work.extend])
+        for extension in work.extend:
+            row = self._rows[extension.request_id]
+            if row.computed < len(row.tokens):
+                row.computed = 0
+        super().apply(work)
 
 
 def sample(request_id: str = "a", position: int = 3, token: int = 5, gate: float = BASE_WRITES, **more: Any) -> Sample:

@@ -6,9 +6,9 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from bench.standin import StandinLane, mass_of
@@ -25,6 +25,7 @@ from engine.strategies.characters.strategy import CharactersDecoding
 from engine.types import NO_TOKEN, GenerationRequest
 from tests.engine.builders import request
 from tests.engine.oracle import Ledger
+from tests.engine.test_scheduler_machine import hunt
 
 MERGES = (
     [("a", "b"), ("ab", "c"), ("d", "e"), ("Ġ", "f")],
@@ -273,9 +274,4 @@ EXTEND, ON_SAMPLE = CharactersDecoding.extend, CharactersDecoding.on_sample
 )
 def test_the_machine_finds(method: str, sabotage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CharactersDecoding, method, sabotage)
-    hunt = settings(
-        max_examples=500, stateful_step_count=30, phases=[Phase.generate], database=None, derandomize=True,
-        print_blob=False, report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    with pytest.raises((AssertionError, LookupError, ValueError)):
-        run_state_machine_as_test(CharactersMachine, settings=hunt)
+    hunt(CharactersMachine, max_examples=500, stateful_step_count=30)

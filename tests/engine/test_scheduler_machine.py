@@ -29,7 +29,7 @@ from engine.sequence import Sequence
 from engine.strategies.base import Decision, SharedText
 from engine.strategies.deferral.strategy import DeferralDecoding
 from engine.types import BASE, Delta, GenerationRequest, Token, TokenLogprobs
-from tests.engine.builders import POLICY_NAMES, make_lanes, make_scheduler, request
+from tests.engine.builders import POLICY_NAMES, RepeatingLane, make_lanes, make_scheduler, request
 from tests.engine.oracle import Ledger, Pair, Written, check, look
 
 MAX_REQUESTS = 12
@@ -43,21 +43,6 @@ SCORES: dict[Focus, tuple[bool, ...]] = {
 }
 LANE = st.integers(0, 2)
 """Taken modulo the number of lanes."""
-
-
-class RepeatingLane(StandinLane):
-    """Samples a dropped row a second time at the same position, as a real lane does, instead of leaving it alone."""
-
-    def preempt(self, request_id: str) -> None:
-        super().preempt(request_id)
-        self._rows[request_id].preempted = False
-
-    def apply(self, work: LaneWork) -> None:
-        for extension in work.extend:
-            row = self._rows[extension.request_id]
-            if row.computed < len(row.tokens):
-                row.computed = 0
-        super().apply(work)
 
 
 @st.composite
@@ -150,6 +135,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = make_scheduler(self.pair, self.scheduler_type, score_window=score_window)
         kind = self.lane_types[lane_kind]
         self.lanes = make_lanes(self.pair, kind, token_budget=token_budget, kv_tokens=kv_tokens)
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing has happened yet."""
         self.under_way: dict[int, list[Sample]] = {}
         self.landed: list[tuple[int, Sample]] = []
         self.requests: dict[str, GenerationRequest] = {}
@@ -159,11 +148,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # -- requests ---------------------------------------------------------------------------------------------
 
+    def drawn_request(self, data: st.DataObject, request_id: str) -> GenerationRequest:
+        return data.draw(requests(request_id, self.pair, focus=self.focus))
+
     @precondition(lambda self: len(self.requests) < MAX_REQUESTS)
     @rule(data=st.data(), count=st.integers(1, 3))
     def add(self, data: st.DataObject, count: int) -> None:
         for _ in range(count):
-            new = data.draw(requests(str(len(self.requests)), self.pair, focus=self.focus))
+            new = self.drawn_request(data, str(len(self.requests)))
             self.requests[new.request_id] = new
             self.scheduler.add(new)
 
@@ -465,14 +457,17 @@ PATCHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 
 def must_be_found(machine: type[SchedulerMachine], focus: Focus = "deferral") -> None:
     # What has nothing to do with the fault would take the examples that show it.
-    machine = type("Focused", (machine,), {"focus": focus})
-    # Found is enough: what it shrinks to is of no interest.
-    hunt = settings(
-        max_examples=4000, stateful_step_count=40, phases=[Phase.generate], database=None, derandomize=True,
-        print_blob=False, report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
+    hunt(type("Focused", (machine,), {"focus": focus}), max_examples=4000, stateful_step_count=40)
+
+
+def hunt(machine: type[RuleBasedStateMachine], **size: int) -> None:
+    """The machine finds something wrong. Found is enough: what it shrinks to is of no interest."""
+    how = settings(
+        phases=[Phase.generate], database=None, derandomize=True, print_blob=False, report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck), **size,
     )  # fmt: skip
     with pytest.raises((AssertionError, LookupError, ValueError)):
-        run_state_machine_as_test(machine, settings=hunt)
+        run_state_machine_as_test(machine, settings=how)
 
 
 @pytest.mark.parametrize("sabotaged", SABOTAGED_SCHEDULERS)

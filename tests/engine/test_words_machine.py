@@ -21,7 +21,7 @@ from engine.strategies.words.strategy import WordsDecoding
 from engine.types import BASE, GenerationRequest
 from tests.engine import toys, words_oracle
 from tests.engine.builders import POLICY_NAMES, request
-from tests.engine.oracle import Ledger, Pair, Written, check
+from tests.engine.oracle import Pair, Written, check
 from tests.engine.test_scheduler_machine import LANE, MAX_REQUESTS, SchedulerMachine, must_be_found
 
 LONGEST = 40
@@ -103,20 +103,10 @@ class WordsMachine(SchedulerMachine):
             )
             for lane in range(pair.lanes)
         ]
-        self.under_way: dict[int, list[Sample]] = {}
-        self.landed: list[tuple[int, Sample]] = []
-        self.requests: dict[str, GenerationRequest] = {}
-        self.aborted: set[str] = set()
-        self.ledger = Ledger()
-        self.events = 0
+        self.begin()
 
-    @precondition(lambda self: len(self.requests) < MAX_REQUESTS)
-    @rule(data=st.data(), count=st.integers(1, 3))
-    def add(self, data: st.DataObject, count: int) -> None:
-        for _ in range(count):
-            new = data.draw(requests(str(len(self.requests)), self.pair, plain=self.focus == "deferral"))
-            self.requests[new.request_id] = new
-            self.scheduler.add(new)
+    def drawn_request(self, data: st.DataObject, request_id: str) -> GenerationRequest:
+        return data.draw(requests(request_id, self.pair, plain=self.focus == "deferral"))
 
     @precondition(lambda self: self.landed)
     @rule(choice=st.integers(0, 1 << 16), newest=st.booleans())

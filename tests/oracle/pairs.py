@@ -41,6 +41,17 @@ PRESSED: dict[str, Any] = {**CHUNKED, **TIGHT, "enable_prefix_caching": False}
 over again after a preemption."""
 
 
+def kv_memory(folder: Path, blocks: int | None) -> int:
+    """Bytes that hold so many usable KV blocks of a model in float32; None is plenty."""
+    if blocks is None:
+        return KV_BYTES
+    config = json.loads((folder / "config.json").read_text())
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    token: int = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 4
+    # One block is vLLM's null block.
+    return token * 32 * (blocks + 1)
+
+
 @dataclass(frozen=True)
 class Served:
     """A pair on disk, and the same pair as Hugging Face models."""
@@ -67,12 +78,7 @@ class Served:
         options = {"dtype": "float32", "max_model_len": self.max_model_len, **vllm}
 
         def kv_bytes(path: Path, lane: int) -> int:
-            if kv_blocks is None:
-                return KV_BYTES
-            config = json.loads((path / "config.json").read_text())
-            head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-            token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 4
-            return token * 32 * (kv_blocks[lane] + 1)
+            return kv_memory(path, None if kv_blocks is None else kv_blocks[lane])
 
         return EngineConfig(
             base=LaneConfig(model=str(self.base), vllm=options, kv_cache_memory_bytes=kv_bytes(self.base, 0)),

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from engine.config import EngineConfig, ExpertConfig, LaneConfig, SchedulerConfig
+from tests.oracle.pairs import kv_memory
 
 TEXT = [
     "The three codes of Liberia are LBR, LR and 430; those of Ecuador ECU, EC and 218.",
@@ -45,19 +46,24 @@ class SpelledPair:
         """``kv_blocks``: usable KV blocks of each lane; None is plenty."""
         options = {"dtype": "float32", "max_model_len": self.max_model_len, **vllm}
 
-        def lane(folder: Path, model: Any) -> dict[str, Any]:
-            config = model.config
-            head = config.hidden_size // config.num_attention_heads
-            token = 2 * config.num_hidden_layers * config.num_key_value_heads * head * 4
-            memory = 64 << 20 if kv_blocks is None else token * 32 * (kv_blocks + 1)
+        def lane(folder: Path) -> dict[str, Any]:
+            memory = kv_memory(folder, kv_blocks)
             return {"model": str(folder), "vllm": options, "kv_cache_memory_bytes": memory}
 
-        base, *experts = map(lane, self.folders, self.models)
+        base, *experts = map(lane, self.folders)
         return EngineConfig(
             base=LaneConfig(**base),
             experts=tuple(ExpertConfig(name=f"expert{n}", **fields) for n, fields in enumerate(experts, 1)),
             scheduler=SchedulerConfig(max_num_seqs=max_num_seqs),
         )
+
+    def pressed(self) -> EngineConfig:
+        """Few KV blocks and a small budget of tokens: prompts come in chunks, and rows are computed over again."""
+        return self.config(enable_prefix_caching=True, kv_blocks=9, max_num_seqs=16, max_num_batched_tokens=16)
+
+    def encoded(self, text: str) -> list[list[int]]:
+        """A text in each member's tokens, the base's first."""
+        return [tokenizer.encode(text, add_special_tokens=False).ids for tokenizer in self.tokenizers]
 
 
 def spelled_pair(directory: Path, members: int = 2, *, same: bool = False) -> SpelledPair:

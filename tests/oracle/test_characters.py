@@ -32,14 +32,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> SpelledPair:
 
 @pytest.fixture(scope="module")
 def engine(pair: SpelledPair) -> Iterator[Engine]:
-    """Few KV blocks and a small budget of tokens: prompts come in chunks, and rows are computed over again."""
-    options: dict[str, Any] = {"kv_blocks": 9, "max_num_seqs": 16, "max_num_batched_tokens": 16}
-    with Engine(pair.config(enable_prefix_caching=True, **options)) as started:
+    with Engine(pair.pressed()) as started:
         yield started
 
 
 def asked(pair: SpelledPair, number: int, text: str, **fields: Any) -> GenerationRequest:
-    base, *others = [tokenizer.encode(text, add_special_tokens=False).ids for tokenizer in pair.tokenizers]
+    base, *others = pair.encoded(text)
     collaboration = {name: fields.pop(name) for name in ("weights", "average") if name in fields}
     sampling = {"max_tokens": 20, "seed": number, **fields}
     return GenerationRequest(
