@@ -16,11 +16,9 @@ from engine.offline import Engine
 from engine.types import BASE, Collaboration, Completion, GenerationRequest, SamplingSpec
 from tests.oracle import blend_loop, pairs
 from tests.oracle.blend_loop import Method, scores
-from tests.oracle.checks import assert_empty
+from tests.oracle.checks import LOG_PROBABILITY, assert_empty
 from tests.oracle.pairs import CHUNKED, TIGHT
 
-LEVEL = 1e-4
-"""Besides it, what float32 rounds in other shapes of a batch where a token is improbable."""
 RULED_OUT = -1000.0
 """Tokens that a blend rules out lie 10,000 lower, or are impossible: the loop makes no difference."""
 EXPERTS = 2
@@ -74,7 +72,9 @@ def same(got: Sequence[Completion], texts: Sequence[list[int]], expected: Sequen
         assert one.prompt_logprobs is not None
         assert [entry.token_ids[0] for entry in one.prompt_logprobs] == text[1:]
         found = [max(entry.logprobs[0], RULED_OUT) for entry in one.prompt_logprobs]
-        assert found == pytest.approx([max(value, RULED_OUT) for value in want], abs=LEVEL, rel=2e-5)
+        wanted = [max(value, RULED_OUT) for value in want]
+        # Relative where a token is improbable: what float32 rounds in other shapes of a batch.
+        assert found == pytest.approx(wanted, abs=LOG_PROBABILITY, rel=2e-5)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_the_most_probable_tokens(served: pairs.Served, engine: Engine, texts: l
     method = Method(served.reference, blend, policy)
     for position, entry in list(enumerate(got.prompt_logprobs, 1))[::7]:
         row = blend_row(method, texts[1][:position])
-        assert entry.logprobs[1:] == pytest.approx(row.topk(5).values.tolist(), abs=LEVEL)
+        assert entry.logprobs[1:] == pytest.approx(row.topk(5).values.tolist(), abs=LOG_PROBABILITY)
         assert entry.rank == int((row >= row[texts[1][position]]).sum())
 
 
