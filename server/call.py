@@ -86,6 +86,21 @@ class Call(Generic[Body]):
         alone = self.member is not None and self.info.vocabularies == "spelled"
         return self.member if alone and self.member is not None else BASE
 
+    @property
+    def conversation_lane(self) -> int:
+        """The lane by whose chat template the request's own prompt is written: a member's alone, where it has one."""
+        member = self.member
+        return self.lane if member is None or self.text_of(member).chat_template is None else member
+
+    def other_templates(self, collaboration: Collaboration) -> list[int]:
+        """Experts of the base's vocabulary that read a conversation by a chat template of their own."""
+        if self.member is not None or self.info.vocabularies == "spelled":
+            return []
+        base = self.text_of(BASE).chat_template
+        experts = range(1, len(self.info.lanes)) if collaboration.experts is None else collaboration.experts
+        templates = {lane: self.text_of(lane).chat_template for lane in experts}
+        return [lane for lane, template in templates.items() if template is not None and template is not base]
+
     def text_of(self, lane: int) -> LaneText:
         """How a lane reads and writes text."""
         return self.service.text_of(lane)

@@ -55,26 +55,27 @@ class Service:
         self.fingerprint = ""
 
     def text_of(self, lane: int) -> LaneText:
-        """How a lane reads and writes text; where vocabularies are the same, as the base does."""
+        """How a lane reads and writes text: as the base does, unless :meth:`read_tokenizers` has found another way."""
         if BASE < lane <= len(self._experts_texts):
             return self._experts_texts[lane - 1]
         return LaneText(self.tokenizer, self.chat_template, self.guard)
 
     def read_tokenizers(self, info: EngineInfo) -> None:
-        """Read those of experts that have vocabularies of their own. Takes a while.
+        """Read those of experts that have vocabularies or chat templates of their own. Takes a while.
 
         Raises:
             TokenizerError: one cannot be read.
         """
         self.close()
         config = self.settings.server
-        own = info.lanes[1:] if info.vocabularies == "spelled" else []
+        if info.vocabularies == "same" and config.chat_templates == "base":
+            return
         self._experts_texts = [
             LaneText.of(
                 TextTokenizer.load(lane.tokenizer or lane.model, config.tokenizer_threads),
                 config.special_tokens_in_messages,
             )
-            for lane in own
+            for lane in info.lanes[1 : len(self.models.lane_names)]
         ]
 
     def close(self) -> None:

@@ -106,6 +106,11 @@ class ServerConfig(BaseModel):
     """What a special token's name in a chat message is: "text", so that no message can end itself or begin another one;
     "token" for conversations that bring special tokens of their own. Those of the chat template are tokens always."""
 
+    chat_templates: Literal["base", "own"] = "base"
+    """By whose chat template members of one vocabulary read a conversation: the base's for all, as the gate was trained
+    with, or "own": each by the one that comes with its tokenizer, if one does, else by the base's. Members that have
+    vocabularies of their own always read it by their own."""
+
     tokenizer_threads: int = Field(default=2, ge=1, le=64)
     """Threads that tokenise prompts."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from engine.types import BASE
 from server.admission import Places
 from server.call import Call, read_call
 from server.errors import invalid, shown
@@ -63,8 +64,8 @@ async def _prepare(call: Call[ChatRequest], places: Places) -> Prepared:
         prompt_logprobs=body.prompt_logprobs,
         bad_words=await bad_words_of(body, tokenizer),
     )
-    prompt = await _prompt_ids(call, call.lane)
-    for lane in call.others(collaboration):
+    prompt = await _prompt_ids(call, call.conversation_lane)
+    for lane in (*call.others(collaboration), *call.other_templates(collaboration)):
         if lane not in own:
             own[lane] = await _prompt_ids(call, lane)
     collaboration = msgspec.structs.replace(collaboration, prompts=tuple(own.items()))
@@ -83,7 +84,8 @@ async def _prompt_ids(call: Call[ChatRequest], lane: int) -> list[int]:
     """The conversation in a lane's tokens, by its own template."""
     text_of = call.text_of(lane)
     template = text_of.chat_template
-    named = f" of '{call.info.lanes[lane].name}'" if call.info.vocabularies == "spelled" else ""
+    several = call.info.vocabularies == "spelled" or lane != BASE
+    named = f" of '{call.info.lanes[lane].name}'" if several else ""
     if template is None:
         raise invalid(
             f"The served tokenizer{named} has no chat template; use /v1/completions.", "messages", "no_chat_template"
