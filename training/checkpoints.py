@@ -5,6 +5,7 @@ Shapes: B examples, T tokens, V vocabulary, d hidden size.
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from engine.adapters import Adapter, is_adapter
-from engine.checkpoints import TOKENIZER, Checkpoint, copy_companions, make_readable, tokenizer_folder
+from engine.checkpoints import TOKENIZER, Checkpoint, copy_companions, locate, make_readable, tokenizer_folder
 from engine.compatibility import compatibility
 from engine.composed.artifact import is_composed
 from engine.errors import CheckpointError
@@ -28,6 +29,16 @@ def quiet() -> None:
     """Keep transformers' progress bars and advice off the terminal."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@cache
+def folder_of(name: str) -> Path:
+    """The folder of a model or an adapter; a name on a hub is fetched, with its weights, once per process.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    return locate(name, also=["*.safetensors"])
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -152,8 +163,8 @@ def shared_vocabulary(settings: Settings) -> SharedVocabulary:
         ModelError: a checkpoint cannot be read.
     """
     labels = ["base", *(f"expert {expert.name}" for expert in settings.experts)]
-    base = Path(settings.base.model)
-    paths = [base, *(expert.folder for expert in settings.experts)]
+    base = folder_of(settings.base.model)
+    paths = [base, *(folder_of(expert.source) for expert in settings.experts)]
     members: list[Member] = []
     for label, path in zip(labels, paths, strict=True):
         try:
@@ -173,16 +184,17 @@ def check_models(settings: Settings) -> None:
     Raises:
         ModelError: naming the model, and for a vocabulary the first entries that differ.
     """
-    path = Path(settings.base.model)
+    _check_found(settings)
+    path = folder_of(settings.base.model)
     learns = settings.train.mode == "joint" or "finetuned" in settings.train.methods
-    if learns and is_composed(settings.base.model):
+    if learns and is_composed(path):
         raise ModelError(
             f"base.model: {settings.base.model} is a composed checkpoint, whose weights are its members': "
             'train the gate alone (train.mode = "gate", without the method "finetuned")'
         )
     try:
         checkpoints = {"base": Checkpoint(path)} | {
-            f"expert {expert.name}": expert_checkpoint(expert.folder, path) for expert in settings.experts
+            f"expert {expert.name}": expert_checkpoint(folder_of(expert.source), path) for expert in settings.experts
         }
         for checkpoint in checkpoints.values():
             _ = checkpoint.config, checkpoint.vocabulary
@@ -197,6 +209,15 @@ def check_models(settings: Settings) -> None:
                 raise ModelError(f"{label} has {lacks}")
     except CheckpointError as error:
         raise ModelError(str(error)) from error
+
+
+def _check_found(settings: Settings) -> None:
+    named = {"base.model": settings.base.model} | {f"expert {e.name}": e.source for e in settings.experts}
+    for label, name in named.items():
+        try:
+            folder_of(name)
+        except CheckpointError as error:
+            raise ModelError(f"{label}: {error}") from error
 
 
 def save_base(model: PreTrainedModel, source: Path, folder: Path) -> None:

@@ -1,15 +1,15 @@
-"""Prompts and gold completions, read from JSONL or from a ``datasets`` folder, as token ids."""
+"""Prompts and gold completions, or conversations, as token ids."""
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from training.conversations import Conversation, turns
 from training.errors import DataError
+from training.rows import read_rows
 from training.settings import DataSettings
 
 _T = TypeVar("_T")
@@ -20,75 +20,74 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Example:
-    """One line of the data. ``complete``: the completion ends where its text ends. ``where``: file and line."""
+    """A prompt and its gold completion.
+
+    Attributes:
+        complete: the completion ends where its text ends.
+        where: file and line.
+        conversation: what the prompt was made of by the base's chat template; None for a prompt that was given.
+        end: the token that ends the completion; None is the tokenizer's EOS.
+    """
 
     prompt: str
     completion: str
     task: str = ALL
     complete: bool = True
     where: str = field(default="", compare=False)
+    conversation: Conversation | None = None
+    end: int | None = None
+
+    def prompt_ids(self, tokenizer: Any) -> list[int]:
+        """The prompt's ids as the member with this tokenizer reads it: a conversation by its own chat template.
+
+        Raises:
+            DataError: the member has no chat template, or it refuses the conversation.
+        """
+        if self.conversation is None:
+            return prompt_ids(tokenizer, self.prompt)
+        try:
+            return self.conversation.prompt_ids(tokenizer)
+        except DataError as error:
+            raise DataError(f"{self.where}: {error}") from error
 
 
 @dataclass(frozen=True)
 class TokenExample:
-    """A prompt and its gold completion as token ids, with the EOS if that is to be learned."""
+    """A prompt and its gold completion as token ids, with the end if that is to be learned."""
 
     prompt: list[int]
     completion: list[int]
 
 
-def read_examples(path: Path, settings: DataSettings) -> list[Example]:
-    """All examples of a JSONL file, or of a folder written by ``datasets``' ``save_to_disk``.
+def read_examples(
+    given: str | Path, settings: DataSettings, split: str = "train", tokenizer: Any = None, ends: Sequence[int] = ()
+) -> list[Example]:
+    """All examples of a data set; see :func:`training.rows.read_rows`.
+
+    Args:
+        tokenizer: the base's, whose chat template makes prompts of conversations.
+        ends: ids that end a text when the base is served.
 
     Raises:
         DataError: naming the file, the line and the column that is missing, empty or no text.
     """
-    if path.is_dir():
-        rows = _dataset_rows(path)
-    elif path.is_file():
-        rows = _json_rows(path)
-    else:
-        raise DataError(f"{path}: no such file or folder")
-    examples = [_example(where, row, settings) for where, row in rows]
+    rows = read_rows(given, split, streaming=settings.streaming, limit=settings.max_examples)
+    examples = [example for where, row in rows for example in _examples(where, row, settings, tokenizer, ends)]
     if not examples:
-        raise DataError(f"{path}: holds no examples")
+        raise DataError(f"{given}: holds no examples")
     return examples
 
 
-def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        # Not splitlines, which also splits at characters such as U+2028, and JSON's strings may hold those.
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"{file}:{number}"
-            try:
-                yield where, json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{where}: is not JSON: {error}") from error
-
-
-def _dataset_rows(folder: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ImportError as error:
-        raise DataError(f"{folder}: a folder needs the package datasets: pip install datasets, or use JSONL") from error
-    try:
-        dataset = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise DataError(f"{folder}: is no folder that datasets saved: {error}") from error
-    if isinstance(dataset, dict):
-        names = ", ".join(dataset)
-        raise DataError(f"{folder}: holds several splits ({names}): name the folder of one, such as {folder}/train")
-    for number, row in enumerate(dataset, start=1):
-        yield f"{folder}:{number}", row
-
-
-def _example(where: str, row: Any, settings: DataSettings) -> Example:
+def _examples(where: str, row: Any, settings: DataSettings, tokenizer: Any, ends: Sequence[int]) -> Iterator[Example]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: is not an object with columns")
+    complete = row.get(settings.complete, True)
+    if not isinstance(complete, bool):
+        raise DataError(f"{where}: column {settings.complete!r} is neither true nor false")
+    task = str(row.get(settings.task, ALL))
+    if settings.messages in row and settings.prompt not in row:
+        yield from _turns(where, row, settings, tokenizer, ends, task, complete)
+        return
     for column in (settings.prompt, settings.completion):
         if column not in row:
             has = ", ".join(map(str, row)) or "none"
@@ -97,10 +96,25 @@ def _example(where: str, row: Any, settings: DataSettings) -> Example:
             raise DataError(f"{where}: column {column!r} is not text")
         if not row[column].strip():
             raise DataError(f"{where}: column {column!r} is empty")
-    complete = row.get(settings.complete, True)
-    if not isinstance(complete, bool):
-        raise DataError(f"{where}: column {settings.complete!r} is neither true nor false")
-    return Example(row[settings.prompt], row[settings.completion], str(row.get(settings.task, ALL)), complete, where)
+    yield Example(row[settings.prompt], row[settings.completion], task, complete, where)
+
+
+def _turns(
+    where: str, row: Any, settings: DataSettings, tokenizer: Any, ends: Sequence[int], task: str, complete: bool
+) -> Iterator[Example]:
+    try:
+        for turn in turns(
+            row[settings.messages],
+            row.get("tools"),
+            tokenizer,
+            ends,
+            system=settings.system,
+            last_only=settings.answers == "last",
+            variables=settings.template,
+        ):
+            yield Example(turn.prompt, turn.completion, task, complete, where, turn.before, turn.end)
+    except DataError as error:
+        raise DataError(f"{where}: column {settings.messages!r}: {error}") from error
 
 
 def tokenize(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> tuple[list[Example], list[TokenExample]]:
@@ -116,12 +130,12 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> tu
     kept: list[Example] = []
     ids: list[TokenExample] = []
     for example in examples:
-        prompt = prompt_ids(tokenizer, example.prompt)
+        prompt = example.prompt_ids(tokenizer)
         completion = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
         if not prompt or not completion:
             text = example.completion if prompt else example.prompt
             raise DataError(f"{example.where}: the tokenizer makes no token of {text!r}")
-        completion += [eos] if example.complete else []
+        completion += [eos if example.end is None else example.end] if example.complete else []
         if len(prompt) + len(completion) <= max_tokens:
             kept.append(example)
             ids.append(TokenExample(prompt, completion))

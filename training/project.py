@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from training.checkpoints import (
     check_models,
     device_of,
     expert_checkpoint,
+    folder_of,
     load_expert,
     load_tokenizer,
     shared_vocabulary,
@@ -112,12 +113,12 @@ class Project:
     @property
     def base(self) -> Path:
         """The base as the user gave it."""
-        return Path(self.settings.base.model)
+        return folder_of(self.settings.base.model)
 
     @property
     def expert_paths(self) -> dict[str, Path]:
         """Name to folder, of a model or an adapter."""
-        return {expert.name: expert.folder for expert in self.settings.experts}
+        return {expert.name: folder_of(expert.source) for expert in self.settings.experts}
 
     def load_expert(self, name: str) -> PreTrainedModel:
         """An expert as a model of its own; an adapter in the weights that it adapts."""
@@ -139,7 +140,8 @@ class Project:
             given = getattr(self.settings.data, split)
             if given is None:
                 raise SettingsError(f"data.{split}: is needed for this stage")
-            self._splits[split] = read_split(given, self.settings.data, self.tokenizer)
+            ends = Checkpoint(self.base).ends
+            self._splits[split] = read_split(given, self.settings.data, self.tokenizer, split, ends)
         return self._splits[split]
 
     @cached_property
@@ -173,21 +175,25 @@ class Project:
         return BaseRef(run / "base", run.name)
 
 
-def read_split(path: str, settings: DataSettings, tokenizer: Any) -> SplitData:
-    """The examples in a file or folder that are not too long.
+def read_split(given: str, settings: DataSettings, tokenizer: Any, split: str, ends: Sequence[int]) -> SplitData:
+    """The examples of a split that are not too long.
+
+    Args:
+        ends: ids that end a text when the base is served.
 
     Raises:
         DataError: an example cannot be used.
     """
-    examples = read_examples(Path(path), settings)
+    examples = read_examples(given, settings, split, tokenizer, ends)
     kept, tokens = tokenize(examples, tokenizer, settings.max_tokens)
     if len(kept) < len(examples):
-        print(f"{path}: {len(examples) - len(kept)} examples longer than data.max_tokens are left out")
+        print(f"{given}: {len(examples) - len(kept)} examples longer than data.max_tokens are left out")
     return SplitData(kept, tokens, _fingerprint(kept, tokens))
 
 
 def _fingerprint(examples: Sequence[Example], tokens: Sequence[TokenExample]) -> str:
     return hash_of_all(
         [example.prompt, example.completion, example.task, example.complete, ids.prompt, ids.completion]
+        + ([] if example.conversation is None else [asdict(example.conversation)])
         for example, ids in zip(examples, tokens, strict=True)
     )

@@ -18,7 +18,7 @@ from engine.errors import EngineDeadError, EngineStartupError
 from engine.offline import Engine
 from engine.types import Collaboration, Completion, GenerationRequest, PolicyName, SamplingSpec
 from training.checkpoints import load_tokenizer
-from training.data import Example, TokenExample, prompt_ids, spread
+from training.data import Example, TokenExample, spread
 from training.errors import TrainingError
 from training.project import Project
 from training.settings import EngineSettings, Split
@@ -241,9 +241,9 @@ class Pair:
         for number, (example, tokens) in enumerate(zip(questions.examples, questions.tokens, strict=True)):
             room = len(tokens.completion) + questions.room
             sampling = SamplingSpec(temperature=0.0, seed=seed * 1_000_003 + number, max_tokens=room)
-            prompt = prompt_ids(self._own[member], example.prompt) if member in self._own else tokens.prompt
+            prompt = example.prompt_ids(self._own[member]) if member in self._own else tokens.prompt
             if member is None and self._own:
-                prompts = tuple((lane, prompt_ids(own, example.prompt)) for lane, own in self._own.items())
+                prompts = tuple((lane, example.prompt_ids(own)) for lane, own in self._own.items())
                 collaboration = msgspec.structs.replace(collaboration, prompts=prompts)
             requests.append(GenerationRequest(str(number), prompt, sampling, collaboration))
         with tqdm(total=len(requests), desc=label, unit="answer", mininterval=1, leave=False) as bar:

@@ -32,17 +32,17 @@ class BaseSettings(Section):
     """The base model."""
 
     model: str = Field(min_length=1)
-    """Folder of a Hugging Face causal language model with safetensors weights."""
+    """Folder of a Hugging Face causal language model with safetensors weights, or its name on a hub."""
 
 
 class ExpertSettings(Section):
     """A frozen expert with the base's tokenizer: a model, or a LoRA adapter of the base's weights as they came."""
 
     model: str | None = Field(default=None, min_length=1)
-    """Folder of a Hugging Face causal language model with safetensors weights."""
+    """Folder of a Hugging Face causal language model with safetensors weights, or its name on a hub."""
 
     adapter: str | None = Field(default=None, min_length=1)
-    """Folder of a LoRA adapter of the base, instead of a model."""
+    """Folder of a LoRA adapter of the base, or its name on a hub, instead of a model."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """Its name in the gate, in the server's configuration and as the source of its tokens."""
@@ -54,23 +54,40 @@ class ExpertSettings(Section):
         return self
 
     @property
-    def folder(self) -> Path:
-        """The model's, or the adapter's."""
-        return Path(self.model or self.adapter or "")
+    def source(self) -> str:
+        """Where the model or the adapter is."""
+        return self.model or self.adapter or ""
 
 
 class DataSettings(Section):
-    """Prompts and gold completions. A path is a JSONL file, or a folder that ``datasets`` saved to disk."""
+    """Prompts and gold completions, or conversations. Each split is the path of a JSONL file or of a folder that
+    ``datasets`` saved to disk, or "hub:NAME", "hub:NAME:CONFIG" or "hub:NAME:CONFIG@SPLIT" for a data set on a hub, as
+    ``datasets.load_dataset`` takes them; the split of that name is read where none is given.
+    """
 
     train: str
     validation: str
     """The threshold is chosen on it."""
     test: str | None = None
     """Only ever used to evaluate."""
+    streaming: bool = False
+    """Read data sets on a hub as they come, instead of fetching them first."""
+    max_examples: int | None = Field(default=None, ge=1)
+    """Only the first so many rows of each split."""
     prompt: str = "prompt"
-    """Column of the prompt, taken as it is: a chat template is applied before."""
+    """Column of the prompt, taken as it is, without a chat template."""
     completion: str = "completion"
     """Column of the gold completion. The end-of-sequence token is added."""
+    messages: str = "messages"
+    """Column of a conversation, as OpenAI's API has it, in rows without a prompt. Each of the assistant's turns is an
+    example: the prompt is what the base's chat template writes of the turns before. An expert with a vocabulary of its
+    own reads them by its own template, as when the pair is served. A column ``tools`` goes to the template too."""
+    answers: Literal["all", "last"] = "all"
+    """Which of the assistant's turns are learned and asked."""
+    system: str | None = Field(default=None, min_length=1)
+    """System prompt of conversations that have none."""
+    template: dict[str, Any] = Field(default_factory=dict)
+    """More variables for chat templates, e.g. { enable_thinking = false }."""
     task: str = "task"
     """Column by which scores are listed, if it is there."""
     complete: str = "complete"

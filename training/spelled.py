@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from engine.spelling.scores import score_foreign
 from engine.spelling.speller import Speller
 from engine.spelling.words import begins_word
 from training.checkpoints import forward
-from training.data import Example, TokenExample, prompt_ids
+from training.data import Example, TokenExample
 from training.scoring import padded
 
 _LOOK_BACK = 8
@@ -43,7 +44,7 @@ class SpelledExample:
 
 
 def spelled(
-    examples: Sequence[Example], tokens: Sequence[TokenExample], base: Speller, expert: Speller, tokenizer: object
+    examples: Sequence[Example], tokens: Sequence[TokenExample], base: Speller, expert: Speller, tokenizer: Any
 ) -> list[SpelledExample]:
     """Examples in an expert's own tokens.
 
@@ -55,7 +56,7 @@ def spelled(
     for example, of_base in zip(examples, tokens, strict=True):
         ids = of_base.completion[:-1] if example.complete else of_base.completion
         pieces = [base.vocabulary.bytes_of(token) or b"" for token in ids]
-        own = TokenExample(prompt_ids(tokenizer, example.prompt), expert.spell(b"".join(pieces)))
+        own = TokenExample(example.prompt_ids(tokenizer), expert.spell(b"".join(pieces)))
         found.append(SpelledExample(own, pieces, of_base.completion))
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def test_commands_say_errors_in_one_line(tiny: TinyProject, capsys: pytest.Captu
     assert main(["calibrate", "--config", config]) == 1
     assert "run python -m training train first" in one_line(capsys)
     assert main(["score", "--config", config, "--set", f"base.model={tiny.folder / 'nothing'}"]) == 1
-    assert "nothing/config.json: no such file" in one_line(capsys)
+    assert re.search(r"base\.model: .*nothing: no such folder", one_line(capsys))
     for file in (tiny.folder / "base").glob("*.safetensors"):
         file.rename(file.with_suffix(".bin"))
     assert main(["score", "--config", config]) == 1

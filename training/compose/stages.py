@@ -90,7 +90,8 @@ class ComposeProject:
             given = getattr(self.settings.data, split)
             if given is None:
                 raise SettingsError(f"data.{split}: is needed for this stage")
-            self._splits[split] = read_split(given, self.settings.data, self.tokenizer)
+            ends = Checkpoint(self.anchor.path).ends
+            self._splits[split] = read_split(given, self.settings.data, self.tokenizer, split, ends)
         return self._splits[split]
 
     def load(self, path: Path) -> Any:

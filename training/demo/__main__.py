@@ -66,7 +66,7 @@ def make(config: Path, out: Path, force: bool) -> None:
             "train": settings.train.model_copy(update={"methods": ("collm",)}),
         }
     )
-    models = {"base": Path(settings.base.model)} | {expert.name: expert.folder for expert in settings.experts}
+    models = {"base": Path(settings.base.model)} | {expert.name: Path(expert.source) for expert in settings.experts}
     if models.keys() != RECIPES.keys():
         raise SettingsError(
             f"{config}: experts: the demo's are {', '.join(name for name in RECIPES if name != 'base')}"
