@@ -29,7 +29,7 @@ COMMANDS = {
     "pacing": "the engine alone: lockstep as it is, with gather, with run-ahead, with both",
     "predict": "the engine alone: what a model of cost says beforehand, what is measured, when a pair is worth it",
     "compare": "server, engine, stock vLLM, and the per-token HTTP baseline, side by side",
-    "context": "the engine alone: its own time a token as the context grows",
+    "context": "the engine alone: its own time per token as the context grows",
     "memory": "the server's resident memory over many requests",
 }
 
@@ -260,14 +260,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--concurrency", type=int, nargs="+", metavar="N", help="requests in flight")
     add("--deferral", type=_deferral, nargs="+", metavar="RATE", help="forced deferral rates from 0 to 1, or: gate")
     add("--prompt", choices=PROMPT_TOKENS, nargs="+", help=f"prompt lengths in tokens: {PROMPT_TOKENS}")
-    add("--rounds", type=int, metavar="N", help="how often everything is repeated")
-    add("--requests", type=int, metavar="N", help="requests for each one in flight; memory: in all")
+    add("--rounds", type=int, metavar="N", help="repetitions of everything")
+    add("--requests", type=int, metavar="N", help="requests per request in flight; for memory: in all")
     add("--max-tokens", type=int, metavar="N", help="tokens that every request writes")
     add("--seed", type=int, default=1, help="of prompts and forced deferrals")
     add("--agreement", type=float, metavar="SHARE", help="how often synthetic base and expert agree (default 0)")
     add("--dtype", default="", help="instead of the shape's own")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where nvidia-smi is")
-    add("--threads", type=int, metavar="N", help="OMP_NUM_THREADS for all; stock servers choose their own on CPU")
+    add("--threads", type=int, metavar="N", help="OMP_NUM_THREADS for all; stock servers choose on a CPU")
     add("--scheduler", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help="engine setting")
     add("--vllm", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help="vLLM option, everywhere")
     add("--contenders", nargs="+", choices=compare.NAMES, help="compare: only these")

@@ -1,11 +1,11 @@
-"""The engine's own time a token with nothing of it left in the processor's caches: a program of its own.
+"""The engine's own time per token with nothing of it left in the processor's caches: a program of its own.
 
     python -m bench.cold_caches < TASK
 
 Attention over a long context sweeps the caches, and the engine's own data with them, so that its own work takes longer
 after a long step than after a short one although it is the same. Here the caches are swept after every step, so that
 what still grows with the context is work. The task and the result are JSON, see :class:`Task`; the result, on the
-output's last line, gives microseconds a token for each length, one value a round.
+output's last line, gives microseconds per token for each length, one value per round.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def prompts(task: Task, round_number: int, length: int) -> list[Job]:
 
 
 async def measure(task: Task) -> dict[int, list[float]]:
-    """Run the program: microseconds a token by length, one value a round.
+    """Run the program: microseconds per token by length, one value per round.
 
     Raises:
         BenchError: it failed; with the last line of what it printed.
@@ -121,7 +121,7 @@ class _Stopwatch:
         return start_and_sweep
 
     def run(self, jobs: list[Job]) -> float:
-        """Microseconds a token, from the last job's first token to the first job's last one.
+        """Microseconds per token, from the last job's first token to the first job's last one.
 
         Raises:
             BenchError: there was no such stretch.

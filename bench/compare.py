@@ -58,7 +58,7 @@ class Found:
     peak_rss: dict[str, int] = field(default_factory=dict)
 
     def speeds(self, name: str, cell: Cell) -> list[float]:
-        """Tokens a second, one entry per round; empty if the contender was not measured there."""
+        """Tokens per second, one entry per round; empty if the contender was not measured there."""
         return [outcome.tokens_per_second for outcome, _ in self.outcomes.get((name, cell), [])]
 
 

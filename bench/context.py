@@ -1,4 +1,4 @@
-"""The engine's own time a token as the context grows: it should not grow, since nothing of ours walks the context.
+"""The engine's own time per token as the context grows: it should not grow, since nothing of ours walks the context.
 
 Measured twice: as it is, and with the processor's caches swept after every step (:mod:`bench.cold_caches`). As it is,
 longer steps leave less of the engine's data in the caches.
@@ -25,7 +25,7 @@ from engine.types import Delta, EngineStats
 CONTEXTS = (128, 512, 1024, 2048, 4096)
 """Prompt lengths in tokens."""
 GROWTH_BAR = 1.25
-"""Greatest ratio of the engine's own time a token with cold caches, longest context to shortest. 1 would be exact, were
+"""Greatest ratio of the engine's own time per token with cold caches, longest context to shortest: 1 but for the
 clocks."""
 SHARE_BAR = 1.0
 """Greatest ratio of the coordination share, longest context to shortest."""
@@ -140,7 +140,7 @@ def _report(
     if longest > shortest:
         ends = f"context {longest} / {shortest}"
         growth = [long / short for short, long in zip(cold[shortest], cold[longest], strict=True)]
-        name = f"{settings.pair.name}: engine's own time a token, cold caches, {ends}"
+        name = f"{settings.pair.name}: engine's own time per token, cold caches, {ends}"
         bars.append(Bar(name, GROWTH_BAR, tuple(growth), at_most=True))
         shares = [long.share / short.share for short, long in zip(found[shortest], found[longest], strict=True)]
         bars.append(Bar(f"{settings.pair.name}: coordination share, {ends}", SHARE_BAR, tuple(shares), at_most=True))

@@ -1,6 +1,6 @@
 """Ends what a killed bench leaves behind: servers that are frozen cannot notice that their parent is gone.
 
-A process of its own, ``python -m bench.reaper``. It is told which processes to look after, one id a line, and kills
+A process of its own, ``python -m bench.reaper``. It is told which processes to look after, one id per line, and kills
 them, and all that share their session, when its standard input closes.
 """
 

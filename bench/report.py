@@ -57,7 +57,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """What was promised, and what came out: one value a round, the median counts.
+    """What was promised, and what came out: one value per round, the median counts.
 
     Attributes:
         at_most: whether smaller is better.

@@ -35,7 +35,11 @@ def collm() -> None:
     """
 
 
-@collm.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@collm.command(
+    short_help="Serve a pair of models.",
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def serve(options: tuple[str, ...]) -> None:
     """Serve a pair of models; takes the options of python -m server (collm serve --help)."""
@@ -62,7 +66,7 @@ def _door(name: str, module: str, arguments: Sequence[str], summary: str) -> Non
     run.__doc__ = f"{summary}; takes the options of python -m {' '.join([module, *arguments])} (collm {name} --help)."
     passed_on: Callable[..., None] = click.argument("options", nargs=-1, type=click.UNPROCESSED)(run)
     settings = {"ignore_unknown_options": True, "allow_extra_args": True}
-    collm.command(name, add_help_option=False, context_settings=settings)(passed_on)
+    collm.command(name, short_help=f"{summary}.", add_help_option=False, context_settings=settings)(passed_on)
 
 
 _door("train", "training", (), "Train a gate for a pair")

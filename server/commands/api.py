@@ -44,11 +44,16 @@ class Token:
 
 @dataclass(slots=True)
 class Piece:
-    """What a chunk of a stream adds."""
+    """What a chunk of a stream adds.
+
+    Attributes:
+        by_characters: the members write together by characters: the ``tokens`` are pieces of text.
+    """
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     finish_reason: str | None = None
+    by_characters: bool = False
 
 
 class Api:
@@ -166,4 +171,4 @@ def _piece(choice: dict[str, Any]) -> Piece:
     if report is not None:
         columns = (report["tokens"], report["sources"], report["deferral_probabilities"])
         tokens = [Token(*column) for column in zip(*columns, strict=True)]
-    return Piece(text, tokens, choice["finish_reason"])
+    return Piece(text, tokens, choice["finish_reason"], by_characters=report is not None and "pieces" in report)

@@ -16,11 +16,13 @@ HELP = """\
 /reset           start a new conversation
 /system TEXT     start a new conversation with a system message; without TEXT, with none
 /threshold X     defer above X; without X, the server's default
+/share X         in its place: the share of the tokens that experts should write; without X, none
 /policy NAME     who decides; without NAME, the server's default
+/blend NAME      what is written where the experts are asked; without NAME, the expert's own token
 /exit            end (also Ctrl+D); Ctrl+C stops an answer"""
 
 
-@click.command()
+@click.command(short_help="Talk to a model that has a chat template.")
 @click.option("--system", help="Begin with a system message.")
 @generation_options
 @server_options
@@ -115,7 +117,11 @@ class Talk:
         elif name == "policy":
             self._choose("policy", self._policy(argument) if argument else None)
         elif name == "threshold":
-            self._choose("threshold", _threshold(argument) if argument else None)
+            self._choose("threshold", _share_of_one("threshold", argument) if argument else None)
+        elif name == "share":
+            self._choose("share", _share_of_one("share", argument) if argument else None)
+        elif name == "blend":
+            self._choose("blend", self._blend(argument) if argument else None)
         elif name == "help":
             click.echo(HELP)
         else:
@@ -127,6 +133,12 @@ class Talk:
             raise CommandError(f"this model has no policy {name!r}; it has {', '.join(policies)}")
         return name
 
+    def _blend(self, name: str) -> str:
+        blends = self._collaboration("blend")["blends"]
+        if name not in blends:
+            raise CommandError(f"this model has no blend {name!r}; it has {', '.join(blends)}")
+        return name
+
     def _collaboration(self, field: str) -> dict[str, Any]:
         if self._served is None:
             raise CommandError(f"{self._body['model']} writes alone: it has no {field}")
@@ -136,32 +148,42 @@ class Talk:
         self._messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
     def _in_force(self) -> dict[str, Any]:
-        """The request's ``collaboration``: a threshold goes along only with a policy that has one."""
+        """The request's ``collaboration``: threshold and share go along only with a policy that has them."""
         chosen = dict(self._body["collaboration"])
-        if self._served is not None and chosen.get("policy", self._served["policy"]) not in self._served["thresholds"]:
-            chosen.pop("threshold", None)
+        if self._served is not None:
+            policy = chosen.get("policy", self._served["policy"])
+            if policy not in self._served["thresholds"]:
+                chosen.pop("threshold", None)
+            if policy != "threshold":
+                chosen.pop("share", None)
         return {"collaboration": chosen}
 
     def _choose(self, field: str, value: str | float | None) -> None:
         served = self._collaboration(field)
-        chosen = {name: each for name, each in self._body["collaboration"].items() if name != field}
+        # Of threshold and share, what was said last holds.
+        gone = {field, *({"threshold", "share"} if field in ("threshold", "share") else ())}
+        chosen = {name: each for name, each in self._body["collaboration"].items() if name not in gone}
         self._body["collaboration"] = chosen if value is None else {**chosen, field: value}
-        policy = self._body["collaboration"].get("policy", served["policy"])
-        threshold = self._body["collaboration"].get("threshold", served["thresholds"].get(policy))
+        in_force = self._in_force()["collaboration"]
+        policy = in_force.get("policy", served["policy"])
         if policy not in served["thresholds"]:
-            _confirm(f"policy {policy}, which has no threshold")
+            where = "which has no threshold"
+        elif "share" in in_force:
+            where = f"share {in_force['share']:g}"
         else:
-            _confirm(f"policy {policy}, threshold {threshold:g}")
+            where = f"threshold {in_force.get('threshold', served['thresholds'][policy]):g}"
+        blend = f", blend {in_force['blend']}" if "blend" in in_force else ""
+        _confirm(f"policy {policy}, {where}{blend}")
 
 
-def _threshold(text: str) -> float:
+def _share_of_one(name: str, text: str) -> float:
     try:
-        threshold = float(text)
+        share = float(text)
     except ValueError:
         raise CommandError(f"{text!r} is not a number") from None
-    if not 0 <= threshold <= 1:
-        raise CommandError(f"a threshold is between 0 and 1, not {text}")
-    return threshold
+    if not 0 <= share <= 1:
+        raise CommandError(f"a {name} is between 0 and 1, not {text}")
+    return share
 
 
 def _confirm(text: str) -> None:

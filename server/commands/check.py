@@ -9,7 +9,7 @@ import click
 from server.commands.api import CommandError
 
 
-@click.command()
+@click.command(short_help="Say whether a pair can be served; loads no weights.")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False))
 def check(config: str) -> None:
     """Say whether a pair can be served: vocabularies, ends of text, gate and sizes. Loads no weights."""

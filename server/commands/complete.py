@@ -14,7 +14,7 @@ from server.commands.paint import Painter
 EXIT_INTERRUPTED = 130
 
 
-@click.command()
+@click.command(short_help="Continue a text.")
 @click.argument("prompt", default="-")
 @generation_options
 @server_options

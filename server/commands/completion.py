@@ -12,7 +12,7 @@ SHELLS = {
 }
 
 
-@click.command(epilog="\b\n" + "\n".join(SHELLS.values()))
+@click.command(short_help="Print a script for the completion of a shell.", epilog="\b\n" + "\n".join(SHELLS.values()))
 @click.argument("shell", type=click.Choice(list(SHELLS)))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:

@@ -12,7 +12,7 @@ from server.commands.api import Api
 from server.commands.options import server_options
 
 
-@click.command()
+@click.command(short_help="List the served models.")
 @server_options
 def models(url: str, key: str | None) -> None:
     """List the served models: the joint one, each member alone, and blends under names of their own.

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 import click
 from click.shell_completion import CompletionItem
 
-from engine.types import PolicyName
+from engine.types import PolicyName, StrategyName
 from server.commands.api import URL, Api, CommandError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,14 +51,35 @@ _GENERATION: list[Callable[[Any], Any]] = [
     ),
     click.option(
         "-t", "--threshold", type=click.FloatRange(0, 1),
-        help="An expert writes where its probability is greater.  [default: the gate's]",
+        help="An expert writes where the deferral probability is greater.  [default: the gate's]",
+    ),
+    click.option(
+        "--share", type=click.FloatRange(0, 1),
+        help="In the place of --threshold: share of the tokens that experts should write.",
     ),
     click.option("--rate", type=click.FloatRange(0, 1), help="Share of tokens that the policy random defers."),
     click.option("--max-expert-tokens", type=click.IntRange(0), help="After so many the base writes alone."),
     click.option(
+        "--expert", "experts", multiple=True, metavar="NAME",
+        help="An expert that may write; may be given several times.  [default: all]",
+    ),
+    click.option(
+        "--blend", metavar="NAME",
+        help="What is written where the experts are asked: mixture, union, proxy, contrastive, or a blend of the"
+        " server's own.  [default: the expert's own token]",
+    ),
+    click.option(
+        "--strategy", type=click.Choice(get_args(StrategyName)),
+        help="How the members write together.  [default: the server's]",
+    ),
+    click.option(
         "-n", "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Most tokens to write.",
     ),
     click.option("--temperature", type=click.FloatRange(0, 2), default=0.0, show_default=True, help="0 is greedy."),
+    click.option(
+        "--top-p", type=click.FloatRange(0, 1, min_open=True),
+        help="Draw from the most probable tokens that add up to this much.",
+    ),
     click.option("--seed", type=int, help="Makes a drawn answer reproducible."),
     click.option("--stop", multiple=True, help="A string that ends the answer; may be given several times."),
     click.option(
@@ -68,29 +89,20 @@ _GENERATION: list[Callable[[Any], Any]] = [
 ]  # fmt: skip
 
 
-def request_of(
-    *,
-    model: str,
-    policy: str | None,
-    threshold: float | None,
-    rate: float | None,
-    max_expert_tokens: int | None,
-    max_tokens: int,
-    temperature: float,
-    seed: int | None,
-    stop: tuple[str, ...],
-) -> dict[str, Any]:
-    """A request's body, but for the prompt or the messages."""
-    chosen = {"policy": policy, "threshold": threshold, "rate": rate, "max_expert_tokens": max_expert_tokens}
-    body: dict[str, Any] = {
-        "model": model,
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "stream": True,
-        "collaboration": {name: value for name, value in chosen.items() if value is not None} | {"report": True},
+COLLABORATION = ("policy", "threshold", "share", "rate", "max_expert_tokens", "experts", "blend", "strategy")
+"""Options that are fields of ``collaboration``."""
+
+
+def request_of(*, model: str, **options: Any) -> dict[str, Any]:
+    """A request's body, but for the prompt or the messages.
+
+    Args:
+        options: those of ``generation_options``; None or () for what was not given.
+    """
+    given = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if value is not None and value != ()
     }
-    if seed is not None:
-        body["seed"] = seed
-    if stop:
-        body["stop"] = list(stop)
-    return body
+    collaboration = {name: given.pop(name) for name in COLLABORATION if name in given}
+    return {"model": model, "stream": True, **given, "collaboration": {**collaboration, "report": True}}

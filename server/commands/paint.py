@@ -44,6 +44,7 @@ class Painter:
         written: list[str] = []
         started, first = time.perf_counter(), None
         finish: str | None = None
+        unit = "tokens"
         try:
             for piece in pieces:
                 if first is None:
@@ -51,11 +52,13 @@ class Painter:
                 written.append(piece.text)
                 counts.update(token.source for token in piece.tokens)
                 finish = piece.finish_reason or finish
+                unit = "pieces" if piece.by_characters else unit
                 self._show(piece)
         finally:
             self._end("".join(written))
         if self.coloured:
-            self._sum_up(counts, finish, time.perf_counter() - started, None if first is None else first - started)
+            elapsed = time.perf_counter() - started
+            self._sum_up(unit, counts, finish, elapsed, None if first is None else first - started)
         return "".join(written)
 
     def _show(self, piece: Piece) -> None:
@@ -74,14 +77,16 @@ class Painter:
             sys.stdout.write("\n")
         sys.stdout.flush()
 
-    def _sum_up(self, counts: Counter[str], finish: str | None, seconds: float, first: float | None) -> None:
+    def _sum_up(self, unit: str, counts: Counter[str], finish: str | None, seconds: float, first: float | None) -> None:
         total = counts.total()
         line = Text(style="dim")
-        line.append(f"{total} tokens")
+        line.append(f"{total} {unit}")
         for source, count in counts.items():
             line.append(" · ").append(f"{count} {source}", self._styles.get(source, ""))
+        if total and unit == "tokens":
+            line.append(f" · deferral rate {1 - counts['base'] / total:.0%}")
         if total:
-            line.append(f" · deferral rate {1 - counts['base'] / total:.0%} · {total / seconds:.0f} tokens/s")
+            line.append(f" · {total / seconds:.0f} {unit}/s")
         if first is not None:
             line.append(f" · first token {first * 1000:.0f} ms")
         if finish == "length":

@@ -227,7 +227,7 @@ def drawn(view: View, url: str, trouble: str | None, width: int) -> RenderableTy
     return Group(title, "", head, "", table, "", last)
 
 
-@click.command()
+@click.command(short_help="Watch a server: rates, queue, lanes.")
 @click.option("--once", is_flag=True, help="Look once, write plain text, end.")
 @click.option(
     "-i", "--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds between looks."

@@ -82,7 +82,7 @@ def test_identity_is_fixed() -> None:
 
 def test_ids_are_stable() -> None:
     """Links refer to these: a panel may be added here, none may change its number."""
-    expected = {1: "Deferral rate now", 6: "Deferral rate by model", 13: "Tokens a second by source"}
+    expected = {1: "Deferral rate now", 6: "Deferral rate by model", 13: "Tokens per second by source"}
     expected |= {22: "Time to first token", 27: "Rejected, aborted, failed", 31: "Build and gate"}
     titles = {panel["id"]: panel["title"] for panel in PANELS}
     assert {number: titles[number] for number in expected} == expected

@@ -77,7 +77,7 @@ def test_an_adapters_rows_are_priced_by_the_base() -> None:
     for pacer in (alone, host):
         for rows in [*range(1, 33)] * 4 + [8] * 60:
             pacer.observe(0, rows, rows, 0.001 + 0.0001 * rows, gained=rows)
-    # Some 4,400 tokens a second, and 0.2 ms for a draft: it must stand nine times of ten.
+    # Some 4,400 tokens per second, and 0.2 ms for a draft: it must stand nine times of ten.
     assert host.draft_pays(0.95)
     assert not host.draft_pays(0.7)
     assert alone.draft_pays(0.7), "no cycle has ended: nothing is known yet"

@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.demo.blends", description=__doc__)
     parser.add_argument("--pair", type=Path, default=Path("models/demo"), help="folder of the demo pair")
     parser.add_argument("--out", type=Path, default=Path("build/demo/blends"), help="output folder")
-    parser.add_argument("--every", type=int, default=1, help="every how many-th question is asked")
+    parser.add_argument("--every", type=int, default=1, help="ask every EVERY-th question only")
     parser.add_argument("--seed", type=int, default=0, help="of the samples and of the bootstrap")
     options = parser.parse_args(arguments)
     return run_command(lambda: run(options.pair, options.out, options.every, options.seed))

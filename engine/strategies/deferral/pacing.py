@@ -4,7 +4,7 @@ An expert's step reads all of its weights whether one row waits or thirty. In lo
 letting deferred rows wait for company (*gather*), while the base goes on with the others and drafts ahead for those
 that wait (*run-ahead*), buys throughput with latency. How long is worth it follows from the marginal value theorem
 (Charnov 1976, on foraging: leave a patch when its yield falls to the average of the whole trip): a cycle is some base
-steps and the expert step that ends it; it goes on while the next base step gains markedly more tokens a second than
+steps and the expert step that ends it; it goes on while the next base step gains markedly more tokens per second than
 the cycle would have gained on the whole if it ended now.
 """
 

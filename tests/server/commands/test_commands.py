@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import httpx
 import pytest
 from click.shell_completion import get_completion_class
 from rich.console import Console
 
 from server.commands.completion import SHELLS
+from server.commands.options import generation_options, request_of
 from server.commands.paint import STYLES, visible
 from server.commands.top import Scrape, View, drawn, plain
 from tests.packaging.sources import ROOT
@@ -51,6 +53,32 @@ def test_options_reach_the_server(url: str) -> None:
     assert piped(["complete", PROMPT, "-n", "12", "-p", "always", "--max-expert-tokens", "0"], url).out == base
     assert piped(["complete", PROMPT, "-n", "12", "-p", "random", "--rate", "0"], url).out == base
     assert piped(["complete", PROMPT, "-n", "12", "-p", "always"], url).out != base
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        ((), {"collaboration": {"report": True}}),
+        (
+            ("-p", "threshold", "-t", "0.3", "--expert", "codes", "--expert", "laws", "--blend", "union"),
+            {"collaboration": {"policy": "threshold", "threshold": 0.3, "experts": ["codes", "laws"], "blend": "union",
+                               "report": True}},
+        ),
+        (("--share", "0"), {"collaboration": {"share": 0.0, "report": True}}),
+        (("--strategy", "characters"), {"collaboration": {"strategy": "characters", "report": True}}),
+        (
+            ("--top-p", "0.9", "--temperature", "0.7", "--seed", "0", "--stop", ".", "--stop", ";"),
+            {"top_p": 0.9, "temperature": 0.7, "seed": 0, "stop": [".", ";"], "collaboration": {"report": True}},
+        ),
+    ],
+)  # fmt: skip
+def test_options_are_fields_of_the_request(options: tuple[str, ...], fields: dict[str, Any]) -> None:
+    seen: dict[str, Any] = {}
+    command = generation_options(click.command(lambda **given: seen.update(given)))
+    command.main(list(options), standalone_mode=False)
+    seen.pop("color")
+    body = request_of(**{**seen, "model": "m"})
+    assert body == {"model": "m", "stream": True, "max_tokens": 256, "temperature": 0.0, **fields}
 
 
 SPAN = re.compile(r"\x1b\[([0-9;]*)m")
@@ -224,7 +252,12 @@ def test_chat_confirms_settings_and_refuses_wrong_ones_at_once(url: str, termina
         ("/policy gate", "this model has no policy 'gate'; it has "),
         ("/policy never", "policy never, which has no threshold"),
         ("/policy", "policy threshold, threshold 0.25"),
+        ("/share 2", "a share is between 0 and 1, not 2"),
+        ("/share 0.2", "policy threshold, share 0.2"),
         ("/threshold", "policy threshold, threshold 0.5"),
+        ("/blend half", "this model has no blend 'half'; it has mixture, "),
+        ("/blend union", "policy threshold, threshold 0.5, blend union"),
+        ("/blend", "policy threshold, threshold 0.5"),
         ("/system Be brief", "a new conversation with the system message 'Be brief'"),
         ("/reset", "a new conversation"),
     ):
