@@ -125,7 +125,9 @@ def test_pipeline(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert parameters["lora"] == pytest.approx(parameters["composed"], rel=0.5)
     rows = json.loads((project.parent / "out" / "evaluate" / "table.json").read_text())
-    assert set(rows) == {"composed", "random", "lora", "anchor alone", "facts alone"}
+    assert set(rows) == {"composed", "random", "lora", "anchor alone", "facts alone", "either member alone"}
+    alone = [rows[f"{member} alone"][0]["exact_match"] for member in ("anchor", "facts")]
+    assert max(alone) <= rows["either member alone"][0]["exact_match"] <= sum(alone)
     assert table(rows) in capsys.readouterr().out
     # Everything is there: nothing is trained again.
     before = (runs / "composed-0" / "done.json").stat().st_mtime_ns
@@ -210,8 +212,11 @@ def test_a_composed_base_is_not_trained_with_its_gate(composed: Callable[[str], 
         check_models(Settings.model_validate(settings | {"train": {"mode": "joint"}}))
 
 
-def test_the_shipped_configuration_is_valid() -> None:
-    settings = read_settings(ComposeSettings, ROOT / "deploy" / "training" / "compose-demo.toml", [])
-    members = {model.name: make_member(model.name, ROOT / model.model) for model in settings.augmenting}
-    found = planned(settings, make_member("anchor", ROOT / settings.anchor.model), list(members.values()))
+@pytest.mark.parametrize(("name", "models"), [("compose-demo", "models/demo")])
+def test_the_shipped_configuration_is_valid(name: str, models: str) -> None:
+    """With the members that are shipped."""
+    settings = read_settings(ComposeSettings, ROOT / "deploy" / "training" / f"{name}.toml", [])
+    anchor = "base" if name == "compose-demo" else "anchor"
+    members = [make_member(model.name, ROOT / models / model.name) for model in settings.augmenting]
+    found = planned(settings, make_member("anchor", ROOT / models / anchor), members)
     found.check_fields(settings.out)

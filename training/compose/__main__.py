@@ -1,6 +1,7 @@
 """``python -m training compose STAGE --config compose.toml``: from an anchor and augmenting models to one served model.
 
-Each stage keeps what it has finished, and goes on from there when it is started again.
+Each stage keeps what it has finished, and goes on from there when it is started again. ``inspect`` shows a composed
+checkpoint.
 """
 
 from __future__ import annotations
@@ -29,8 +30,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.epochs=5"
         )
+    text = "show a composed checkpoint: its members, its connections, and what they do with a text"
+    command = commands.add_parser("inspect", help=text, description=text)
+    command.add_argument("checkpoint", type=Path, help="folder of the composed checkpoint")
+    command.add_argument("--text", help="a text as the models read it, after any chat template")
     options = parser.parse_args(arguments)
+    if options.stage == "inspect":
+        return run_command(lambda: inspect_checkpoint(options.checkpoint, options.text))
     return run_command(lambda: run_stage(options.stage, options.config, options.set))
+
+
+def inspect_checkpoint(folder: Path, text: str | None) -> None:
+    """Print what a composed checkpoint is, and what its connections do with a text.
+
+    Raises:
+        CollmError: what is wrong, in one line.
+    """
+    from training.compose.inspection import describe, describe_text
+
+    print(describe(folder))
+    if text is not None:
+        print()
+        print(describe_text(folder, text))
 
 
 def run_stage(stage: str, config: Path, overrides: Sequence[str]) -> None:

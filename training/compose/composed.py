@@ -68,18 +68,19 @@ class LearnedConnection(nn.Module):
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Heads) -> torch.Tensor:
     """Causal attention [B, T, H * S] of such queries to keys and values [B, T, G * S], without positions."""
-
-    def heads(states: torch.Tensor, count: int) -> torch.Tensor:
-        return states.view(*states.shape[:-1], count, form.head_size).transpose(1, 2)
-
     mixed_BHTS = F.scaled_dot_product_attention(
-        heads(query, form.heads),
-        heads(key, form.kv_heads),
-        heads(value, form.kv_heads),
+        _split(query, form.heads, form),
+        _split(key, form.kv_heads, form),
+        _split(value, form.kv_heads, form),
         is_causal=True,
         enable_gqa=form.kv_heads != form.heads,
     )
     return mixed_BHTS.transpose(1, 2).flatten(2)
+
+
+def _split(states: torch.Tensor, count: int, form: Heads) -> torch.Tensor:
+    """States by heads [B, count, T, S]."""
+    return states.view(*states.shape[:-1], count, form.head_size).transpose(1, 2)
 
 
 def _normalized(states: torch.Tensor) -> torch.Tensor:
@@ -224,3 +225,16 @@ class ServedConnection(nn.Module):
             for name, states in (("query", anchor_BTD), ("key", augmenting_BTA), ("value", augmenting_BTA))
         )
         return F.linear(_attend(query, key, value, self._form), self.weights["output"])
+
+    def attention(self, anchor_BTD: torch.Tensor, augmenting_BTA: torch.Tensor) -> torch.Tensor:
+        """How much each position reads of each [B, H, T, T]; rows sum to 1."""
+        form = self._form
+        if form.normalize:
+            anchor_BTD, augmenting_BTA = _normalized(anchor_BTD), _normalized(augmenting_BTA)
+        query_BHTS = _split(F.linear(anchor_BTD, self.weights["query"]), form.heads, form)
+        key_BGTS = _split(F.linear(augmenting_BTA, self.weights["key"]), form.kv_heads, form)
+        key_BHTS = key_BGTS.repeat_interleave(form.heads // form.kv_heads, dim=1)
+        scores_BHTT = query_BHTS @ key_BHTS.transpose(-1, -2) / form.head_size**0.5
+        future_TT = torch.ones_like(scores_BHTT[0, 0], dtype=torch.bool).triu(1)
+        weight_BHTT: torch.Tensor = scores_BHTT.masked_fill(future_TT, -torch.inf).softmax(-1)
+        return weight_BHTT

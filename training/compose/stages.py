@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +24,12 @@ from training.errors import SettingsError
 from training.files import ContentHashes, StageFolder, hash_of, read_json, write_json, write_text
 from training.fit import CHECKPOINT
 from training.project import SplitData, read_split
-from training.serving import Pair, Questions, Result, engine_config
+from training.serving import Pair, Questions, Result, by_task, engine_config
 
 COMPOSED = "composed"
 ANCHOR_ALONE = "anchor alone"
+EITHER = "either member alone"
+"""Right where one of the members is: what choosing the writer of each whole answer could reach at most."""
 
 
 @dataclass
@@ -214,11 +216,15 @@ def evaluate(project: ComposeProject) -> None:
         if seed == settings.seeds[0]:
             runs[ANCHOR_ALONE] = project.anchor.path
             runs |= {f"{member.name} alone": member.path for member in project.augmenting}
-        for name, result in _answers(project, stage.path, runs).items():
+        found = _answers(project, stage.path, runs)
+        for name, result in found.items():
             row = {"seed": seed, **result.summary()}
             if name in (COMPOSED, *settings.evaluate.controls):
                 row["parameters"] = run_of(project, name, seed).results["parameters"]
             rows.setdefault(name, []).append(row)
+        members = [result for name, result in found.items() if name not in (COMPOSED, *settings.evaluate.controls)]
+        if members:
+            rows[EITHER] = [{"seed": seed, **_either(members)}]
     text = table(rows)
     write_json(stage.path / "table.json", rows)
     write_text(stage.path / "table.md", text)
@@ -246,6 +252,13 @@ def _answers(project: ComposeProject, folder: Path, models: Mapping[str, Path]) 
             for number, name in enumerate(missing):
                 write_json(files[name], pair.answer(questions, name, member=number).to_json())
     return {name: Result.from_json(read_json(file)) for name, file in files.items()}
+
+
+def _either(members: Sequence[Result]) -> dict[str, Any]:
+    """Exact match where each question is answered by a member that is right, if one is."""
+    answers = list(zip(*(result.answers for result in members), strict=True))
+    right = [(of_one[0].task, any(answer.exact for answer in of_one)) for of_one in answers]
+    return {"exact_match": statistics.mean(exact for _, exact in right), "by_task": by_task(right)}
 
 
 def table(rows: Mapping[str, list[dict[str, Any]]]) -> str:
