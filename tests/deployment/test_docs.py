@@ -14,7 +14,7 @@ from engine.strategies import Strategies
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from server.metrics import Metrics
 from tests.deployment.promql import selectors, unguarded_divisions
-from tests.deployment.sources import rules, server_series
+from tests.deployment.sources import dashboard, panels, rules, server_series
 from tests.deployment.test_prometheus import anchors
 from tests.packaging.sources import ROOT
 
@@ -88,6 +88,15 @@ def test_named_files_exist(name: str) -> None:
     assert [path for path in named if not (ROOT / path).exists() and not list(ROOT.glob(path.rstrip("/")))] == []
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_named_panels_are_on_the_dashboard(name: str) -> None:
+    named = set(re.findall(r'"([A-Z][a-z][^"\n]+)"', page(name)))
+    board = dashboard()
+    variables = {variable.get("label") for variable in board["templating"]["list"]}
+    assert named
+    assert named - {panel["title"] for panel in panels()} - variables - {board["title"]} == set()
+
+
 def formulas() -> dict[str, Any]:
     """The functions that the page on scaling defines."""
     [block] = blocks(page("scaling.md"), "python")
@@ -141,5 +150,5 @@ def test_memory_table() -> None:
     for column, (kib, gib) in enumerate([(32, 8), (128, 32)]):
         layers, heads, size = (int(part) for part in rows["layers, KV heads, head size"][column].split(", "))
         per_token = 2 * layers * heads * size * 2
-        assert (per_token, rows["KV a token"][column]) == (kib << 10, f"{kib} KiB")
+        assert (per_token, rows["KV per token"][column]) == (kib << 10, f"{kib} KiB")
         assert (per_token * 128 * 2048, rows["KV of 128 requests of 2,048 tokens"][column]) == (gib << 30, f"{gib} GiB")
