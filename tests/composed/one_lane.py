@@ -17,6 +17,7 @@ from engine.config import LaneConfig
 from engine.lanes.interface import Extension, LaneRequest, LaneWork, Sample
 from engine.types import SamplingSpec
 from engine.vllm_hooks.options import engine_arguments, prepare_environment
+from tests.oracle.one_lane import run
 
 SAMPLING = SamplingSpec(temperature=0.0, logprobs=3)
 WRITTEN = 24
@@ -127,16 +128,6 @@ def top(sample: Sample) -> dict[str, Any]:
     """The most probable tokens."""
     assert sample.logprobs is not None
     return {"ids": sample.logprobs.token_ids[1:], "logprobs": sample.logprobs.logprobs[1:]}
-
-
-def run(lane: Any, work: LaneWork) -> dict[str, Sample]:
-    """Apply, and step until nothing is left to compute: the last sample of each request."""
-    lane.apply(work)
-    samples = {}
-    while lane.has_work():
-        for sample in lane.start().result().samples:
-            samples[sample.request_id] = sample
-    return samples
 
 
 if __name__ == "__main__":
