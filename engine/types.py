@@ -263,7 +263,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         sources: the lane that wrote each, or BLEND.
         deferrals: the deferral probability at each position as its policy saw it; None where no gate was asked
             (a member alone, or a pair without a gate).
-        logprobs: one entry a token if asked for, else None.
+        logprobs: one entry per token if asked for, else None.
         prompt_logprobs: once, with the first delta, if asked for: one entry for each prompt token but the first.
         finish_reason: set on the last delta.
         stop_token: the token id that ended the request, if one did.
@@ -429,7 +429,7 @@ class LaneStats(msgspec.Struct, array_like=True):
 
     Attributes:
         steps: forward passes.
-        step_seconds: their duration since the last report, one entry a step.
+        step_seconds: their duration since the last report, one entry per step.
         rows: rows that were in the last step; 0 when the lane is idle.
         computed_tokens: positions computed, prompts included.
         catchup_tokens: written tokens computed beyond the one that a step needs anyway.
