@@ -6,6 +6,7 @@ import { LANGUAGES, showCode } from "./code.js";
 import { byId, copyFrom, el } from "./dom.js";
 import { examplesFor } from "./examples.js";
 import { History } from "./history.js";
+import { cameBack, keep, kept } from "./kept.js";
 import { savedKey, saveKey } from "./key.js";
 import { linked, linkTo } from "./link.js";
 import { compare } from "./members.js";
@@ -104,8 +105,8 @@ function show(served) {
     ),
   );
   if (first) {
-    const shared = linked();
-    if (shared) settings.write(shared);
+    const made = cameBack() ? kept() ?? linked() : linked() ?? kept();
+    if (made) settings.write(made);
   }
   if (!ui.prompt.value) ui.prompt.value = examplesFor(served)[0][settings.kind];
   showSelected();
@@ -192,7 +193,7 @@ async function run() {
   if (!finish(running)) return;
   showErrors(cards, errors.filter(Boolean));
   ui.announce.textContent = cards.map(summary).join(" ");
-  history.add({ settings: made, answers: new Map(cards.map((card) => [card.model.id, card.record()])), summary: inShort(cards) });
+  history.add({ settings: made, answers: new Map(cards.map((card) => [card.model.id, card.record()])), summary: inShort(cards, made) });
 }
 
 /** What every panel would say is said once, above them. */
@@ -244,11 +245,12 @@ function summary(card) {
   return `${card.model.title}: ${card.answer().trim()} (${counts || "no tokens"}).`;
 }
 
-function inShort(cards) {
+function inShort(cards, made) {
   const joint = cards.find((card) => card.model.joint) ?? cards[0];
   const counts = [...joint.counts].map(([source, count]) => `${count} ${source}`).join(", ");
   const { policy, threshold } = joint.run;
-  return `${policy}${threshold === null ? "" : ` ${shown(threshold)}`}: ${counts || joint.finish}`;
+  const blend = joint.model.joint && made.blend ? `, ${made.blend}` : "";
+  return `${policy}${threshold === null ? "" : ` ${shown(threshold)}`}${blend}: ${counts || joint.finish}`;
 }
 
 /** Show a run of the history again: its settings and its answers. */
@@ -362,6 +364,8 @@ document.addEventListener("keydown", (event) => {
     run();
   } else if (event.key === "Escape") state.running?.abort();
 });
+
+window.addEventListener("pagehide", () => state.served && keep(settings.read()));
 
 ui.key.value = savedKey();
 showSelected();

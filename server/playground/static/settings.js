@@ -170,7 +170,8 @@ export class Settings {
   collaboration() {
     const { collaboration } = this.served;
     const chosen = {};
-    if (this.policy !== collaboration.policy) chosen.policy = this.policy;
+    // A blend may have a policy and a threshold of its own, where the request names none: what is shown here counts.
+    if (this.policy !== collaboration.policy || byId("blend").value) chosen.policy = this.policy;
     if (this.#shareInForce !== null) chosen.share = this.share;
     else if (this.threshold !== null && this.effectiveThreshold !== null) chosen.threshold = this.threshold;
     if (this.policy === "random") chosen.rate = Number(byId("rate").value);

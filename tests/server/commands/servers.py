@@ -42,14 +42,19 @@ def server_of_standins(
     keys: Sequence[str] = (),
     queued: int = 64,
     playground: str = "open",
+    more: str = "",
 ) -> Path:
-    """Configuration and tokenizer of a server of stand-in lanes; gives the configuration's file."""
+    """Configuration and tokenizer of a server of stand-in lanes; gives the configuration's file.
+
+    Args:
+        more: tables that are added to the configuration.
+    """
     tokenizer = byte_level_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     lane = LANE.format(vocabulary=tokenizer.get_vocab_size(), step_seconds=step_seconds)
     parts = [f'served_model_name = "{MODEL}"\ntokenizer = "{folder}"\n', f"[base]\n{lane}"]
     parts += [f'[[experts]]\nname = "{name}"\n{lane}' for name in experts]
-    parts += [SERVER.format(queued=queued, keys=", ".join(f'"{key}"' for key in keys), playground=playground)]
+    parts += [SERVER.format(queued=queued, keys=", ".join(f'"{key}"' for key in keys), playground=playground), more]
     config = folder / "collm.toml"
     config.write_text("\n".join(parts))
     return config

@@ -126,7 +126,7 @@ def test_a_blend_is_painted_by_the_experts_share(demo: LiveServer, open_page: Op
     page.ask(PROMPT)
     page.run()
     [joint] = [body for body in page.posted() if body["model"] == MODEL]
-    assert joint["collaboration"] == {"blend": "mixture", "report": True}
+    assert joint["collaboration"] == {"policy": "threshold", "blend": "mixture", "report": True}
     sources = [source for _, source, _ in page.tokens(MODEL)]
     assert set(sources) == {"base", "blend"}
     assert f"{sources.count('blend')} blend" in page.one(".joint .legend").text

@@ -76,6 +76,51 @@ def test_runs_are_kept_and_shown_again(demo: LiveServer, open_page: Open) -> Non
     assert page.posted() == []
 
 
+def test_a_reload_keeps_what_was_typed(slow: str, open_page: Open) -> None:
+    page = open_page(slow)
+    page.ask("Mine, é")
+    page.set_number("#max-tokens", 7)
+    page.one("#policy option[value='always']").click()
+    page.load(f"{slow}/docs")
+    page.load(slow)
+    page.one("#policy option[value='never']").click()
+    page.driver.refresh()
+    eventually(lambda: page.one("#status").get_attribute("data-kind") == "ready")
+    page.run()
+    joint = page.posted()[0]
+    assert (joint["prompt"], joint["max_tokens"]) == ("Mine, é", 7)
+    assert joint["collaboration"]["policy"] == "never"
+    stored = str(page.js("return JSON.stringify(sessionStorage)"))
+    assert "Mine, é" in stored
+
+
+def test_a_link_is_more_than_what_was_typed_and_less_than_what_was_done_with_it(slow: str, open_page: Open) -> None:
+    page = open_page(slow)
+    page.ask("from the link")
+    page.one("#share").click()
+    link = page.js("return location.href")
+    page.ask("typed later")
+    page.driver.refresh()
+    eventually(lambda: page.one("#status").get_attribute("data-kind") == "ready")
+    assert page.one("#prompt").get_property("value") == "typed later"
+    page.load(f"{slow}/docs")
+    page.load(link)
+    assert page.one("#prompt").get_property("value") == "from the link"
+
+
+def test_what_the_page_shows_is_in_force_with_a_blend_too(tmp_path: Path, open_page: Open) -> None:
+    half = '[blends.half]\nkind = "mixture"\npolicy = "always"\n'
+    with standins(tmp_path, more=half) as address:
+        page = open_page(address)
+        page.one("#blend option[value='half']").click()
+        page.set_number("#max-tokens", 30)
+        page.run()
+        assert page.posted()[0]["collaboration"]["policy"] == "threshold"
+        sources = {source for _, source, _ in page.tokens(STANDIN)}
+        assert sources == {"base", "blend"}
+        assert "threshold 0.50, half: " in page.one("#history .run").text
+
+
 def test_a_conversation_goes_on(demo: LiveServer, open_page: Open) -> None:
     page = open_page(demo.url)
     page.one("input[value='chat']").click()
