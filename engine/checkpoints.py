@@ -322,7 +322,7 @@ def locate(name: str | Path, revision: str | None = None, *, also: Sequence[str]
         raise CheckpointError(f"{name}: no such folder") from error
     except Exception as error:  # network and cache failures of many kinds; all mean the same here
         raise CheckpointError(
-            f"{name}: no such folder, and not to be had from a model hub ({type(error).__name__})"
+            f"{name}: no such folder, and it could not be downloaded from a model hub ({type(error).__name__})"
         ) from error
 
 

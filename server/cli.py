@@ -5,6 +5,7 @@ Exit status 2 is a wrong configuration, 1 that nothing can be served.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import socket
@@ -55,6 +56,14 @@ class ConfigurationError(Exception):
         self.lines = list(lines)
 
 
+class _PlainHelp(argparse.RawDescriptionHelpFormatter):
+    """Without the marks that docstrings put around code."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = super()._get_help_string(action)
+        return None if text is None else text.replace("``", "")
+
+
 def load_settings(argv: Sequence[str]) -> Settings:
     """Settings from the command line, the environment and the file that either names.
 
@@ -63,7 +72,9 @@ def load_settings(argv: Sequence[str]) -> Settings:
         SystemExit: after ``--help``.
     """
     try:
-        source: CliSettingsSource[Any] = CliSettingsSource(Settings, cli_parse_args=list(argv))
+        source: CliSettingsSource[Any] = CliSettingsSource(
+            Settings, cli_parse_args=list(argv), formatter_class=_PlainHelp
+        )
         settings = Settings(_cli_settings_source=source)
         # Read now, so that a wrong file is found before anything is started.
         _ = settings.server.all_keys

@@ -141,7 +141,7 @@ def from_validation(problems: list[Any], messages: Mapping[str, str]) -> ApiErro
 
     Args:
         problems: ``ValidationError.errors(include_input=False, include_url=False)``.
-        messages: by field, what to say where several shapes are allowed and none fitted.
+        messages: by field, or by object and field, what to say where several shapes are allowed and none fitted.
     """
     problem = problems[0]
     kind, location = problem["type"], tuple(part for part in problem["loc"] if part not in VARIANTS)
@@ -164,9 +164,10 @@ def from_validation(problems: list[Any], messages: Mapping[str, str]) -> ApiErro
     if kind == "missing":
         return invalid(f"'{_path(location)}' is required.", _path(location), "missing_field")
     for end, part in enumerate(location, 1):
-        if part in messages:
+        within = f"{location[end - 2]}.{part}" if end > 1 else part
+        if (told := messages.get(within, messages.get(part))) is not None:
             path = _path(location[:end])
-            return invalid(f"'{path}' {messages[part]}.", path, "invalid_value")
+            return invalid(f"'{path}' {told}.", path, "invalid_value")
     return invalid(f"'{_path(location)}' {_demand(problem)}.", _path(location), "invalid_value")
 
 

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from training.compose.__main__ import main as compose
 
         return compose(given[1:])
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__.replace("``", ""))
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     commands_of = {name: stage.help for name, stage in STAGES.items()} | {"pipeline": PIPELINE}
     for name, text in commands_of.items():

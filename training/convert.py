@@ -132,7 +132,7 @@ def _write(
 
 def main() -> None:
     """``python -m training.convert to-reference|from-reference ...``."""
-    parser = argparse.ArgumentParser(prog="python -m training.convert", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.convert", description=__doc__.replace("``", ""))
     commands = parser.add_subparsers(dest="command", required=True)
     there = commands.add_parser("to-reference", help="base and gate to one checkpoint")
     for name in ("base", "gate", "out"):

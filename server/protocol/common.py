@@ -178,7 +178,7 @@ class GenerationFields(Strict):
         "run_ahead": f"must be 'auto', 'off', or an integer from 1 to {MOST_DRAFTS}",
         "json": f"must be a JSON schema: an object, true, or text of 1 to {MAX_GRAMMAR_LENGTH} characters",
         "schema": "must be a JSON schema: an object, or true",
-        "weights": f"must be 'gate', or map members to numbers from -{GREATEST_WEIGHT:g} to {GREATEST_WEIGHT:g}",
+        "blend.weights": f"must be 'gate', or map members to numbers from -{GREATEST_WEIGHT:g} to {GREATEST_WEIGHT:g}",
     }
 
     model: ModelName

@@ -76,3 +76,22 @@ def test_no_word_of_the_library(model: type[Strict]) -> None:
             assert not LIBRARY.search(said), found.message
             assert len(found.message) < 300
     assert len(kinds) >= 3, kinds
+
+
+@pytest.mark.parametrize(
+    ("collaboration", "says"),
+    [
+        ({"weights": "gate"}, "'collaboration.weights' must be an object."),
+        ({"weights": {"base": -1}}, "'collaboration.weights.base' must be at least 0."),
+        (
+            {"blend": {"kind": "mixture", "weights": {"base": "x"}}},
+            "'collaboration.blend.weights' must be 'gate', or map members to numbers from -10 to 10.",
+        ),
+    ],
+)
+def test_fields_of_one_name_are_told_apart(collaboration: dict[str, Any], says: str) -> None:
+    body = GOOD[CompletionRequest] | {"collaboration": collaboration}
+    with pytest.raises(ValidationError) as refused:
+        CompletionRequest.model_validate_json(json.dumps(body))
+    problems = refused.value.errors(include_url=False, include_input=False)
+    assert from_validation(problems, CompletionRequest.messages_by_field).message == says

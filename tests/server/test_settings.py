@@ -153,6 +153,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     }.items():
         assert option in text
         assert explained in text, explained
+    assert "``" not in text
 
 
 def test_a_port_in_use_is_found_before_anything_is_loaded(

@@ -22,7 +22,7 @@ STAGES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m training compose", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training compose", description=__doc__.replace("``", ""))
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, text in STAGES.items():
         command = commands.add_parser(name, help=text, description=text)

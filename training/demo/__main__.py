@@ -40,7 +40,7 @@ KNOWN_ENTITIES = 30
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.replace("``", ""))
     parser.add_argument("--out", type=Path, default=Path("models/demo"), help="output folder")
     parser.add_argument(
         "--config",

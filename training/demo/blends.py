@@ -144,7 +144,7 @@ def run(pair: Path, out: Path, every: int, seed: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m training.demo.blends", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.demo.blends", description=__doc__.replace("``", ""))
     parser.add_argument("--pair", type=Path, default=Path("models/demo"), help="folder of the demo pair")
     parser.add_argument("--out", type=Path, default=Path("build/demo/blends"), help="output folder")
     parser.add_argument("--every", type=int, default=1, help="ask every EVERY-th question only")

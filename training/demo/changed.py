@@ -70,7 +70,7 @@ def changed_documents(corpus: Corpus, changed: Sequence[Entity], tokenizer: Toke
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m training.demo.changed", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.demo.changed", description=__doc__.replace("``", ""))
     parser.add_argument("--pair", type=Path, default=Path("models/demo"), help="folder of the demo pair")
     parser.add_argument("--out", type=Path, default=Path("build/demo/changed"), help="output folder")
     parser.add_argument("--steps", type=int, default=50)

@@ -197,7 +197,7 @@ def table(found: Sequence[dict[str, dict[str, float]]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m training.demo.proxy", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.demo.proxy", description=__doc__.replace("``", ""))
     parser.add_argument("--pair", type=Path, default=Path("models/demo"), help="folder of the demo pair")
     parser.add_argument("--out", type=Path, default=Path("build/demo/proxy"), help="output folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -23,7 +23,7 @@ from training.files import write_text
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the three files; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m training.demo.questions", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.demo.questions", description=__doc__.replace("``", ""))
     parser.add_argument("--out", type=Path, default=Path("build/demo/data"), help="output folder")
     options = parser.parse_args(arguments)
 

