@@ -281,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workdir", type=Path, metavar="FOLDER", help="keeps synthetic models; default: a temporary folder")
     add("--log", type=Path, metavar="FILE", help="what the servers print; default: servers.log in the workdir")
     add("--json", type=Path, metavar="FILE", help="also write the JSON line there")
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the performance of the engine and the server.")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure what the engine and the server do.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, description=text, parents=[common])
