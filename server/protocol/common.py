@@ -256,8 +256,8 @@ class GenerationFields(Strict):
     """Words that must not be written: the last token of a word's tokens is forbidden after the others."""
 
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    """Return the logprobs of the prompt's tokens, by the base, and of so many of the most probable ones. Not with
-    ``stream``."""
+    """Return the logprobs of the prompt's tokens, and of so many of the most probable ones: the base's, or those of the
+    joint model (``collaboration.score``). Not with ``stream``."""
 
     skip_special_tokens: bool | None = None
     """Leave special tokens out of the text. Default: true."""
@@ -291,12 +291,20 @@ class GenerationFields(Strict):
     structured_outputs: StructuredOutputsOptions | None = None
     """A grammar for the answer, under vLLM's names; not together with ``response_format``."""
 
-    # Accepted and ignored: labels for the client's own bookkeeping.
     user: Label | None = None
+    """Accepted and ignored: a label for the client's own bookkeeping."""
+
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA)] | None = None
+    """Accepted and ignored."""
+
     prompt_cache_key: Label | None = None
+    """Accepted and ignored."""
+
     safety_identifier: Label | None = None
+    """Accepted and ignored."""
+
     session_id: Label | None = None
+    """Accepted and ignored."""
 
     # OpenAI's fields that clients send by default.
     service_tier: Annotated[Any, Only(("auto", "default"))] = None

@@ -3,7 +3,7 @@
 
 import { authorization } from "./key.js";
 
-/** An answer that is not the one hoped for: the server's error object, or no server at all. */
+/** The server's error object, or no server at all. */
 export class ApiError extends Error {
   constructor(message, { status = 0, code = null, param = null } = {}) {
     super(message);
@@ -49,7 +49,7 @@ async function failure(response) {
 
 /**
  * What is served: the joint model, its members, and how they share the work unless a request says otherwise.
- * @returns {Promise<{joint: string, members: {id: string, name: string}[], collaboration: {policy: string,
+ * @returns {Promise<{joint: string, members: {id: string, name: string}[], blended: string[], collaboration: {policy: string,
  *   policies: string[], thresholds: Object<string, number>, gate: boolean, experts: string[], blends: string[]}, example: string|null,
  *   chat: boolean}>}
  */
@@ -57,12 +57,12 @@ export async function models(key) {
   const { data } = await (await send("v1/models", { headers: authorization(key) })).json();
   const joint = data.find((model) => model.parent === null);
   if (!joint) throw new ApiError("The server names no joint model.");
-  const members = data
-    .filter((model) => model.parent === joint.id)
-    .map((model) => ({ id: model.id, name: model.id.slice(joint.id.length + 1) }));
   const { collaboration, example_prompt: example, chat } = joint;
   if (!collaboration) throw new ApiError("The engine is starting.");
-  return { joint: joint.id, members, collaboration, example, chat };
+  const members = ["base", ...collaboration.experts].map((name) => ({ id: `${joint.id}/${name}`, name }));
+  // Blends under names of their own.
+  const blended = data.map((model) => model.id).filter((id) => id !== joint.id && members.every((member) => member.id !== id));
+  return { joint: joint.id, members, blended, collaboration, example, chat };
 }
 
 /** Whether requests are admitted; the reason if not. */

@@ -88,6 +88,7 @@ function show(served) {
   const all = [
     { id: served.joint, title: "Together", joint: true },
     ...served.members.map((member) => ({ id: member.id, title: `${member.name} alone`, joint: false })),
+    ...served.blended.map((id) => ({ id, title: id, joint: false })),
   ];
   state.cards = all.map((model) => new Card(model, experts, { inspect, reply }));
   ui.answers.replaceChildren(...state.cards.map((card) => card.root));

@@ -109,7 +109,7 @@ def test_a_link_is_more_than_what_was_typed_and_less_than_what_was_done_with_it(
 
 
 def test_what_the_page_shows_is_in_force_with_a_blend_too(tmp_path: Path, open_page: Open) -> None:
-    half = '[blends.half]\nkind = "mixture"\npolicy = "always"\n'
+    half = '[blends.half]\nkind = "mixture"\npolicy = "always"\nserved_model_name = "served-half"\n'
     with standins(tmp_path, more=half) as address:
         page = open_page(address)
         page.one("#blend option[value='half']").click()
@@ -119,6 +119,11 @@ def test_what_the_page_shows_is_in_force_with_a_blend_too(tmp_path: Path, open_p
         sources = {source for _, source, _ in page.tokens(STANDIN)}
         assert sources == {"base", "blend"}
         assert "threshold 0.50, half: " in page.one("#history .run").text
+        # The blend's own model is no member.
+        titles = [label.text for label in page.all("#models label")]
+        assert titles == ["Together", "base alone", "codes alone", "served-half"]
+        assert len(page.all(".joint .legend .swatch")) == len(["base", "blend", "codes"])
+        assert {source for _, source, _ in page.tokens("served-half")} == {"blend"}
 
 
 def test_a_conversation_goes_on(demo: LiveServer, open_page: Open) -> None:
