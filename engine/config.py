@@ -108,8 +108,8 @@ class GateConfig(_Config):
     """The deferral gate, and what a request gets that does not say otherwise."""
 
     path: str | None = None
-    """Folder of the gate artifact. None: the pair has no gate, unless its base is in the reference format, and serves
-    the policies that need none."""
+    """Folder of the gate artifact, or its name on a hub: "OWNER/NAME" or "OWNER/NAME@REVISION". None: the pair has no
+    gate, unless its base is in the reference format, and serves the policies that need none."""
 
     in_lm_head: bool = False
     """The base is in the reference format (V+1 outputs): the last row of its LM head is the gate. Not needed where the
@@ -126,6 +126,21 @@ class GateConfig(_Config):
         if self.path is not None and self.in_lm_head:
             raise ValueError("path and in_lm_head exclude each other")
         return self
+
+
+class RecordConfig(_Config):
+    """Where the base's worker writes what the LM head reads at scored positions; see ``engine/vllm_hooks/record.py``.
+    For training: not part of a server's configuration.
+    """
+
+    folder: str
+    """Of the tables."""
+
+    rows: int = Field(ge=1)
+    """How many the tables have."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of hidden states."""
 
 
 class SchedulerConfig(_Config):
@@ -176,6 +191,8 @@ class EngineConfig(_Config):
 
     gate: GateConfig = GateConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
+    record: RecordConfig | None = None
+    """For training."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from engine.checkpoints import Checkpoint, ModelIdentity, make_readable, read_json
+from engine.checkpoints import Checkpoint, ModelIdentity, locate, make_readable, read_json
 from engine.errors import CheckpointError, GateError
 from engine.gates import FEATURES, KINDS, GateFunction
 
@@ -34,6 +34,22 @@ FIELDS_FILE = "gate.json"
 def gate_logits(hidden_BD: torch.Tensor, theta_KD: torch.Tensor, bias_K: torch.Tensor) -> torch.Tensor:
     """Gate logits [B, K] in float32; K = 1 defers with probability sigmoid(logit)."""
     return hidden_BD.float() @ theta_KD.float().T + bias_K.float()
+
+
+def gate_folder(name: str) -> Path:
+    """The folder of an artifact; one that is named OWNER/NAME or OWNER/NAME@REVISION on a hub is fetched.
+
+    Raises:
+        GateError: it is neither.
+    """
+    path = Path(name)
+    if path.exists():
+        return path
+    found, _, revision = name.partition("@")
+    try:
+        return locate(found, revision or None, also=[TENSORS_FILE])
+    except CheckpointError as error:
+        raise GateError(f"gate.path: {error}") from error
 
 
 class GateFile(msgspec.Struct, kw_only=True):

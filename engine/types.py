@@ -155,6 +155,8 @@ class GenerationRequest(msgspec.Struct, frozen=True):
         prompt: token ids, at least one.
         scores: nothing is written: ``sampling.prompt_logprobs`` are the joint model's, see
             :mod:`engine.strategies.scoring`, and the request ends with them.
+        score_from: with ``scores``: number of the first token that is scored. What is before it is a prompt, of which
+            a prefix cache may know.
         timeline: the last delta tells when the request was where, for tracing.
         client: whose request it is; requests that wait are admitted fairly between clients, see
             :mod:`engine.fair_queue`. Any stable text that is no secret.
@@ -167,6 +169,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     timeline: bool = False
     client: str = ""
     scores: bool = False
+    score_from: int = 1
 
     @property
     def all_prompts(self) -> list[list[int]]:

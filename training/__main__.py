@@ -9,10 +9,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from training.command import run_command
 from training.graph import STAGES
 
+if TYPE_CHECKING:
+    from training.project import Project
+
+STATUS = "what is done, what is stale and why, and what waits"
+PUSH = "write the model card of the pair, and upload it to a hub"
 PIPELINE = "all of these, and the pair to be served"
 
 
@@ -34,11 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.gate.epochs=5"
         )
+    for name, text in (("status", STATUS), ("push", PUSH)):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--config", type=Path, required=True, help="the project's settings, TOML")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+        if name == "push":
+            command.add_argument("--to", metavar="OWNER/NAME", help="where; without it the card alone is written")
+            command.add_argument("--private", action="store_true", help="make what is uploaded private")
     commands.add_parser("convert", help="base and gate to and from the reference format")
     commands.add_parser(
         "compose", help="compose checkpoints by cross-attention (CALM): python -m training compose --help"
     )
     options = parser.parse_args(given)
+    if options.stage == "status":
+        return run_command(lambda: _status(options.config, options.set))
+    if options.stage == "push":
+        return run_command(lambda: _push(options.config, options.set, options.to, private=options.private))
     return run_command(lambda: run_stage(options.stage, options.config, options.set))
 
 
@@ -48,13 +65,8 @@ def run_stage(stage: str, config: Path, overrides: Sequence[str]) -> None:
     Raises:
         CollmError: what is wrong, in one line.
     """
-    from training.settings import load_settings
-
-    settings = load_settings(config, overrides)
-    # Late: without it, --help and a wrong setting would wait for torch.
-    from training.project import Project
-
-    project = Project(settings)
+    project = _project(config, overrides)
+    settings = project.settings
     project.check()
     names = [stage]
     if stage == "pipeline":
@@ -63,6 +75,28 @@ def run_stage(stage: str, config: Path, overrides: Sequence[str]) -> None:
         names = ["calibrate", "export"]
     for name in names:
         STAGES[name].run(project)
+
+
+def _project(config: Path, overrides: Sequence[str]) -> Project:
+    from training.settings import load_settings
+
+    settings = load_settings(config, overrides)
+    # Late: without it, --help and a wrong setting would wait for torch.
+    from training.project import Project
+
+    return Project(settings)
+
+
+def _status(config: Path, overrides: Sequence[str]) -> None:
+    from training.status import print_status
+
+    print_status(_project(config, overrides))
+
+
+def _push(config: Path, overrides: Sequence[str], to: str | None, *, private: bool) -> None:
+    from training.push import push
+
+    push(_project(config, overrides), to, private=private)
 
 
 def _convert(arguments: Sequence[str]) -> int:

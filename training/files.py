@@ -168,6 +168,24 @@ class StageFolder:
         return found
 
     @property
+    def begun(self) -> bool:
+        """Whether the folder holds something made with these settings and inputs, finished or not."""
+        return self._found == self.fingerprint
+
+    @property
+    def differences(self) -> tuple[str, ...]:
+        """In what the output that is in the folder was made otherwise, in words; nothing if there is none."""
+        file = self.path / SETTINGS_FILE
+        if self._found in (None, self.fingerprint):
+            return ()
+        earlier = read_json(file)
+        # As they are read again: tuples are lists there.
+        now = json.loads(json.dumps([self.settings, self.inputs], default=str))
+        found = _changed("", earlier["settings"], now[0])
+        found += [f"{name} is another one" for name in _names(earlier["inputs"], now[1])]
+        return tuple(found)
+
+    @property
     def done(self) -> bool:
         """Whether the stage has ended before, with these settings and inputs."""
         return self._found == self.fingerprint and (self.path / DONE_FILE).exists()
@@ -192,3 +210,19 @@ class StageFolder:
     def finish(self, **results: Any) -> None:
         """Mark the stage as ended."""
         write_json(self.path / DONE_FILE, results)
+
+
+def _names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, or is in one of them only."""
+    return [name for name in {**before, **now} if name not in before or name not in now or before[name] != now[name]]
+
+
+def _changed(prefix: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    found = []
+    for name in _names(before, now):
+        was, is_now = before.get(name), now.get(name)
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            found += _changed(f"{prefix}{name}.", was, is_now)
+        else:
+            found.append(f"{prefix}{name} was {json.dumps(was)}, is {json.dumps(is_now)}")
+    return found

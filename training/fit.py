@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from training.errors import DivergedError
 from training.files import write_tensors
+from training.tracking import Log, nothing
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -36,11 +37,13 @@ class Plan:
         steps: optimizer steps.
         warm_up: share of them in which the learning rate rises; then it falls to 0 linearly.
         checkpoint_every: steps between checkpoints.
+        log: is told of each step: "loss", and of each group its "learning_rate" and "gradient_norm".
     """
 
     steps: int
     warm_up: float
     checkpoint_every: int
+    log: Log = nothing
 
 
 def fit(
@@ -94,8 +97,16 @@ def fit(
             if settings.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(settings.parameters.values(), settings.clip, norm)
         optimizer.step()
+        plan.log(step, {"loss": loss} | _values(optimizer, norms))
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss:.4f}")
+
+
+def _values(optimizer: torch.optim.Optimizer, norms: list[torch.Tensor]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for number, (group, norm) in enumerate(zip(optimizer.param_groups, norms, strict=True)):
+        found |= {f"learning_rate/{number}": group["lr"], f"gradient_norm/{number}": float(norm)}
+    return found
 
 
 def _gradient_norm(group: Group) -> torch.Tensor:

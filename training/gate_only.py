@@ -6,7 +6,7 @@ Shapes: N completion tokens, I inputs of the gate, d hidden size, K experts, H w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from engine.gates import KINDS
 from training.auroc import auroc
 from training.fit import Group, Plan, fit
 from training.losses import Loss, Tokens
-from training.scoring import PairScores
+from training.scoring import ModelScores, PairScores
 from training.settings import GateSettings
 
 
@@ -54,6 +54,10 @@ class Gate:
     def log_odds(self, inputs_NI: torch.Tensor) -> torch.Tensor:
         """log P(defer) - log P(base) [N], float64: unlike a probability, it never saturates."""
         return torch.logsumexp(self.logits(inputs_NI).double(), dim=1)
+
+    def log_odds_of(self, scores: ModelScores) -> torch.Tensor:
+        """``log_odds`` [N] of all tokens of a base's scores."""
+        return torch.cat([self.log_odds(inputs_NI) for inputs_NI in scores.chunks(self.features)])
 
     def deferral(self, inputs_NI: torch.Tensor) -> torch.Tensor:
         """1 - P(Z = 0) [N], float64: what the engine compares with the threshold."""
@@ -92,13 +96,24 @@ class Scaling:
     scale_I: torch.Tensor
 
     @classmethod
-    def of(cls, inputs_NI: torch.Tensor, *, centred: bool) -> Scaling:
-        """Of these inputs. Not ``centred`` for a gate that has no bias to fold a mean into."""
-        mean_I = inputs_NI.double().mean(dim=0) if centred else torch.zeros(inputs_NI.shape[1], dtype=torch.float64)
-        spread_I = (inputs_NI.double() - mean_I).square().mean(dim=0).sqrt()
+    def of(cls, scores: ModelScores, features: Sequence[str], *, centred: bool) -> Scaling:
+        """Of a base's inputs. Not ``centred`` for a gate that has no bias to fold a mean into."""
+        count = len(scores.logp_N)
+        # A first element of a sum that need not know how many inputs there are.
+        mean_I = sum((part_NI.double().sum(dim=0) for part_NI in scores.chunks(features)), torch.zeros(())) / count
+        if not centred:
+            mean_I = torch.zeros_like(mean_I)
+        squares_I = sum(
+            ((part_NI.double() - mean_I).square().sum(dim=0) for part_NI in scores.chunks(features)), torch.zeros(())
+        )
+        spread_I = (squares_I / count).sqrt()
         # An input that never changes tells nothing; it stays as it is.
         spread_I[spread_I < 1e-12] = 1.0
-        return cls(mean_I.float(), (spread_I * math.sqrt(inputs_NI.shape[1])).float())
+        return cls(mean_I.float(), (spread_I * math.sqrt(len(mean_I))).float())
+
+    def __call__(self, inputs_NI: torch.Tensor) -> torch.Tensor:
+        """Inputs scaled."""
+        return (inputs_NI - self.mean_I) / self.scale_I
 
     def into(self, gate: Gate) -> dict[str, torch.Tensor]:
         """The tensors of a gate for raw inputs as those for scaled ones."""
@@ -117,21 +132,47 @@ class Scaling:
         return Gate.from_tensors(folded, like)
 
 
-def scaling_of(gate: Gate | GateSettings, inputs_NI: torch.Tensor, *, bias: bool) -> Scaling:
+def scaling_of(gate: Gate | GateSettings, scores: ModelScores, *, bias: bool) -> Scaling:
     """How a gate's inputs are standardised. ``bias``: whether the experts' values have one."""
-    return Scaling.of(inputs_NI, centred=bias or KINDS[gate.kind].first[1] != "bias")
+    return Scaling.of(scores, gate.features, centred=bias or KINDS[gate.kind].first[1] != "bias")
 
 
-def new_gate(settings: GateSettings, inputs_NI: torch.Tensor, experts: int, seed: int, *, bias: bool) -> Gate:
-    """A gate that defers half of everything, for inputs such as these; a hidden layer is random."""
+def new_gate(settings: GateSettings, scores: ModelScores, experts: int, seed: int, *, bias: bool) -> Gate:
+    """A gate that defers half of everything, for inputs such as this base's; a hidden layer is random."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = KINDS[settings.kind].shapes(inputs_NI.shape[1], experts, settings.width)
+    scaling = scaling_of(settings, scores, bias=bias)
+    shapes = KINDS[settings.kind].shapes(len(scaling.mean_I), experts, settings.width)
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     weight, _ = KINDS[settings.kind].first
     if weight in KINDS[settings.kind].hidden:
         # The sum of squares of standardised inputs is 1, so these give values of variance 1.
         tensors[weight] = torch.randn(shapes[weight], generator=generator)
-    return scaling_of(settings, inputs_NI, bias=bias).out_of(tensors, settings)
+    return scaling.out_of(tensors, settings)
+
+
+_HELD = 1 << 30
+"""Bytes of inputs that are held on the device; of more, each step reads its own from the mapped file."""
+
+
+class _Inputs:
+    """What a gate learns from, by token."""
+
+    def __init__(
+        self, scores: ModelScores, features: Sequence[str], scaling: Scaling | None, device: torch.device
+    ) -> None:
+        self._scores, self._features, self._scaling, self._device = scores, features, scaling, device
+        assert scores.hidden_ND is not None
+        count, width = scores.hidden_ND.shape
+        held = count * (width + len(features)) * 4 <= _HELD
+        self._held_NI = self._read(slice(None)) if held else None
+
+    def __call__(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        """Those of some tokens [B, I], scaled, on the device."""
+        return self._read(rows) if self._held_NI is None else self._held_NI[rows]
+
+    def _read(self, rows: torch.Tensor | slice) -> torch.Tensor:
+        inputs_BI = self._scores.inputs(self._features, rows)
+        return (inputs_BI if self._scaling is None else self._scaling(inputs_BI)).to(self._device)
 
 
 def fit_gate(
@@ -143,19 +184,16 @@ def fit_gate(
         DivergedError: the loss or a gradient is not finite.
     """
     kind = KINDS[start.kind]
-    inputs_NI = scores.base.inputs(start.features)
-    scaling = None
-    if settings.standardise:
-        scaling = scaling_of(start, inputs_NI, bias=settings.bias)
-        inputs_NI = (inputs_NI - scaling.mean_I) / scaling.scale_I
-    inputs_NI, base_logp_N = inputs_NI.to(device), scores.base.logp_N.to(device)
+    scaling = scaling_of(start, scores.base, bias=settings.bias) if settings.standardise else None
+    inputs = _Inputs(scores.base, start.features, scaling, device)
+    base_logp_N = scores.base.logp_N.to(device)
     expert_logp_NK, label_N = scores.expert_logp_NK.to(device), scores.weak_labels().to(device)
     aligned_NK = None if scores.aligned_NK is None else scores.aligned_NK.to(device)
     tensors = {
         name: torch.nn.Parameter(tensor.clone().to(device), requires_grad=name != "bias" or settings.bias)
         for name, tensor in (scaling.into(start) if scaling else start.tensors).items()
     }
-    count = len(inputs_NI)
+    count = len(base_logp_N)
     per_epoch = steps_of(count, settings.batch_tokens, 1)
 
     def parts(step: int) -> Iterator[torch.Tensor]:
@@ -164,10 +202,10 @@ def fit_gate(
             rows: torch.Tensor | slice = slice(None)
         else:
             order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
-            rows = order[within * settings.batch_tokens : (within + 1) * settings.batch_tokens].to(device)
+            rows = order[within * settings.batch_tokens : (within + 1) * settings.batch_tokens]
         yield loss(
             Tokens(
-                gate_NK=kind.logits(tensors, inputs_NI[rows]),
+                gate_NK=kind.logits(tensors, inputs(rows)),
                 base_logp_N=base_logp_N[rows],
                 expert_logp_NK=expert_logp_NK[rows],
                 label_N=label_N[rows],
@@ -202,9 +240,8 @@ class Ranking:
 
 def ranking(gate: Gate, scores: PairScores) -> Ranking:
     """How well a gate orders the tokens of these scores."""
-    inputs_NI = scores.base.inputs(gate.features)
-    log_odds_N = gate.log_odds(inputs_NI)
-    favourite_N = gate.logits(inputs_NI).argmax(dim=1)
+    log_odds_N = gate.log_odds_of(scores.base)
+    favourite_N = torch.cat([gate.logits(part_NI).argmax(dim=1) for part_NI in scores.base.chunks(gate.features)])
     base_N = (scores.base.top_N == scores.gold_N).double()
     right_NK = torch.stack([expert.top_N == scores.gold_N for expert in scores.experts], dim=1).double()
     if scores.aligned_NK is not None:

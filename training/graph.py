@@ -57,7 +57,7 @@ STAGES = {
     for stage in (
         Stage(
             "score", "score gold completions with every model (cached)", inputs=(),
-            settings=("compute.dtype", "score.shard"),
+            settings=("compute.dtype", "score.shard", "score.hidden", "score.by"),
         ),
         Stage(
             "init", "fit the gate by weak supervision", inputs=("score",),
@@ -113,7 +113,7 @@ def scores(project: Project, split: Split, name: str, base: BaseRef | None = Non
         folder = project.folder("score", f"{split}-by-trained-base", base.run)
     model = project.hash_of(base.path) if name == BASE else project.hash_of_expert(name)
     inputs = {"model": model, "data": project.data(split).fingerprint}
-    resolved = STAGES["score"].resolve(project.settings) | {"columns": "with features"}
+    resolved = STAGES["score"].resolve(project.settings) | {"columns": "hidden states mapped"}
     return StageFolder(folder, resolved, inputs)
 
 

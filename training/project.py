@@ -29,7 +29,9 @@ from training.engine_options import check_engine_options
 from training.errors import SettingsError
 from training.files import ContentHashes, hash_of_all
 from training.graph import mode_of
+from training.scoring import ModelScores
 from training.settings import DataSettings, Method, Settings, Split
+from training.tracking import check_tracker
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Project:
     """Settings, and what follows from them. Nothing is loaded before it is needed."""
 
     settings: Settings
+    scores: dict[Path, tuple[str, ModelScores]] = field(default_factory=dict)
+    """Scores that were read, by their stage's folder, with its fingerprint."""
     _splits: dict[Split, SplitData] = field(default_factory=dict)
     _own_spellers: dict[str, Speller | None] = field(default_factory=dict)
 
@@ -71,6 +75,7 @@ class Project:
         for split in self.splits:
             self.data(split)
         check_engine_options(self.settings)
+        check_tracker(self.settings)
 
     @property
     def splits(self) -> list[Split]:

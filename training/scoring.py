@@ -6,7 +6,7 @@ Shapes: B examples, T tokens, V vocabulary, d hidden size, N completion tokens, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,9 +21,14 @@ from training.checkpoints import forward
 from training.data import TokenExample
 from training.errors import DataError
 from training.files import write_tensors
+from training.mapped import Table
 from training.settings import ScoreSettings
 
 _E = TypeVar("_E")
+
+CHUNK = 1 << 16
+"""Tokens whose hidden states are in memory at once where all are looked at, one after the other."""
+HIDDEN, HIDDEN_FILE = "hidden", "hidden.bin"
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class ModelScores:
     Attributes:
         logp_N: log P(gold), float32.
         top_N: the model's argmax; with a vocabulary of its own the gold token where it goes on like the text, else -1.
-        hidden_ND: the LM head's input, float32; None for an expert.
+        hidden_ND: the LM head's input, memory-mapped, in the precision of ``score.hidden``; None for an expert.
         features_NF: ``engine.gates.FEATURES`` of its distribution, float32; None for an expert.
         aligned_N: whether an expert with a vocabulary of its own may be asked there; None for others, which may always.
     """
@@ -51,14 +56,20 @@ class ModelScores:
         aligned_N = None if self.aligned_N is None else self.aligned_N[rows]
         return ModelScores(self.logp_N[rows], self.top_N[rows], hidden_ND, features_NF, aligned_N)
 
-    def inputs(self, features: Sequence[str]) -> torch.Tensor:
-        """What a gate reads [N, d + F]: the hidden state and these features."""
+    def inputs(self, features: Sequence[str], rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """What a gate reads [N, d + F] of some of the tokens, float32: the hidden state and these features."""
         assert self.hidden_ND is not None
+        hidden_ND = self.hidden_ND[rows].float()
         if not features:
-            return self.hidden_ND
+            return hidden_ND
         assert self.features_NF is not None
         columns = [FEATURES.index(name) for name in features]
-        return torch.cat([self.hidden_ND, self.features_NF[:, columns]], dim=1)
+        return torch.cat([hidden_ND, self.features_NF[rows][:, columns]], dim=1)
+
+    def chunks(self, features: Sequence[str]) -> Iterator[torch.Tensor]:
+        """``inputs`` of all tokens, a part at a time."""
+        for start in range(0, len(self.logp_N), CHUNK):
+            yield self.inputs(features, slice(start, start + CHUNK))
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,8 @@ class PairScores:
 
     def of_examples(self, numbers: Sequence[int]) -> PairScores:
         """The scores of some of the examples, in this order."""
+        if list(numbers) == list(range(len(self.starts) - 1)):
+            return self
         rows = torch.cat([torch.arange(self.starts[n], self.starts[n + 1]) for n in numbers])
         starts = [0, *itertools.accumulate(self.starts[n + 1] - self.starts[n] for n in numbers)]
         return PairScores(self.gold_N[rows], starts, self.base.rows(rows), tuple(e.rows(rows) for e in self.experts))
@@ -182,14 +195,16 @@ def score_model(
     folder: Path,
     settings: ScoreSettings,
     label: str,
+    hidden: tuple[Table, Sequence[int]] | None = None,
 ) -> None:
     """Write the scores that ``folder`` lacks.
 
     Args:
         score: of a shard, e.g. :func:`score_shard`.
+        hidden: where the hidden states go, and the first row of each example.
 
     Raises:
-        DataError: a score is not a number.
+        DataError: a score is not a number, or too great for the precision of ``score.hidden``.
     """
     files = shard_files(folder, len(examples), settings)
     missing = [number for number, file in enumerate(files) if not file.exists()]
@@ -202,18 +217,31 @@ def score_model(
             for name, tensor in tensors.items():
                 if tensor.is_floating_point() and tensor.isnan().any():
                     raise DataError(f"{label}: {name} is not a number for an example of shard {number}: try float32")
+            if hidden is not None:
+                tensors = _put_hidden(*hidden, tensors, number * settings.shard, label)
             write_tensors(files[number], tensors)
             bar.update(len(shard))
+
+
+def _put_hidden(
+    table: Table, starts: Sequence[int], tensors: Mapping[str, torch.Tensor], first: int, label: str
+) -> dict[str, torch.Tensor]:
+    """Write the hidden states of examples from number ``first`` on to the table; the other tensors."""
+    others = dict(tensors)
+    hidden_ND = others.pop(HIDDEN).to(table.dtype)
+    if not hidden_ND.isfinite().all():
+        raise DataError(f'{label}: hidden states are too great for {table.dtype}: set score.hidden = "bfloat16"')
+    table.opened(to_write=True)[starts[first] : starts[first] + len(hidden_ND)] = hidden_ND
+    return others
 
 
 def _shard(examples: Sequence[_E], number: int, settings: ScoreSettings) -> Sequence[_E]:
     return examples[number * settings.shard : (number + 1) * settings.shard]
 
 
-def load_scores(folder: Path, examples: int, settings: ScoreSettings) -> ModelScores:
-    """What ``score_model`` wrote."""
+def load_scores(folder: Path, examples: int, settings: ScoreSettings, hidden: Table | None = None) -> ModelScores:
+    """What ``score_model`` wrote; hidden states are mapped, not read."""
     shards = [load_file(str(file)) for file in shard_files(folder, examples, settings)]
     columns = {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
-    return ModelScores(
-        columns["logp"], columns["top"], columns.get("hidden"), columns.get("features"), columns.get("aligned")
-    )
+    hidden_ND = None if hidden is None else hidden.opened()
+    return ModelScores(columns["logp"], columns["top"], hidden_ND, columns.get("features"), columns.get("aligned"))

@@ -111,10 +111,15 @@ class ComputeSettings(Section):
 class ScoreSettings(Section):
     """Teacher-forced scoring, cached on disk."""
 
+    by: Literal["transformers", "engine"] = "transformers"
+    """Who scores. "engine": the serving engine, one lane per model, with the options of ``[engine]``: shards, executor,
+    quantisation. Experts with vocabularies of their own are scored by transformers either way."""
     batch_size: int = Field(default=16, ge=1)
-    """Examples a forward pass."""
+    """Examples a forward pass of transformers."""
     shard: int = Field(default=512, ge=1)
     """Examples a file; what an interruption can cost at most."""
+    hidden: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the base's hidden states on disk. "auto": ``compute.dtype``, which loses nothing."""
 
 
 class GateSettings(Section):
@@ -239,6 +244,17 @@ class EvaluateSettings(Section):
     """An answer may have so many tokens more than the gold completion."""
 
 
+class TrackSettings(Section):
+    """Where losses, learning rates, gradient norms and the calibration's points are logged."""
+
+    to: Literal["tensorboard", "wandb"] | None = None
+    """Needs the package of that name. Files are below ``out/track``."""
+    project: str = "collm"
+    """Weights & Biases: the project's name."""
+    offline: bool = True
+    """Weights & Biases: write files that ``wandb sync`` uploads later."""
+
+
 class LaneSettings(Section):
     """A lane of the serving engine. Names and meanings are those of engine.config's ``LaneConfig``."""
 
@@ -286,6 +302,7 @@ class Settings(Section):
     calibrate: CalibrateSettings = CalibrateSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     engine: EngineSettings = EngineSettings()
+    track: TrackSettings = TrackSettings()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

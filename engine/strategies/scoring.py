@@ -70,6 +70,8 @@ class Scoring:
             raise Rejected("score: a member alone scores its prompt by itself")
         if len(answer.request.prompt) < 2:
             raise Rejected("score: a text of one token has nothing before it that could predict it")
+        if not 0 < answer.request.score_from < len(answer.request.prompt):
+            raise Rejected("score: the first token that is scored is not one of the text's, or has nothing before it")
         if collaboration.blend is not None:
             roles = self._blends.roles(answer)
         else:
@@ -94,7 +96,8 @@ class ScoringDecoding(DeferralDecoding):
 
     Attributes:
         text: what is scored.
-        entries: by position, from 1 on, as far as the base has spoken; at deferred positions of the window its own,
+        first: the first position that is scored: what is before it is the lanes' prompt.
+        entries: by position, from there on, as far as the base has spoken; at deferred positions of the window its own,
             until who would have written there has spoken.
         begin: the window's first position.
         end: behind its last one.
@@ -109,6 +112,7 @@ class ScoringDecoding(DeferralDecoding):
         "end",
         "entries",
         "everywhere",
+        "first",
         "longest",
         "pending",
         "queue",
@@ -124,10 +128,11 @@ class ScoringDecoding(DeferralDecoding):
         self.everywhere = everywhere
         self.longest = longest
         self.text = answer.request.prompt
-        self.prompts = [self.text[:1]] * shared.lanes
-        self.prompt_lengths = [1] * shared.lanes
+        self.first = answer.request.score_from
+        self.prompts = [self.text[: self.first]] * shared.lanes
+        self.prompt_lengths = [self.first] * shared.lanes
         self.entries: list[TokenLogprobs] = []
-        self.end = 1
+        self.end = self.first
         self.queue: deque[tuple[int, list[int]]] = deque()
         self._open_window()
 
@@ -152,7 +157,7 @@ class ScoringDecoding(DeferralDecoding):
 
     def awaits(self, lane: int, position: int) -> bool:
         """Positions come in order. What the lane draws behind all that it was told is of no use."""
-        return lane == self.turn and bool(self.pending) and position == self.pending[0] <= self.known[lane]
+        return lane == self.turn and bool(self.pending) and position == self.pending[0] < self.first + self.known[lane]
 
     def sampling(self, lane: int) -> SamplingSpec:
         """Nothing is drawn that anybody looks at."""
@@ -161,11 +166,11 @@ class ScoringDecoding(DeferralDecoding):
 
     def open(self, lane: int) -> LaneRequest:
         """The text as far as the window goes."""
-        self.known[lane] = self.end - 1
+        self.known[lane] = self.end - self.first
         return LaneRequest(
             self.answer.request.request_id,
             self.prompts[lane],
-            self.text[1 : self.end],
+            self.text[self.first : self.end],
             self.sampling(lane),
             final=self._final,
             asked=tuple(self.pending),
@@ -176,15 +181,15 @@ class ScoringDecoding(DeferralDecoding):
 
     def extend(self, lane: int) -> Extension:
         """The window's text, from the token before its first position on, see the module."""
-        keep = min(self.known[lane], self.pending[0] - 2)
-        self.known[lane] = self.end - 1
-        tokens = self.text[1 + keep : self.end]
+        keep = min(self.known[lane], self.pending[0] - 1 - self.first)
+        self.known[lane] = self.end - self.first
+        tokens = self.text[self.first + keep : self.end]
         return Extension(self.answer.request.request_id, keep, tokens, self._final, tuple(self.pending))
 
     @property
     def _final(self) -> int:
         # The next window takes one token back.
-        return self.end - 2
+        return self.end - 1 - self.first
 
     def _part(self, lane: int) -> Part | None:
         blend = self.roles.blend
@@ -209,7 +214,7 @@ class ScoringDecoding(DeferralDecoding):
         elif self.roles.blend is None or lane == self.roles.blend.writer:
             if sample.support is not None and any(map(math.isnan, sample.support)):
                 return (End(f"score: {NO_DISTRIBUTION}", ErrorCode.BAD_READING),)
-            self.entries[position - 1] = sample.logprobs
+            self.entries[position - self.first] = sample.logprobs
         return () if self.pending else self._on_turn_over(lane)
 
     def on_lane_lost(self, lane: int) -> Iterable[Decision]:

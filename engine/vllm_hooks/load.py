@@ -15,7 +15,7 @@ from engine.compatibility import LaneVocabulary, compatibility
 from engine.composed.artifact import Composition, is_composed
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, CompositionError, ConfigError, GateError
-from engine.gate import GateArtifact
+from engine.gate import GateArtifact, gate_folder
 from engine.lanes.shelf import Shelf
 from engine.spelling.speller import Speller
 from engine.types import NEGATIVE, GateInfo, PolicyName, Relation
@@ -138,7 +138,8 @@ def make_plan(config: EngineConfig) -> Plan:
     gate_in_head = config.gate.in_lm_head or (config.gate.path is None and base.gate_in_head)
     gate: GateInfo | None = None
     if config.gate.path is not None:
-        artifact = GateArtifact.load(config.gate.path)
+        folder = gate_folder(config.gate.path)
+        artifact = GateArtifact.load(folder)
         names = [expert.name for expert in config.experts]
         if list(artifact.experts) != names:
             raise GateError(
@@ -289,11 +290,12 @@ def load_lanes(
             max_num_seqs=config.scheduler.max_num_seqs,
             vocab_size=shared.size,
             masked=shared.masked(*places),
-            gate_path=config.gate.path if is_base else None,
+            gate_path=str(gate_folder(config.gate.path)) if is_base and config.gate.path is not None else None,
             gate_in_head=plan.gate_in_head and is_base,
             memory_share=shares[number],
             lora=lora_arguments([*([] if adapter is None else [adapter]), *guests]),
             guests=len(guests) + (is_base and config.scheduler.guidance),
+            record=config.record if is_base else None,
         )
         speller = plan.spoken[number].speller
         try:

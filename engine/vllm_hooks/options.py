@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import LaneConfig
+from engine.config import LaneConfig, RecordConfig
 from engine.errors import ConfigError
 from engine.vllm_hooks.memory import UTILIZATION
 from engine.vllm_hooks.wire import SETTINGS_KEY
@@ -205,6 +205,7 @@ def engine_arguments(
     memory_share: float | None = None,
     lora: dict[str, Any] | None = None,
     guests: int = 0,
+    record: RecordConfig | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for vLLM's ``EngineArgs``.
 
@@ -217,6 +218,7 @@ def engine_arguments(
         memory_share: of the device, for a GPU lane that does not state one; None is vLLM's default.
         lora: arguments for its adapters, from :func:`engine.vllm_hooks.guest.lora_arguments`.
         guests: adapters whose rows it computes beside its own.
+        record: where the worker writes what it reads of scored positions.
 
     Raises:
         ConfigError: an option that vLLM does not have, or that the lane sets itself.
@@ -278,6 +280,7 @@ def engine_arguments(
                 "masked": [list(of) for of in masked],
                 "gate_path": gate_path,
                 "gate_in_head": gate_in_head,
+                "record": None if record is None else record.model_dump(),
             },
         },
     }

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput, SamplerOutput
 
+from engine.config import RecordConfig
 from engine.errors import ConfigError
 from engine.gate import GateArtifact
 from engine.lanes.shelf import Shelf
@@ -23,6 +24,7 @@ from engine.vllm_hooks import blend
 from engine.vllm_hooks.device_clock import DeviceClock, events_of
 from engine.vllm_hooks.isolation import OwnWorkspace, ensure_expert_group, graphs_kept
 from engine.vllm_hooks.masses import MassReader
+from engine.vllm_hooks.record import Recorder, row_of
 from engine.vllm_hooks.sampling import KeyedSampler, metadata_of, on_device
 from engine.vllm_hooks.wire import EDITS, READINGS, SETTINGS_KEY, LaneEdits, Readings
 
@@ -77,6 +79,8 @@ class RowReader:
         self._wants_top_probability = False
         self._asked = 0
         self._asked_AV: torch.Tensor | None = None
+        self.recorder: Recorder | None = None
+        self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
         self._gate_RK: torch.Tensor | None = None
         self._top_R: torch.Tensor | None = None
 
@@ -86,6 +90,7 @@ class RowReader:
         self._wants_top_probability = top_probability
         self._asked = 0
         self._gate_RK = self._top_R = self._asked_AV = None
+        self.recorded = None
 
     def expect_asked(self, count: int) -> None:
         """As many of the last rows of that call are of asked positions: masked like all, kept, and not returned."""
@@ -103,6 +108,9 @@ class RowReader:
         if reading and self._gate_in_head:
             # A copy: the column is masked next.
             self._gate_RK = logits_RV[:, -1:].to(torch.float32, copy=True)
+        if reading and self._asked and self.recorder is not None:
+            asked_AV = logits_RV[-self._asked :, : self._vocab_size]
+            self.recorded = hidden_RD[-self._asked :], self.recorder.features(asked_AV)
         for columns in self._slices:
             logits_RV[:, columns] = float("-inf")
         if self._columns_N is not None:
@@ -229,6 +237,10 @@ class LaneWorkerMixin(_Worker):
         self.collm_shelf = Shelf()
         self.collm_masses: MassReader | None = None
         model.compute_logits = self._collm_reader
+        if settings["record"] is not None and self.rank == 0:
+            if width is None:
+                raise ConfigError(f"{type(model).__name__}: no layer says how wide the LM head's input is")
+            self._collm_reader.recorder = Recorder(RecordConfig(**settings["record"]), width)
         runner = self.model_runner
         runner.sampler.gather_logprobs = gather_logprobs
         self._collm_sampler = KeyedSampler(runner.sampler.topk_topp_sampler)
@@ -358,6 +370,7 @@ class LaneWorkerMixin(_Worker):
         seeds: list[int] = []
         positions: list[int] = []
         given: dict[int, int] = {}
+        records: list[int] = []
         for request_id, indices in self._collm_edits.asked.items():
             state = runner.requests[request_id]
             part = self._collm_edits.parts.get(request_id)
@@ -365,6 +378,8 @@ class LaneWorkerMixin(_Worker):
                 position = state.num_computed_tokens + index + 1
                 if part is not None:
                     places.append(blend.Place(len(params), position - state.num_prompt_tokens, part))
+                if self._collm_reader.recorded is not None:
+                    records.append(row_of(request_id, position))
                 if request_id in self._collm_edits.scored:
                     given[len(params)] = state.output_token_ids[position - state.num_prompt_tokens]
                 elif (seed := state.sampling_params.seed) is not None:
@@ -372,6 +387,8 @@ class LaneWorkerMixin(_Worker):
                     seeds.append(seed)
                     positions.append(position + offsets.get(request_id, 0))
                 params.append(state.sampling_params)
+        if (recorder := self._collm_reader.recorder) is not None and self._collm_reader.recorded is not None:
+            recorder.write(records, *self._collm_reader.recorded)
         blending = self._collm_blend(places, logits_AV, lambda: self._collm_reader.asked_gate_AK)
         if blending is not None:
             logits_AV = blending.logits_RV

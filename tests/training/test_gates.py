@@ -44,7 +44,7 @@ def fitted(
 ) -> Gate:
     fitting = GateFit(1e-2, 1e-2, 10_000, Plan(steps, 0.04, 1000), 1.0, bias, 0, standardise=True)
     experts = len(scores.experts)
-    start = new_gate(settings, scores.base.inputs(settings.features), experts, 0, bias=bias)
+    start = new_gate(settings, scores.base, experts, 0, bias=bias)
     return fit_gate(scores, start, loss, fitting, folder, "fit", CPU)
 
 
@@ -64,12 +64,13 @@ def test_a_gate_is_the_same_whatever_the_scale_of_the_hidden_states(tmp_path: Pa
 def test_scaling_folds_into_the_gate() -> None:
     torch.manual_seed(0)
     inputs = torch.randn(50, 6) * 30 + 7
-    scaling = Scaling.of(inputs, centred=True)
+    scores = ModelScores(torch.zeros(50), torch.zeros(50), inputs)
+    scaling = Scaling.of(scores, (), centred=True)
     scaled = (inputs - scaling.mean_I) / scaling.scale_I
     torch.testing.assert_close(scaled.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
     assert float(scaled.square().sum(1).mean()) == pytest.approx(1.0, rel=1e-4)
     for kind, width in (("linear", 1), ("mlp", 4)):
-        gate = new_gate(GateSettings.model_validate({"kind": kind, "width": width}), inputs, 2, 0, bias=True)
+        gate = new_gate(GateSettings.model_validate({"kind": kind, "width": width}), scores, 2, 0, bias=True)
         gate.theta_KD.normal_()
         inner = Gate.from_tensors(scaling.into(gate), gate)
         torch.testing.assert_close(inner.logits(scaled), gate.logits(inputs), rtol=1e-4, atol=1e-4)

@@ -18,6 +18,7 @@ from training.serving import Questions, questions_of
 from training.settings import Method
 from training.stages.score import score_base
 from training.thresholds import LOG_ODDS, Point, choose, probability, quantile, reach, refine, remarks
+from training.tracking import tracked
 
 _MISSED = 0.05
 """A measured rate that is further from the wished one is worth a warning."""
@@ -58,7 +59,7 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
     folder = stage.path
     artifact = GateArtifact.load(gate)
     function = Gate.of(artifact)
-    observed_N = function.log_odds(score_base(project, "validation", base).inputs(function.features))
+    observed_N = function.log_odds_of(score_base(project, "validation", base))
     calibrate = settings.calibrate
     with AnswerCache(project, folder / "answers", f"calibrate {method}-{seed}", base.path, gate) as cache:
         decoder = _Decoder(cache, questions_of(project, "validation", calibrate.limit), observed_N)
@@ -95,6 +96,9 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
         {f"{method}, validation": [(point.deferral_rate, point.score) for point in points]},
         {f"threshold {threshold:.4g}": (chosen.deferral_rate, chosen.score)},
     )
+    with tracked(settings, f"calibrate/{method}-{seed}") as log:
+        for number, point in enumerate(points):
+            log(number, {name: getattr(point, name) for name in ("score", "deferral_rate", "tokens_per_second")})
     stage.finish(threshold=threshold, score=chosen.score, deferral_rate=chosen.deferral_rate)
     for warning in warnings:
         print(f"warning: {folder}: {warning}")

@@ -79,7 +79,7 @@ class _Evaluation:
         artifact = GateArtifact.load(gate)
         scores = score_split(project, "test", base).of_examples(self.numbers)
         function = Gate.of(artifact)
-        log_odds_N = function.log_odds(scores.base.inputs(function.features))
+        log_odds_N = function.log_odds_of(scores.base)
         with self._cache(name, base.path, gate) as cache:
             result = cache.answers(
                 "threshold", self.questions, policy="threshold", threshold=artifact.default_threshold

@@ -14,6 +14,7 @@ from training.losses import weak
 from training.project import Project
 from training.scoring import PairScores
 from training.stages.score import TrainingScores
+from training.tracking import tracked
 
 FILE = "gate.safetensors"
 
@@ -32,17 +33,18 @@ def initial_gate(project: Project, seed: int, scores: TrainingScores | None = No
     if not stage.done:
         found = (scores or TrainingScores(project)).loaded
         start = _start(project, found, seed)
-        fitting = GateFit(
-            learning_rate=settings.init.learning_rate,
-            weight_decay=settings.init.weight_decay,
-            batch_tokens=settings.init.batch_tokens,
-            plan=Plan(settings.init.steps, settings.train.warm_up, settings.train.checkpoint_every),
-            positive_weight=settings.init.positive_weight,
-            bias=settings.train.bias,
-            seed=seed,
-            standardise=settings.gate.standardise,
-        )
-        gate = fit_gate(found, start, weak, fitting, stage.path, f"init, seed {seed}", project.device)
+        with tracked(settings, f"init/seed-{seed}") as log:
+            fitting = GateFit(
+                learning_rate=settings.init.learning_rate,
+                weight_decay=settings.init.weight_decay,
+                batch_tokens=settings.init.batch_tokens,
+                plan=Plan(settings.init.steps, settings.train.warm_up, settings.train.checkpoint_every, log),
+                positive_weight=settings.init.positive_weight,
+                bias=settings.train.bias,
+                seed=seed,
+                standardise=settings.gate.standardise,
+            )
+            gate = fit_gate(found, start, weak, fitting, stage.path, f"init, seed {seed}", project.device)
         write_tensors(stage.path / FILE, gate.tensors)
         (stage.path / CHECKPOINT).unlink(missing_ok=True)
         labels_N = found.weak_labels()
@@ -54,7 +56,6 @@ def initial_gate(project: Project, seed: int, scores: TrainingScores | None = No
 def _start(project: Project, scores: PairScores, seed: int) -> Gate:
     settings, experts = project.settings, len(project.settings.experts)
     if settings.gate.standardise:
-        inputs_NI = scores.base.inputs(settings.gate.features)
-        return new_gate(settings.gate, inputs_NI, experts, seed, bias=settings.train.bias)
+        return new_gate(settings.gate, scores.base, experts, seed, bias=settings.train.bias)
     row_D = mean_head_row(load_causal(project.base, settings.compute.dtype, project.device))
     return Gate(row_D.repeat(experts, 1), torch.zeros(experts))

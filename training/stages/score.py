@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 
+import torch
+
+from engine.adapters import is_adapter
+from engine.checkpoints import Checkpoint
+from engine.spelling.speller import Speller
 from training import graph
 from training.checkpoints import load_causal
+from training.files import StageFolder
 from training.graph import BASE
+from training.mapped import Table
 from training.project import BaseRef, Project
-from training.scoring import ModelScores, PairScores, gold_tokens, load_scores, score_model, score_shard
+from training.scoring import HIDDEN_FILE, ModelScores, PairScores, gold_tokens, load_scores, score_model, score_shard
+from training.served_scoring import ServedScorer, numbered
 from training.settings import Split
 from training.spelled import score_spelled_shard, spelled
 
@@ -49,9 +58,26 @@ def score_base(project: Project, split: Split, base: BaseRef | None = None) -> M
 
 
 def _scores(project: Project, split: Split, name: str, base: BaseRef) -> ModelScores:
-    _make(project, split, name, base)
     stage = graph.scores(project, split, name, base)
-    return load_scores(stage.path, len(project.data(split).tokens), project.settings.score)
+    known = project.scores.get(stage.path)
+    if known is None or known[0] != stage.fingerprint:
+        _make(project, split, name, base)
+        table = hidden_table(project, split, base) if name == BASE else None
+        found = load_scores(stage.path, len(project.data(split).tokens), project.settings.score, table)
+        known = project.scores[stage.path] = (stage.fingerprint, found)
+    return known[1]
+
+
+def hidden_table(project: Project, split: Split, base: BaseRef) -> Table:
+    """Where the hidden states of a base are."""
+    compute, hidden = project.settings.compute.dtype, project.settings.score.hidden
+    _, starts = gold_tokens(project.data(split).tokens)
+    return Table(
+        graph.scores(project, split, BASE, base).path / HIDDEN_FILE,
+        rows=starts[-1],
+        width=Checkpoint(base.path).head_width,
+        dtype=getattr(torch, compute if hidden == "auto" else hidden),
+    )
 
 
 def _make(project: Project, split: Split, name: str, base: BaseRef) -> None:
@@ -60,26 +86,48 @@ def _make(project: Project, split: Split, name: str, base: BaseRef) -> None:
     if stage.done:
         return
     path = base.path if name == BASE else project.expert_paths[name]
-    is_base, batch = name == BASE, settings.score.batch_size
-    model = load_causal(path, settings.compute.dtype, project.device) if is_base else project.load_expert(name)
     label = f"score {split} by {stage.path.name}"
-    if not is_base and (expert := project.own_speller(name)) is not None:
-        examples = spelled(
-            project.data(split).examples, tokens, project.base_speller, expert, project.tokenizer_of(name)
-        )
+    starts = gold_tokens(tokens)[1]
+    hidden = hidden_table(project, split, base) if name == BASE else None
+    expert = None if name == BASE else project.own_speller(name)
+    if expert is None and settings.score.by == "engine":
+        model, adapter = (project.base, path) if is_adapter(path) else (path, None)
+        with ServedScorer(settings.engine, name, model, adapter, hidden) as scorer:
+            score_model(scorer, numbered(tokens, starts), stage.path, settings.score, label)
+    else:
+        _by_transformers(project, split, name, path, stage, label, hidden, expert)
+    stage.finish(model=str(path), examples=len(tokens))
+
+
+def _by_transformers(
+    project: Project,
+    split: Split,
+    name: str,
+    path: Path,
+    stage: StageFolder,
+    label: str,
+    hidden: Table | None,
+    expert: Speller | None,
+) -> None:
+    settings, tokens = project.settings, project.data(split).tokens
+    batch = settings.score.batch_size
+    model = load_causal(path, settings.compute.dtype, project.device) if name == BASE else project.load_expert(name)
+    if expert is not None:
+        base, own = project.base_speller, project.tokenizer_of(name)
+        examples = spelled(project.data(split).examples, tokens, base, expert, own)
         score_model(
-            lambda shard: score_spelled_shard(model, shard, batch, project.base_speller, expert),
+            lambda shard: score_spelled_shard(model, shard, batch, base, expert),
             examples,
             stage.path,
             settings.score,
             label,
         )
-    else:
-        score_model(
-            lambda shard: score_shard(model, shard, batch, project.vocabulary, is_base),
-            tokens,
-            stage.path,
-            settings.score,
-            label,
-        )
-    stage.finish(model=str(path), examples=len(tokens))
+        return
+    score_model(
+        lambda shard: score_shard(model, shard, batch, project.vocabulary, hidden is not None),
+        tokens,
+        stage.path,
+        settings.score,
+        label,
+        None if hidden is None else (hidden, gold_tokens(tokens)[1]),
+    )

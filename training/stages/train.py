@@ -21,6 +21,7 @@ from training.scoring import PairScores
 from training.settings import Method
 from training.stages import init
 from training.stages.score import TrainingScores
+from training.tracking import Log, tracked
 
 LOSSES: dict[tuple[str, Method], Loss] = {
     ("gate", "collm"): marginal,
@@ -54,28 +55,37 @@ def train_run(project: Project, method: Method, seed: int, scores: TrainingScore
         loss = priced(loss, settings.train.gate.cost if mode == "gate" else settings.train.joint.cost)
     found = scores.loaded
     results: dict[str, Any] = {}
-    if mode == "gate":
-        gate, results = _better(scores.held_out, start, _gate_only(project, found, start, loss, seed, folder, label))
-    else:
-        base = load_causal(project.base, "float32", project.device)
-        tokens = project.data("train").tokens
-        joint = settings.train.joint
-        fitting = JointFit(
-            settings=joint,
-            plan=_plan(project, steps_of(len(tokens), joint.batch_size, joint.epochs)),
-            positive_weight=settings.train.weak_positive_weight,
-            bias=settings.train.bias,
-            seed=seed,
-            vocabulary=project.vocabulary,
-        )
-        base, gate = fit_joint(base, tokens, found, start, loss, fitting, folder, label)
-        save_base(base, project.base, folder / "base")
+    with tracked(settings, f"train/{method}-{seed}") as log:
+        if mode == "gate":
+            trained_gate = _gate_only(project, found, start, loss, seed, folder, label, log)
+            gate, results = _better(scores.held_out, start, trained_gate)
+        else:
+            gate = _joint(project, found, start, loss, seed, folder, label, log)
     if method != "finetuned":
         trained = {**stage.settings, **results}
         artifact(project, gate, project.base_of(method, seed).path, trained).save(folder / "gate")
     (folder / CHECKPOINT).unlink(missing_ok=True)
     stage.finish(examples=len(project.data("train").tokens), tokens=len(found.gold_N), **results)
     return folder
+
+
+def _joint(
+    project: Project, scores: PairScores, start: Gate, loss: Loss, seed: int, folder: Path, label: str, log: Log
+) -> Gate:
+    """Train base and gate; the base is written to ``folder``."""
+    settings, tokens = project.settings.train, project.data("train").tokens
+    fitting = JointFit(
+        settings=settings.joint,
+        plan=_plan(project, steps_of(len(tokens), settings.joint.batch_size, settings.joint.epochs), log),
+        positive_weight=settings.weak_positive_weight,
+        bias=settings.bias,
+        seed=seed,
+        vocabulary=project.vocabulary,
+    )
+    base = load_causal(project.base, "float32", project.device)
+    base, gate = fit_joint(base, tokens, scores, start, loss, fitting, folder, label)
+    save_base(base, project.base, folder / "base")
+    return gate
 
 
 def _better(scores: PairScores, start: Gate, trained: Gate) -> tuple[Gate, dict[str, Any]]:
@@ -93,7 +103,7 @@ def _better(scores: PairScores, start: Gate, trained: Gate) -> tuple[Gate, dict[
 
 
 def _gate_only(
-    project: Project, scores: PairScores, start: Gate, loss: Loss, seed: int, folder: Path, label: str
+    project: Project, scores: PairScores, start: Gate, loss: Loss, seed: int, folder: Path, label: str, log: Log
 ) -> Gate:
     settings = project.settings.train
     steps = steps_of(len(scores.gold_N), settings.gate.batch_tokens, settings.gate.epochs)
@@ -101,7 +111,7 @@ def _gate_only(
         learning_rate=settings.gate.learning_rate,
         weight_decay=settings.gate.weight_decay,
         batch_tokens=settings.gate.batch_tokens,
-        plan=_plan(project, steps),
+        plan=_plan(project, steps, log),
         positive_weight=settings.weak_positive_weight,
         bias=settings.bias,
         seed=seed,
@@ -110,8 +120,8 @@ def _gate_only(
     return fit_gate(scores, start, loss, fitting, folder, label, project.device)
 
 
-def _plan(project: Project, steps: int) -> Plan:
-    return Plan(steps, project.settings.train.warm_up, project.settings.train.checkpoint_every)
+def _plan(project: Project, steps: int, log: Log) -> Plan:
+    return Plan(steps, project.settings.train.warm_up, project.settings.train.checkpoint_every, log)
 
 
 def artifact(project: Project, gate: Gate, base: Path, resolved: Mapping[str, Any]) -> GateArtifact:
