@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,14 +59,19 @@ def announced_address(process: subprocess.Popen[bytes] | subprocess.Popen[str], 
     return address[0]
 
 
+def serving_demo(folder: Path) -> AbstractContextManager[LiveServer]:
+    """The demo pair, see :func:`serving`."""
+    return serving(Path("deploy/config/demo.toml"), folder)
+
+
 @contextmanager
-def serving_demo(folder: Path) -> Iterator[LiveServer]:
+def serving(config: Path, folder: Path) -> Iterator[LiveServer]:
     """The server, ready, on a free port; its output goes to a file in ``folder``. In the end it must exit with 0."""
     log = folder / "log"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("COLLM_", "_COLLM"))}
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "server.commands", "serve", "--config", "deploy/config/demo.toml", "--port", "0"],
+            [sys.executable, "-m", "server.commands", "serve", "--config", str(config), "--port", "0"],
             cwd=ROOT, env={**kept, "OMP_NUM_THREADS": "1"}, stdout=out, stderr=out,
         )  # fmt: skip
     try:

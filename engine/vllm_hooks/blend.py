@@ -54,7 +54,7 @@ def combine(rows_SAV: torch.Tensor, blend: Blend, log_weights_SA1: torch.Tensor 
         if log_weights_SA1 is None:
             logs = [math.log(weight) for _, weight in blend.weights]
             log_weights_SA1 = torch.tensor(logs, dtype=torch.float32, device=rows_SAV.device).view(-1, 1, 1)
-        logits_AV = torch.logsumexp(rows_SAV - norms_SA.unsqueeze(-1) + log_weights_SA1, 0)
+        logits_AV = _average(rows_SAV, log_weights_SA1 - norms_SA.unsqueeze(-1))
         if blend.kind == "union":
             logits_AV = _union(rows_SAV, blend, log_weights_SA1, logits_AV)
     bad_A = ~torch.isfinite(logits_AV.amax(-1))
@@ -74,14 +74,25 @@ def _product(rows_SAV: torch.Tensor, blend: Blend) -> torch.Tensor:
     return torch.where(plausible_AV, logits_AV, anchor_AV - RULED_OUT)
 
 
+def _average(rows_SAV: torch.Tensor, offsets_SA1: torch.Tensor) -> torch.Tensor:
+    """log of the sum over members of exp(row + offset): a pass per member, where ``logsumexp`` over them takes five."""
+    total_AV = rows_SAV[0] + offsets_SA1[0]
+    for row_AV, offset_A1 in zip(rows_SAV[1:], offsets_SA1[1:], strict=True):
+        total_AV = torch.logaddexp(total_AV, row_AV + offset_A1)
+    return total_AV
+
+
 def _union(
     rows_SAV: torch.Tensor, blend: Blend, log_weights_SA1: torch.Tensor, mixture_AV: torch.Tensor
 ) -> torch.Tensor:
-    top_SAk = rows_SAV.topk(min(blend.top, rows_SAV.shape[-1]), dim=-1).indices
-    union_AV = torch.zeros_like(rows_SAV, dtype=torch.bool).scatter_(-1, top_SAk, value=True).any(0)
-    inside_SAV = rows_SAV.masked_fill(~union_AV, -math.inf)
-    logits_AV = torch.logsumexp(torch.log_softmax(inside_SAV, -1) + log_weights_SA1, 0)
-    return torch.where(union_AV, logits_AV, mixture_AV - RULED_OUT)
+    top_SAk = rows_SAV.topk(min(blend.top, rows_SAV.shape[-1]), dim=-1, sorted=False).indices
+    # All of the union, N tokens; those that several members bring are there as often, and count once.
+    ids_AN = top_SAk.transpose(0, 1).flatten(1).sort(-1).values
+    again_AN = torch.nn.functional.pad(ids_AN[:, 1:] == ids_AN[:, :-1], (1, 0))
+    inside_SAN = rows_SAV.gather(-1, ids_AN.expand(len(rows_SAV), -1, -1))
+    norms_SA1 = torch.logsumexp(inside_SAN.masked_fill(again_AN, -math.inf), -1, keepdim=True)
+    inside_AN = _average(inside_SAN, log_weights_SA1 - norms_SA1)
+    return (mixture_AV - RULED_OUT).scatter_(-1, ids_AN, inside_AN)
 
 
 class Place(NamedTuple):
@@ -166,7 +177,7 @@ def _combined(shelf: Shelf, blend: Blend, places: list[Place], own_AV: torch.Ten
         offers = [shelf.get(lane, place.part.request_id, place.written) for place in places]
         nothing_V = torch.full((1,), math.nan, device=own_AV.device).expand(width)
         # Members may pad their outputs to different widths; there is nothing to write in the padding.
-        rows.append(torch.stack([_fitted(given.row, width) if given else nothing_V for given in offers]))
+        rows.append(torch.stack([_fitted(given.row, own_AV) if given else nothing_V for given in offers]))
     rows_SAV = torch.stack([*rows, own_AV])
     log_weights_SA1 = None
     if blend.from_gate:
@@ -175,15 +186,17 @@ def _combined(shelf: Shelf, blend: Blend, places: list[Place], own_AV: torch.Ten
     return combine(rows_SAV, blend, log_weights_SA1)
 
 
-def _fitted(row: torch.Tensor, width: int) -> torch.Tensor:
-    row = row[:width].float()
-    return torch.nn.functional.pad(row, (0, width - len(row)), value=-math.inf) if len(row) < width else row
+def _fitted(row: torch.Tensor, like_AV: torch.Tensor) -> torch.Tensor:
+    width = like_AV.shape[-1]
+    if row.shape[-1] != width:
+        row = torch.nn.functional.pad(row[:width], (0, max(0, width - len(row))), value=-math.inf)
+    return row if row.dtype == like_AV.dtype and row.device == like_AV.device else row.to(like_AV)
 
 
 def _gate_weights(blend: Blend, gates: list[torch.Tensor | None], device: torch.device) -> torch.Tensor:
     """[S, A, 1]: log P(Z = k) of the members; NaN where the gate has said nothing finite."""
     experts = [lane - 1 for lane in blend.lanes[1:]]
     nothing = torch.full((len(experts),), math.nan, device=device)
-    values_AK = torch.stack([nothing if gate is None else gate.float()[experts] for gate in gates])
+    values_AK = torch.stack([nothing if gate is None else gate.float().to(device)[experts] for gate in gates])
     scores_AS = torch.nn.functional.pad(values_AK, (1, 0))
     return torch.log_softmax(scores_AS, -1).T.unsqueeze(-1)

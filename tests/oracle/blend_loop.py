@@ -102,16 +102,22 @@ def combine(blend: Blend, rows: dict[int, torch.Tensor], weights: dict[int, floa
             # Not -inf: where a grammar leaves only such tokens, the anchor's own order decides.
             total = torch.where(implausible, anchor - 1e4, total)
         return total
-    inside = torch.ones_like(next(iter(z.values())), dtype=torch.bool)
-    if blend.kind == "union":
-        inside[:] = False
-        for row in z.values():
-            inside[row.topk(min(blend.top, len(row))).indices] = True
-    parts = [
-        math.log(weight) + z[member].masked_fill(~inside, -torch.inf).log_softmax(-1)
-        for member, weight in asked.items()
-    ]
-    return torch.stack(parts).logsumexp(0)
+
+    def average(inside: torch.Tensor) -> torch.Tensor:
+        parts = [
+            math.log(weight) + z[member].masked_fill(~inside, -torch.inf).log_softmax(-1)
+            for member, weight in asked.items()
+        ]
+        return torch.stack(parts).logsumexp(0)
+
+    everything = torch.ones_like(next(iter(z.values())), dtype=torch.bool)
+    if blend.kind == "mixture":
+        return average(everything)
+    inside = torch.zeros_like(everything)
+    for row in z.values():
+        inside[row.topk(min(blend.top, len(row))).indices] = True
+    # A form may leave nothing of the union: then the mixture's order decides.
+    return torch.where(inside, average(inside), average(everything) - 1e4)
 
 
 def noisy_argmax(logits: torch.Tensor, seed: int, position: int) -> int:

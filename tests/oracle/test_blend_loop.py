@@ -156,6 +156,17 @@ def test_an_implausible_token_is_written_only_where_nothing_else_is_left(pair: P
     assert one.tokens != [order[20]], "a bias does not revive it"
 
 
+def test_beyond_a_union_the_mixtures_order_decides(pair: Pair) -> None:
+    weights = ((0, 0.5), (1, 0.5))
+    union, mixture = (Method(pair, Blend(kind, weights, top=3)) for kind in ("union", "mixture"))  # type: ignore[arg-type]
+    with torch.inference_mode():
+        rows = [hidden_and_logits(model, PROMPTS[0])[1] for model in (pair.base, pair.experts[0])]
+    inside = {token for row in rows for token in row.topk(3).indices.tolist()}
+    others = tuple(token for token in range(len(rows[0])) if token not in inside)
+    (one,), (expected,) = (decode(method, PROMPTS[:1], 1, allowed_token_ids=others) for method in (union, mixture))
+    assert one.tokens == expected.tokens
+
+
 def test_guidance(pair: Pair, settings: dict[str, Any]) -> None:
     negative = [[11, 4], [12], [50] * 7, [1, 2, 3]]
     base = alone(pair, pair.base, **settings)

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
+import pytest
+
+from tests.live import serving
 from tests.packaging.sources import ROOT
 
 DEMO = ROOT / "models" / "demo"
@@ -36,6 +40,24 @@ def test_the_pair_of_the_documentation_fits(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert "1024 tokens, 1024 outputs, LM head reads 128" in lines[0]
     assert lines[3] == "ends of text: 0 '<|endoftext|>'"
+
+
+@pytest.mark.slow  # starts two engines
+def test_the_pair_of_the_documentation_is_served_without_a_gate(tmp_path: Path) -> None:
+    """The page's two commands, the second one with a port of its own; then who wrote what, and the playground."""
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    commands = page.split("```bash\n")[1].split("```")[0].splitlines()
+    assert commands == ["collm check pair.toml", "collm serve --config pair.toml"]
+    config = _page_config(page, tmp_path)
+    assert _check(config).returncode == 0
+    prompt = "Question: What is the alpha-3 code of Liberia?\nAnswer:"
+    body = {"model": "pair", "prompt": prompt, "temperature": 0, "max_tokens": 24, "collaboration": {"report": True}}
+    with serving(config, tmp_path) as server:
+        assert "pair" in {model["id"] for model in httpx.get(f"{server.url}/v1/models").json()["data"]}
+        assert httpx.get(f"{server.url}/", follow_redirects=True).headers["content-type"].startswith("text/html")
+        (choice,) = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"]
+    assert set(choice["collaboration"]["sources"]) == {"base", "codes"}
+    assert choice["text"].strip()
 
 
 def test_a_pair_that_does_not_fit(tmp_path: Path) -> None:
