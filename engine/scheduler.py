@@ -114,7 +114,7 @@ class Scheduler:
                 raise Rejected(*problem)
             decoding = self._begin(sequence)
         except Rejected as rejected:
-            sequence.finish("error", error=str(rejected), code=rejected.code)
+            sequence.finish("error", error=str(rejected), code=rejected.code, field=rejected.field)
             self._changed[sequence] = None
         else:
             sequence.note_collaboration(decoding.in_force())

@@ -107,12 +107,14 @@ class Sequence:
         stop_token: int | None = None,
         error: str | None = None,
         code: ErrorCode | None = None,
+        field: str | None = None,
     ) -> None:
         """Note why the request ended; the next delta is its last."""
         self._delta.finish_reason = reason
         self._delta.stop_token = stop_token
         self._delta.error = error
         self._delta.code = code
+        self._delta.field = field
         self._delta.refused = code in (ErrorCode.INVALID_REQUEST, ErrorCode.INVALID_GRAMMAR)
         self._delta.timeline = self.timeline
 

@@ -275,6 +275,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         collaboration: with the first delta, unless the request was refused: what is in force, with every default
             that applies filled in (policy, threshold, experts).
         refused: the error is the request's own fault.
+        field: the one at fault, as it is named in a request over HTTP, where the error is about one.
         timeline: with the last delta, if asked for: seconds of the machine's monotonic clock at which the request was
             admitted, then for each deferral when it was parked and when its expert token came.
         support: (index in ``tokens``, log-probability with each member that took part) of each blended token.
@@ -300,6 +301,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     words: list[WrittenWord] = []
     cost: Cost | None = None
     texts: list[bytes] = []
+    field: str | None = None
 
     def merge(self, later: Delta) -> None:
         """Take in the next delta of the same request."""
@@ -324,6 +326,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         self.error = later.error
         self.refused = later.refused
         self.code = later.code
+        self.field = later.field
         self.timeline = later.timeline
         self.cost = later.cost
 

@@ -131,7 +131,7 @@ def _refusal(delta: Delta, choice: Choice) -> ApiError:
     message = delta.error or "The engine refused the request."
     if delta.code is ErrorCode.INVALID_GRAMMAR:
         return invalid(f"'{choice.grammar_param}': {message}.", choice.grammar_param, "invalid_structured_output")
-    return invalid(message)
+    return invalid(message, delta.field)
 
 
 async def collect(engine: Engine, choices: Sequence[Choice]) -> None:

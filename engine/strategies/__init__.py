@@ -12,7 +12,7 @@ from engine.strategies.base import Counters, Decoding, Rejected
 from engine.strategies.characters import Characters
 from engine.strategies.deferral import Deferral
 from engine.strategies.deferral.blending import Blends
-from engine.strategies.scoring import LONGEST_WINDOW, Scoring
+from engine.strategies.scoring import LONGEST_WINDOW, SCORE, Scoring
 from engine.strategies.words import Words
 from engine.types import BASE, Collaboration, StrategyName
 
@@ -77,14 +77,14 @@ class Strategies:
             raise Rejected(f"member {member} does not exist")
         for lane, _ in answer.request.collaboration.prompts:
             if member is not None or not BASE < lane < self._lanes:
-                raise Rejected("prompts are for the experts of the joint model")
+                raise Rejected("prompts are for the experts of the joint model", field="collaboration.prompts")
         if answer.request.scores:
             if self.words.concerns(self.deferral.experts(answer)):
-                raise Rejected("score: a text cannot be scored by members with vocabularies of their own")
+                raise Rejected("score: a text cannot be scored by members with vocabularies of their own", field=SCORE)
             return self.scoring.begin(answer)
         if member is None and self._members > 1 and self._strategy(answer.request.collaboration) == "characters":
             if self._characters is None:
-                raise Rejected("characters: the members' tokens are not known as bytes")
+                raise Rejected("characters: the members' tokens are not known as bytes", field="collaboration.strategy")
             return self._characters.begin(answer)
         if answer.request.collaboration.blend is not None:
             return self.blends.begin(answer)

@@ -64,11 +64,16 @@ Decision = Token | Ask | Wait | End | Scored | Finish
 
 
 class Rejected(Exception):
-    """A request cannot be served; the message says why, for whoever sent it."""
+    """A request cannot be served; the message says why, for whoever sent it.
 
-    def __init__(self, message: str, code: ErrorCode = ErrorCode.INVALID_REQUEST) -> None:
+    Args:
+        field: the one at fault, as it is named in a request over HTTP.
+    """
+
+    def __init__(self, message: str, code: ErrorCode = ErrorCode.INVALID_REQUEST, *, field: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+        self.field = field
 
 
 class Counters(msgspec.Struct):

@@ -32,6 +32,8 @@ WINDOW_ELEMENTS = 1 << 24
 
 LONGEST_WINDOW = 64
 
+SCORE = "collaboration.score"
+
 
 def window_of(vocab_size: int) -> int:
     """How many positions are scored at once, with rows of so many logits."""
@@ -62,14 +64,15 @@ class Scoring:
         shared, collaboration = self._deferral, answer.request.collaboration
         if not self._can_cut:
             raise Rejected(
-                "score: the text is scored in windows, and a lane's state cannot be taken back to their ends"
+                "score: the text is scored in windows, and a lane's state cannot be taken back to their ends",
+                field=SCORE,
             )
         if collaboration.prompts:
-            raise Rejected("score: the joint model is scored on one text for all its members")
+            raise Rejected("score: the joint model is scored on one text for all its members", field=SCORE)
         if collaboration.member is not None:
-            raise Rejected("score: a member alone scores its prompt by itself")
+            raise Rejected("score: a member alone scores its prompt by itself", field=SCORE)
         if len(answer.request.prompt) < 2:
-            raise Rejected("score: a text of one token has nothing before it that could predict it")
+            raise Rejected("score: a text of one token has nothing before it that could predict it", field=SCORE)
         if not 0 < answer.request.score_from < len(answer.request.prompt):
             raise Rejected("score: the first token that is scored is not one of the text's, or has nothing before it")
         if collaboration.blend is not None:
@@ -79,7 +82,7 @@ class Scoring:
             roles = Roles(*shared.rules(answer, experts), experts) if experts else BASE_ALONE
             if roles.policy.needs == "gate":
                 if self._blends.obstacle is not None:
-                    raise Rejected(f"score: {self._blends.obstacle}")
+                    raise Rejected(f"score: {self._blends.obstacle}", field=SCORE)
                 lanes = sorted(experts)
                 marginal = Blend("mixture", tuple((lane, 0.0) for lane in (BASE, *lanes)), from_gate=True)
                 roles = roles._replace(blend=marginal, chain=tuple(lanes))

@@ -51,22 +51,23 @@ def test_an_expert_that_is_lost_within_its_turn_ends_the_request() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "message", "field"),
     [
-        ({"prompt": [1]}, "one token"),
-        ({"member": 1}, "a member alone"),
-        ({"prompts": ((1, [1, 2]),)}, "one text"),
-        ({"blend": Blend("mixture", ((0, 0.5), (1, 0.4)))}, "sum to 1"),
-        ({"experts": (3,)}, "does not exist"),
+        ({"prompt": [1]}, "one token", "score"),
+        ({"member": 1}, "a member alone", "score"),
+        ({"prompts": ((1, [1, 2]),)}, "one text", "score"),
+        ({"blend": Blend("mixture", ((0, 0.5), (1, 0.4)))}, "sum to 1", "blend"),
+        ({"experts": (3,)}, "does not exist", "experts"),
     ],
 )
-def test_what_cannot_be_scored(fields: dict[str, object], message: str) -> None:
+def test_what_cannot_be_scored(fields: dict[str, object], message: str, field: str) -> None:
     scheduler = make_scheduler(Pair())
     scheduler.add(request(**{"prompt": TEXT, **fields}, scores=True))
     (delta,) = scheduler.take_deltas()
     assert delta.refused
     assert delta.error is not None
     assert message in delta.error
+    assert delta.field == f"collaboration.{field}"
 
 
 def test_lanes_that_cannot_be_cut() -> None:

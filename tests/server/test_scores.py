@@ -94,12 +94,22 @@ async def test_what_is_refused(house: House, fields: dict[str, Any]) -> None:
 
 
 async def test_what_the_engine_refuses_or_loses(build: Build) -> None:
+    field = "collaboration.score"
     for code, refused, status in ((ErrorCode.INVALID_REQUEST, True, 400), (ErrorCode.STEP_TIMEOUT, False, 504)):
 
         def fails(request: GenerationRequest, code: ErrorCode = code, refused: bool = refused) -> list[Delta]:
-            return [Delta(request.request_id, finish_reason="error", error="score: no", code=code, refused=refused)]
+            return [
+                Delta(
+                    request.request_id,
+                    finish_reason="error",
+                    error="score: no",
+                    code=code,
+                    refused=refused,
+                    field=field,
+                )
+            ]
 
         house = await build(fails)
         response = await house.complete(prompt=PROMPT, prompt_logprobs=1, collaboration={"score": "joint"})
-        check_error(response, status)
+        check_error(response, status, field if refused else None)
         assert [request.scores for request in house.engine.seen] == [True]

@@ -68,16 +68,18 @@ class Characters:
         request = answer.request
         reason = self.obstacle or problem(request)
         if reason is not None:
-            raise Rejected(f"characters: {reason}")
+            raise Rejected(f"characters: {reason}", field="collaboration.strategy")
         try:
             weights = members(request.collaboration.weights, len(self.spellers))
         except ValueError as error:
-            raise Rejected(f"characters: {error}") from None
+            raise Rejected(f"characters: {error}", field="collaboration.weights") from None
         if self._spelled:
             given = {0, *(lane for lane, _ in request.collaboration.prompts)}
             for lane, _ in weights:
                 if lane not in given:
-                    raise Rejected(f"characters: lane {lane} has no prompt in tokens of its own")
+                    raise Rejected(
+                        f"characters: lane {lane} has no prompt in tokens of its own", field="collaboration.prompts"
+                    )
         return CharactersDecoding(answer, self, weights)
 
 

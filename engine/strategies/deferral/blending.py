@@ -85,20 +85,23 @@ class Blends:
         if reason is None and collaboration.member is not None:
             reason = "a member alone has nobody to be blended with"
         if reason is not None:
-            raise Rejected(f"blend: {reason}")
+            raise Rejected(f"blend: {reason}", field="collaboration.blend")
         blend = asked.effective()
         chain = tuple(lane for lane in blend.lanes if lane != BASE)
         # The base under its negative prompt is no expert.
         experts = tuple(lane for lane in chain if lane < shared.members)
         if not set(experts) <= set(shared.experts(answer)):
-            raise Rejected("blend: a member is not among the experts of the request")
+            raise Rejected("blend: a member is not among the experts of the request", field="collaboration.blend")
         if not chain:
             return BASE_ALONE
         policy, threshold = shared.rules(answer, experts)
         if not experts and policy.needs == "gate":
-            raise Rejected(f"blend: the policy {policy.name!r} asks the gate for an expert, and none takes part")
+            raise Rejected(
+                f"blend: the policy {policy.name!r} asks the gate for an expert, and none takes part",
+                field="collaboration.blend",
+            )
         if len(experts) < len(chain) and chain[-1] not in dict(collaboration.prompts):
-            raise Rejected("blend: guidance needs a negative prompt")
+            raise Rejected("blend: guidance needs a negative prompt", field="collaboration.blend")
         if blend.sole is not None and experts:
             return Roles(policy, threshold, experts)
         return Roles(policy, threshold, experts, blend, chain)

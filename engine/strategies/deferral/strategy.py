@@ -106,9 +106,9 @@ class Deferral:
         collaboration = answer.request.collaboration
         policy = POLICIES[collaboration.policy or self._policy]
         if any(not 0 < lane < self.members for lane in experts):
-            raise Rejected("experts names a lane that does not exist")
+            raise Rejected("experts names a lane that does not exist", field="collaboration.experts")
         if policy.needs == "gate" and not self.has_gate:
-            raise Rejected(f"policy {policy.name!r} needs a gate, and none is served")
+            raise Rejected(f"policy {policy.name!r} needs a gate, and none is served", field="collaboration.policy")
         threshold = collaboration.threshold
         if threshold is None:
             threshold = self.thresholds.get(policy.name, 0.0)

@@ -85,7 +85,7 @@ class Words:
         sampling = answer.request.sampling
         for field, default in _REFUSED.items():
             if getattr(sampling, field) != default:
-                raise Rejected(f"{field}: cannot be served by members of different vocabularies")
+                raise Rejected(f"{field}: cannot be served by members of different vocabularies", field=field)
         experts = self.deferral.experts(answer)
         return WordsDecoding(answer, self, *self.deferral.rules(answer, experts), experts)
 
