@@ -282,7 +282,8 @@ _PATHS = (("tokenizer",), ("base", "model"), ("base", "adapter"), ("gate", "path
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Let relative paths count from the folder of the file that they stand in.
 
-    What is not there stays as it is: the name of a model on a hub, or a path from the working folder.
+    What is not there stays as it is: the name of a model on a hub, or a path from the working folder. Only what can be
+    neither becomes a whole path, so that an error says where it was looked for.
     """
     experts = values.get("experts")
     listed = experts if isinstance(experts, list) else []
@@ -294,7 +295,10 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
         named.append((table, name))
     for table, name in named:
         value = table.get(name) if isinstance(table, dict) else None
-        if isinstance(value, str) and (found := folder / value).exists():
+        if not isinstance(value, str):
+            continue
+        found = folder / value
+        if found.exists() or (value.startswith(("./", "../")) and not Path(value).exists()):
             table[name] = os.path.normpath(found)
 
 

@@ -218,6 +218,19 @@ def test_paths_in_a_file_count_from_its_folder(config: Path, monkeypatch: pytest
     assert load_settings(["--config", "../demo.toml", "--base.model", "models/base"]).base.model == "models/base"
 
 
+def test_a_path_that_leads_nowhere_is_told_whole(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dots at its beginning it can be nothing but a path: a hub's names have none."""
+    folder = config.parent
+    config.write_text(TOML.replace("models/base", "../missing/base").replace("models/codes", "../there/codes"))
+    (folder / "there/codes").mkdir(parents=True)
+    (folder / "work").mkdir()
+    monkeypatch.chdir(folder / "work")
+    settings = load_settings(["--config", str(config)])
+    assert settings.base.model == str(folder.parent / "missing/base")
+    # A path from the working folder, as before.
+    assert settings.experts[0].model == "../there/codes"
+
+
 @pytest.mark.parametrize("wrong", ["base = 3", "experts = 3", "experts = [3]", "gate = []", "[base]\nmodel = 3"])
 def test_paths_of_a_file_of_another_shape(tmp_path: Path, wrong: str) -> None:
     path = tmp_path / "wrong.toml"
