@@ -72,6 +72,7 @@ class GateFile(msgspec.Struct, kw_only=True):
     training: dict[str, Any] | None
     data: str
     date: str
+    reliability: list[dict[str, float]] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,7 @@ class GateArtifact:
         default_policy: name of the policy, unless a request asks for another.
         default_threshold: a token is deferred where its probability is greater than this.
         calibration: points of the threshold sweep, or None.
+        reliability: share of tokens that need an expert by deferral probability, in bins, or None; for people.
         training: the settings it was trained with.
         data: what it was trained on, in words.
         date: ISO 8601 day.
@@ -109,6 +111,7 @@ class GateArtifact:
     kind: str = "linear"
     features: tuple[str, ...] = ()
     layers: dict[str, torch.Tensor] = field(default_factory=dict)
+    reliability: list[dict[str, float]] | None = None
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -128,7 +131,7 @@ class GateArtifact:
     def only(self, *names: str) -> GateArtifact:
         """The gate for some of its experts, in this order: what a request that names them gets of the whole gate.
 
-        The calibration is left out, being the whole gate's.
+        Calibration and reliability are left out, being the whole gate's.
 
         Raises:
             GateError: the gate has no such expert.
@@ -146,6 +149,7 @@ class GateArtifact:
             experts=names,
             expert_identities=tuple(self.expert_identities[row] for row in rows),
             calibration=None,
+            reliability=None,
         )
 
     def save(self, path: str | Path) -> None:
@@ -168,6 +172,8 @@ class GateArtifact:
             "data": self.data,
             "date": self.date,
         }
+        if self.reliability is not None:
+            fields["reliability"] = self.reliability
         if self.kind != "linear" or self.features:
             fields |= {"format_version": 2, "kind": self.kind, "features": list(self.features)}
         tensors = self.tensors
@@ -271,6 +277,7 @@ def _parse(fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], direc
         kind=read.kind,
         features=tuple(read.features),
         layers={name: tensors[name] for name in kind.hidden},
+        reliability=read.reliability,
     )
 
 

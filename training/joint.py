@@ -62,6 +62,9 @@ def fit_joint(
     else:
         model = _with_lora(model, settings.lora)
     model.train()
+    if settings.gradient_checkpointing:
+        # Not reentrant: gradients reach the gate's input too, and adapters on frozen weights learn.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     expert_logp_NK, label_N, aligned_NK = scores.expert_logp_NK, scores.weak_labels(), scores.aligned_NK
     theta_KD = torch.nn.Parameter(start.theta_KD.clone().to(device))
     bias_K = torch.nn.Parameter(start.bias_K.clone().to(device), requires_grad=fitting.bias)

@@ -19,12 +19,7 @@ def plot_scores(
     Raises:
         TrainingError: matplotlib is not installed. The numbers are in the JSON beside the plot anyway.
     """
-    try:
-        matplotlib: Any = importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise TrainingError(f"{file}: plots need the package matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot = _pyplot(file)
     figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
     for name, curve in curves.items():
         ordered = sorted(curve)
@@ -35,6 +30,34 @@ def plot_scores(
     axes.set(xlabel="deferral rate (expert tokens / completion tokens)", ylabel="exact match", ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    _save(pyplot, figure, file)
+
+
+def plot_reliability(file: Path, curve: Sequence[Mapping[str, float]]) -> None:
+    """Share of tokens that need an expert against the gate's probability; a gate to be believed lies on the diagonal.
+
+    Raises:
+        TrainingError: matplotlib is not installed.
+    """
+    pyplot = _pyplot(file)
+    figure, axes = pyplot.subplots(figsize=(5, 5), layout="constrained")
+    axes.plot([0, 1], [0, 1], linestyle=":", color="grey")
+    axes.plot([point["probability"] for point in curve], [point["needed"] for point in curve], marker="o")
+    axes.set(xlabel="deferral probability", ylabel="share of tokens that need an expert", xlim=(0, 1), ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    _save(pyplot, figure, file)
+
+
+def _pyplot(file: Path) -> Any:
+    try:
+        matplotlib: Any = importlib.import_module("matplotlib")
+    except ImportError as error:
+        raise TrainingError(f"{file}: plots need the package matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
+
+
+def _save(pyplot: Any, figure: Any, file: Path) -> None:
     part = file.with_name(file.name + ".part")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(part, format="png", dpi=120)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.bootstrap import interval
 from training.files import write_json, write_text
 from training.plots import plot_scores
 
@@ -16,14 +17,16 @@ CALIBRATED_CONFIDENCE = "confidence, own threshold"
 UNTRAINED_CONFIDENCE, ORACLE = "confidence, untrained base, same rate", "oracle (teacher-forced)"
 
 Row = dict[str, Any]
-"""One way of answering, with one seed: ``Result.summary``, and what more is known."""
+"""One way of answering, with one seed: ``Result.summary``, which answers are "right", and what more is known."""
 Rows = dict[str, dict[int, Row]]
 """Rows by name and seed."""
 Curves = Mapping[str, Sequence[tuple[float, float]]]
 """Points (deferral rate, score) by name."""
 
 _LEGEND = (
-    "Greedy, on the serving engine. Several seeds: mean ± (largest - smallest). AUROC: of the deferral probability for "
+    "Greedy, on the serving engine. Several seeds: mean ± (largest - smallest). 95 %: the interval that the bootstrap "
+    "over questions gives for the mean exact match. Expert s: the answers' part of the experts' steps, in seconds on "
+    "this machine. AUROC: of the deferral probability for "
     "gold tokens that the base's argmax misses, teacher-forced. Thresholds of confidence deferral were chosen on the "
     "validation questions. The oracle is computed from teacher-forced scores, and defers only where an expert's argmax "
     "is the gold token and the base's is not."
@@ -36,7 +39,10 @@ def alone(expert: str) -> str:
 
 
 def write(folder: Path, rows: Rows, curves: Curves, experts: Sequence[str]) -> None:
-    """Write ``table.md``, ``table.json`` and ``curves.png``, and print the table."""
+    """Write ``table.md``, ``table.json`` and ``curves.png``, and print the table.
+
+    The answers' rights and wrongs ("right") are in no file: intervals are made of them.
+    """
     order = [
         BASE, *map(alone, experts), FINETUNED, COLLM, WEAK, RANDOM, CONFIDENCE, CALIBRATED_CONFIDENCE,
         UNTRAINED_CONFIDENCE, ORACLE,
@@ -51,7 +57,8 @@ def write(folder: Path, rows: Rows, curves: Curves, experts: Sequence[str]) -> N
     write_json(
         folder / "table.json",
         {
-            "rows": rows,
+            "rows": {name: {seed: _without_right(row) for seed, row in found.items()} for name, found in rows.items()},
+            "intervals": {name: _interval(found) for name, found in rows.items()},
             "mean_and_spread": summary,
             "curves": {name: [list(point) for point in curve] for name, curve in curves.items()},
         },
@@ -60,6 +67,16 @@ def write(folder: Path, rows: Rows, curves: Curves, experts: Sequence[str]) -> N
     plot_scores(folder / "curves.png", curves, points)
     print(text)
     print(f"{folder / 'table.md'}, table.json, curves.png")
+
+
+def _without_right(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key != "right"}
+
+
+def _interval(by_seed: Mapping[int, Row]) -> tuple[float, float] | None:
+    """None where it is not known which questions were answered right."""
+    right = [row["right"] for row in by_seed.values() if "right" in row]
+    return interval(right) if right else None
 
 
 def _mean_and_spread(by_seed: Mapping[int, Row], key: str) -> tuple[float, float]:
@@ -73,7 +90,17 @@ def table(rows: Rows) -> str:
 
     The scores by task stand in a second table, where there are several tasks.
     """
-    heads = ["method", "seeds", "exact match", "deferral rate", "expert tokens", "tokens/s", "AUROC"]
+    heads = [
+        "method",
+        "seeds",
+        "exact match",
+        "95 %",
+        "deferral rate",
+        "expert tokens",
+        "expert s",
+        "tokens/s",
+        "AUROC",
+    ]
     lines = _head(heads)
     for name, by_seed in rows.items():
         found = list(by_seed.values())
@@ -81,8 +108,10 @@ def table(rows: Rows) -> str:
             name,
             str(len(found)),
             _cell([row["exact_match"] for row in found], 3),
+            "-" if (found_interval := _interval(by_seed)) is None else "{:.3f} to {:.3f}".format(*found_interval),
             _cell([row["deferral_rate"] for row in found], 3),
             _cell([row["expert_tokens"] for row in found], 0),
+            _cell([row["expert_seconds"] for row in found if row.get("lane_seconds")], 2),
             _cell([row["tokens_per_second"] for row in found if "tokens_per_second" in row], 0),
             _cell([row["auroc_base_wrong"] for row in found if row.get("auroc_base_wrong") is not None], 3),
         ]

@@ -62,10 +62,17 @@ class Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """All answers to a set of questions, and the seconds that they took together."""
+    """All answers to a set of questions, and the seconds that they took together.
+
+    Attributes:
+        expert_seconds: the questions' part of the experts' steps.
+        lane_seconds: of all lanes' steps.
+    """
 
     answers: list[Answer]
     seconds: float
+    expert_seconds: float = 0.0
+    lane_seconds: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -105,17 +112,21 @@ class Result:
             "expert_tokens": self.expert_tokens,
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "expert_seconds": self.expert_seconds,
+            "lane_seconds": self.lane_seconds,
             "tokens_per_second": self.tokens / self.seconds,
         }
 
     def to_json(self) -> dict[str, Any]:
         """For ``from_json``."""
-        return {"seconds": self.seconds, "answers": [asdict(answer) for answer in self.answers]}
+        seconds = {name: getattr(self, name) for name in ("seconds", "expert_seconds", "lane_seconds")}
+        return {**seconds, "answers": [asdict(answer) for answer in self.answers]}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> Result:
         """What ``to_json`` gave."""
-        return cls([Answer(**answer) for answer in content["answers"]], content["seconds"])
+        seconds = (content["seconds"], content.get("expert_seconds", 0.0), content.get("lane_seconds", 0.0))
+        return cls([Answer(**answer) for answer in content["answers"]], *seconds)
 
 
 def by_task(answers: Iterable[tuple[str, bool]]) -> dict[str, float]:
@@ -233,7 +244,13 @@ class Pair:
         completions = self._generate(questions, collaboration, seed, label)
         seconds = time.monotonic() - started
         found = zip(questions.examples, completions, strict=True)
-        return Result([self._answer(example, completion, member) for example, completion in found], seconds)
+        lanes = [spent for completion in completions if completion.cost for spent in enumerate(completion.cost.seconds)]
+        return Result(
+            [self._answer(example, completion, member) for example, completion in found],
+            seconds,
+            expert_seconds=sum(spent for lane, spent in lanes if lane > 0),
+            lane_seconds=sum(spent for _, spent in lanes),
+        )
 
     def _generate(self, questions: Questions, collaboration: Collaboration, seed: int, label: str) -> list[Completion]:
         requests = []

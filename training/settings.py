@@ -196,6 +196,8 @@ class JointSettings(Section):
     """Largest norm of the base's gradient."""
     cost: float = Field(default=0.0, ge=0)
     """As in train.gate."""
+    gradient_checkpointing: bool = False
+    """Compute each layer twice instead of keeping its activations: for large bases, or long texts."""
     lora: LoraSettings | None = None
 
 

@@ -338,6 +338,8 @@ def test_results_and_table() -> None:
     assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
     other = result.summary() | {"exact_match": 0.7}
     text = table({"Co-LLM": {0: result.summary(), 1: other}})
-    assert "| Co-LLM | 2 | 0.600 ± 0.200 | 0.500 ± 0.000 | 2 ± 0 | 2 ± 0 | - |" in text
+    assert "| Co-LLM | 2 | 0.600 ± 0.200 | - | 0.500 ± 0.000 | 2 ± 0 | - | 2 ± 0 | - |" in text
+    known = result.summary() | {"right": [True, False], "expert_seconds": 1.25, "lane_seconds": 2.0}
+    assert "| Co-LLM | 1 | 0.500 | 0.000 to 1.000 | 0.500 | 2 | 1.25 | 2 | - |" in table({"Co-LLM": {0: known}})
     assert "| exact match by task | Co-LLM |\n| --- | ---: |\n| a | 1.000 ± 0.000 |\n| b | 0.000 ± 0.000 |" in text
     assert result.summary()["rate_by_task"] == {"a": 0.5, "b": 0.5}

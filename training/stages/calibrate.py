@@ -12,11 +12,12 @@ from training.answers import AnswerCache
 from training.files import write_json
 from training.gate_only import Gate
 from training.graph import GATED
-from training.plots import plot_scores
+from training.plots import plot_reliability, plot_scores
 from training.project import Project
+from training.reliability import calibration_error, reliability
 from training.serving import Questions, questions_of
 from training.settings import Method
-from training.stages.score import score_base
+from training.stages.score import score_split
 from training.thresholds import LOG_ODDS, Point, choose, probability, quantile, reach, refine, remarks
 from training.tracking import tracked
 
@@ -59,7 +60,9 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
     folder = stage.path
     artifact = GateArtifact.load(gate)
     function = Gate.of(artifact)
-    observed_N = function.log_odds_of(score_base(project, "validation", base))
+    scores = score_split(project, "validation", base)
+    observed_N = function.log_odds_of(scores.base)
+    believed = reliability(torch.sigmoid(observed_N), scores.weak_labels() > 0)
     calibrate = settings.calibrate
     with AnswerCache(project, folder / "answers", f"calibrate {method}-{seed}", base.path, gate) as cache:
         decoder = _Decoder(cache, questions_of(project, "validation", calibrate.limit), observed_N)
@@ -85,12 +88,14 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
     points = sorted({point.threshold: point for point in [*points, chosen]}.values(), key=lambda p: -p.threshold)
     warnings = [*remarks(swept, points), *warnings]
     curve = [point.to_json() for point in points]
-    calibrated = replace(artifact, default_threshold=threshold, calibration=curve)
+    calibrated = replace(artifact, default_threshold=threshold, calibration=curve, reliability=believed)
     calibrated.save(folder / "gate")
     write_json(
         folder / "curve.json",
-        {"threshold": threshold, "target_rate": calibrate.target_rate, "points": curve, "warnings": warnings},
+        {"threshold": threshold, "target_rate": calibrate.target_rate, "points": curve, "warnings": warnings}
+        | {"reliability": believed, "calibration_error": calibration_error(believed)},
     )
+    plot_reliability(folder / "reliability.png", believed)
     plot_scores(
         folder / "curve.png",
         {f"{method}, validation": [(point.deferral_rate, point.score) for point in points]},

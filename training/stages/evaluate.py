@@ -133,7 +133,7 @@ class _Evaluation:
         return _Confidence(cache, self.validation, self.project.settings.calibrate.noise)
 
     def _add(self, name: str, seed: int, result: Result, **more: float | None) -> None:
-        self.rows.setdefault(name, {})[seed] = result.summary() | more
+        self.rows.setdefault(name, {})[seed] = result.summary() | {"right": [a.exact for a in result.answers]} | more
 
 
 class _Confidence:
@@ -207,6 +207,7 @@ def _oracle(scores: PairScores, examples: Sequence[Example]) -> Row:
     return {
         "questions": len(exact),
         "exact_match": sum(exact) / len(exact),
+        "right": exact,
         "by_task": by_task([(example.task, right) for example, right in zip(examples, exact, strict=True)]),
         "deferral_rate": needed / len(right_N),
         "expert_tokens": needed,
