@@ -321,7 +321,6 @@ def _characters(config: EngineConfig, lanes: Sequence[Lane], loaded: Loaded, she
         [spoken.speller for spoken in loaded.spoken],
         [lane.info.max_model_len for lane in lanes],
         shelf,
-        spelled=loaded.vocabularies == "spelled",
         obstacle=obstacle,
     )
 

@@ -57,7 +57,7 @@ class Boundaries:
             offset = match.start() + first
             if offset > end:
                 break
-            if offset >= begin and not self._crossed(text, offset):
+            if offset >= begin and not (self._across and self._crossed(text, offset)):
                 yield offset
 
     def _crossed(self, text: bytes | bytearray, offset: int) -> bool:

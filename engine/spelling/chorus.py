@@ -13,7 +13,20 @@ from dataclasses import dataclass
 from engine.spelling.mass import Mass
 from engine.spelling.speller import Speller
 from engine.spelling.strand import Strand
-from engine.spelling.symbols import END, EXACT, Average, average, choose, inside_character, symbols, without
+from engine.spelling.symbols import (
+    END,
+    EXACT,
+    Average,
+    Sparse,
+    average,
+    average_sparse,
+    choose,
+    choose_sparse,
+    inside_character,
+    symbols,
+    without,
+    without_sparse,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,28 +106,13 @@ class Chorus:
         Raises:
             SpellingError: a member cannot spell the piece; the chorus must not be used any more.
         """
-        written = len(self.strands[0].text)
+        written = len(self.strands[0].text) + self.pieces
         before = bytes(self.strands[0].text[-4:])
+        symbol, support = self._begin(masses, self._draw(written))
         piece = b""
-        support: list[float | None] = [0.0] * len(masses)
-        while True:
-            rows = [
-                symbols(mass, piece) if heard is not None else None for mass, heard in zip(masses, support, strict=True)
-            ]
-            singing = [member for member, row in enumerate(rows) if row is not None]
-            row = average([row for row in rows if row is not None], [self._weights[m] for m in singing], self._kind)
-            if not piece and (self._ignore_end or self.pieces < self._min_pieces):
-                row = without(row, END)
-            elif piece and len(masses) > 1 and inside_character(before + piece):
-                row = without(row, EXACT)
-            symbol = choose(row, self._temperature, self._draw(written + len(piece) + self.pieces))
-            for member, own in enumerate(rows):
-                heard = support[member]
-                chance = 0.0 if own is None else float(own[symbol])
-                support[member] = None if heard is None or chance == 0.0 else heard + math.log(chance)
-            if symbol >= EXACT:
-                break
+        while symbol < EXACT:
             piece += bytes([symbol])
+            symbol = self._go_on(masses, support, before, piece, self._draw(written + len(piece)))
         best = max(
             range(len(masses)),
             key=lambda m: -math.inf if (heard := support[m]) is None else heard + math.log(self._weights[m]),
@@ -123,6 +121,42 @@ class Chorus:
             return Piece(b"", True, tuple(support), best)
         self._append(piece, masses, support)
         return Piece(piece, False, tuple(support), best)
+
+    def _begin(self, masses: Sequence[Mass], uniform: float) -> tuple[int, list[float | None]]:
+        """The first symbol of a piece, of all that there are, and each member's log-probability of it."""
+        rows = [symbols(mass, b"") for mass in masses]
+        singing = [member for member, row in enumerate(rows) if row is not None]
+        row = average([row for row in rows if row is not None], [self._weights[m] for m in singing], self._kind)
+        if self._ignore_end or self.pieces < self._min_pieces:
+            row = without(row, END)
+        symbol = choose(row, self._temperature, uniform)
+        chances = [0.0 if own is None else float(own[symbol]) for own in rows]
+        return symbol, [math.log(chance) if chance else None for chance in chances]
+
+    def _go_on(
+        self, masses: Sequence[Mass], support: list[float | None], before: bytes, piece: bytes, uniform: float
+    ) -> int:
+        """The symbol after the beginning of a piece, of the few that can follow; updates ``support``."""
+        rows: list[Sparse] = []
+        totals: list[float] = []
+        weights: list[float] = []
+        singing: list[int] = []
+        for member, heard in enumerate(support):
+            if heard is not None and (total := sum((row := masses[member].following(piece)).values())) > 0:
+                rows.append(row)
+                totals.append(total)
+                weights.append(self._weights[member])
+                singing.append(member)
+            else:
+                support[member] = None
+        joint = average_sparse(rows, totals, weights, self._kind)
+        if len(masses) > 1 and EXACT in joint and inside_character(before + piece):
+            joint = without_sparse(joint, EXACT)
+        symbol = choose_sparse(joint, self._temperature, uniform)
+        for member, row, total in zip(singing, rows, totals, strict=True):
+            heard, chance = support[member], row.get(symbol, 0.0)
+            support[member] = None if heard is None or chance == 0.0 else heard + math.log(chance / total)
+        return symbol
 
     def _append(self, piece: bytes, masses: Sequence[Mass], support: Sequence[float | None]) -> None:
         # Those that find the piece most probable wrote it, and go on from their very token; the others follow.

@@ -138,25 +138,27 @@ def _tidy(text: str) -> str:
 
 
 def _byte_level(content: str) -> bytes:
-    table = _byte_table()
-    # The library's decoder takes a string outside of the alphabet as it stands.
-    if all(char in table for char in content):
-        return bytes(table[char] for char in content)
-    return content.encode("utf-8", "replace")
+    try:
+        return content.translate(_alphabet()).encode("latin-1")
+    except UnicodeEncodeError:
+        # The library's decoder takes a string outside of the alphabet as it stands.
+        return content.encode("utf-8", "replace")
 
 
 @lru_cache(maxsize=1)
-def _byte_table() -> dict[str, int]:
+def _alphabet() -> dict[int, int]:
     """The alphabet of byte-level vocabularies: printable Latin-1 characters stand for their own byte, the other bytes
-    for the characters from U+0100 on, in order.
+    for the characters from U+0100 on, in order. Characters below U+0100 that are not in it are mapped to one that is no
+    byte.
     """
-    table: dict[str, int] = {}
+    table: dict[int, int] = {}
     shifted = 0
     for byte in range(256):
         if 0x21 <= byte <= 0x7E or (0xA1 <= byte <= 0xFF and byte != 0xAD):
-            table[chr(byte)] = byte
+            table[byte] = byte
         else:
-            table[chr(0x100 + shifted)] = byte
+            table[0x100 + shifted] = byte
+            table[byte] = 0xFFFD
             shifted += 1
     return table
 

@@ -77,8 +77,7 @@ class Mass:
 
     def at(self, text: bytes) -> float:
         """Probability that the next token is exactly ``text``."""
-        branches = self._vocabulary.branches(text)
-        return self._sum(branches.begin, branches.exact)
+        return self._sum(*self._vocabulary.places(text))
 
     def best(self) -> bytes:
         """The most probable byte string; b"" if the end is more probable. Of equal ones the first."""
@@ -87,20 +86,18 @@ class Mass:
         return b"" if chances[place] < self.end else self._string(place)
 
     def top(self, count: int) -> list[bytes]:
-        """The ``count`` most probable byte strings, most probable first; b"" is the end of the text."""
+        """The ``count`` most probable byte strings in that order, of equal ones the first by bytes; b"" is the end."""
         chances = self._by_string()
         count = min(count, len(chances))
-        found = {self._string(place): chances[place] for place in np.argpartition(-chances, count - 1)[:count]}
+        least = np.partition(chances, len(chances) - count)[len(chances) - count]
+        found = {self._string(place): float(chances[place]) for place in np.flatnonzero(chances >= least)}
         found[b""] = self.end
         return sorted(found, key=lambda text: (-found[text], text))[:count]
 
     def likeliest(self, text: bytes) -> int | None:
         """The most probable of the tokens that are exactly ``text``; None if there is none."""
-        branches = self._vocabulary.branches(text)
-        if branches.exact == branches.begin:
-            return None
-        best = int(self._text[branches.begin : branches.exact].argmax())
-        return int(self._vocabulary.order[branches.begin + best])
+        begin, end = self._vocabulary.places(text)
+        return int(self._vocabulary.order[begin + int(self._text[begin:end].argmax())]) if begin < end else None
 
     def next(self, prefix: bytes) -> NDArray[np.float64]:
         """[SYMBOLS]: probability that the next token begins with ``prefix`` and goes on by a byte, or is ``prefix``
@@ -125,6 +122,25 @@ class Mass:
         masses[EXACT] = at[0] - sums[begin - offset]
         masses[END] = 0.0 if prefix else self.end
         return masses
+
+    def following(self, prefix: bytes) -> dict[int, float]:
+        """What :meth:`next` says of a prefix that is not empty, without the symbols that no token has; by symbol, in
+        order.
+        """
+        begin, end, symbols, starts = self._vocabulary.children(prefix)
+        if end - begin == 1:
+            return {symbols[0]: float(self._text[begin])}
+        if not symbols:
+            return {}
+        sums = self._cumulative
+        if end - begin <= _SHORT or sums[end] - sums[begin] < _FAINT:
+            masses = np.add.reduceat(self._text[begin:end], starts).tolist()
+        else:
+            masses = np.diff(sums[starts + begin], append=sums[end]).tolist()
+        if symbols[-1] == EXACT:
+            # Its tokens are the first of the span.
+            masses.append(masses.pop(0))
+        return dict(zip(symbols, masses, strict=True))
 
     def _sum(self, begin: int, end: int) -> float:
         mass = float(self._cumulative[end] - self._cumulative[begin])

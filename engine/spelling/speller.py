@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 from engine.spelling.boundaries import Boundaries
 from engine.spelling.vocabulary import Vocabulary
@@ -109,11 +110,28 @@ class Speller:
 
 def _inside_a_document(tokenizer: Tokenizer) -> Tokenizer:
     """A copy that encodes a piece of text as it would stand in the middle of a longer one."""
-    state: dict[str, Any] = json.loads(tokenizer.to_str())
-    state["truncation"] = state["padding"] = state["post_processor"] = None
-    state["normalizer"] = _normalizer(state["normalizer"])
-    state["pre_tokenizer"] = _without_prefix(state["pre_tokenizer"])
-    copy = Tokenizer.from_str(json.dumps(state))
+    # The model is shared, not copied: one of 150,000 entries takes seconds to be written down and read.
+    copy = Tokenizer(tokenizer.model)
+    normalizer, pre_tokenizer = (
+        None if step is None else json.loads(step.__getstate__())
+        for step in (tokenizer.normalizer, tokenizer.pre_tokenizer)
+    )
+    bare = json.loads(Tokenizer(BPE()).to_str())
+    changed = {"normalizer": _normalizer(normalizer), "pre_tokenizer": _without_prefix(pre_tokenizer)}
+    steps = Tokenizer.from_str(json.dumps(bare | changed))
+    # One that is not there cannot be set.
+    if steps.normalizer is not None:
+        copy.normalizer = steps.normalizer
+    if steps.pre_tokenizer is not None:
+        copy.pre_tokenizer = steps.pre_tokenizer
+    added = tokenizer.get_added_tokens_decoder()
+    for token in sorted(added):
+        entry = added[token]
+        (copy.add_special_tokens if entry.special else copy.add_tokens)([entry])
+    if any(copy.token_to_id(entry.content) != token for token, entry in added.items()):
+        # Numbers that do not follow those of the model.
+        state = json.loads(tokenizer.to_str()) | changed | {"truncation": None, "padding": None, "post_processor": None}
+        copy = Tokenizer.from_str(json.dumps(state))
     copy.encode_special_tokens = True
     return copy
 

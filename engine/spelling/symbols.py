@@ -8,6 +8,7 @@ anew) or END (the text ends here).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -102,6 +103,60 @@ def choose(row: Symbols, temperature: float, uniform: float) -> int:
     return int(np.flatnonzero(row)[-1])
 
 
+Sparse = dict[int, float]
+"""A probability, by symbol, for each that has one: of 258 a few."""
+
+
+def average_sparse(rows: Sequence[Sparse], totals: Sequence[float], weights: Sequence[float], kind: Average) -> Sparse:
+    """:func:`average` of sparse rows.
+
+    Args:
+        rows: not normalised.
+        totals: their sums, positive.
+    """
+    whole = sum(weights)
+    if kind == "geometric" and len(rows) > 1:
+        common = [symbol for symbol, chance in rows[0].items() if chance > 0 and all(row.get(symbol) for row in rows)]
+        if common:
+            logs = [
+                sum(weight / whole * math.log(row[symbol]) for row, weight in zip(rows, weights, strict=True))
+                for symbol in common
+            ]
+            most = max(logs)
+            return {symbol: math.exp(log - most) for symbol, log in zip(common, logs, strict=True)}
+    share = weights[0] / (whole * totals[0])
+    mixture = {symbol: chance * share for symbol, chance in rows[0].items()}
+    for row, total, weight in zip(rows[1:], totals[1:], weights[1:], strict=True):
+        share = weight / (whole * total)
+        for symbol, chance in row.items():
+            mixture[symbol] = mixture.get(symbol, 0.0) + share * chance
+    return mixture
+
+
+def without_sparse(row: Sparse, symbol: int) -> Sparse:
+    """:func:`without` of a sparse row, which is not normalised again."""
+    return {other: chance for other, chance in row.items() if other != symbol and chance > 0} or row
+
+
+def choose_sparse(row: Sparse, temperature: float, uniform: float) -> int:
+    """:func:`choose` of a sparse row, in any order and not normalised."""
+    if len(row) == 1:
+        return next(iter(row))
+    if temperature == 0:
+        most = max(row.values())
+        return min(symbol for symbol, chance in row.items() if chance == most)
+    possible = {symbol: row[symbol] for symbol in sorted(row) if row[symbol] > 0}
+    if temperature != 1:
+        most = max(possible.values())
+        possible = {symbol: (chance / most) ** (1 / temperature) for symbol, chance in possible.items()}
+    left = uniform * sum(possible.values())
+    for symbol, chance in possible.items():
+        left -= chance
+        if left < 0:
+            return symbol
+    return symbol
+
+
 def inside_character(text: bytes) -> bool:
     """Whether a text ends within a UTF-8 character."""
     for back in range(1, min(len(text), 4) + 1):
@@ -112,4 +167,7 @@ def inside_character(text: bytes) -> bool:
     return False
 
 
-__all__ = ["END", "EXACT", "Average", "Symbols", "average", "choose", "inside_character", "symbols", "without"]
+__all__ = [
+    "END", "EXACT", "Average", "Sparse", "Symbols", "average", "average_sparse", "choose", "choose_sparse",
+    "inside_character", "symbols", "without", "without_sparse",
+]  # fmt: skip

@@ -43,6 +43,23 @@ class Branches(NamedTuple):
         return int(self.bounds[-1])
 
 
+class Children(NamedTuple):
+    """What can follow a prefix of tokens, without what cannot.
+
+    Attributes:
+        begin: first token of the prefix's span.
+        end: end of the span.
+        symbols: the next bytes, ascending; then EXACT (256) if there are tokens that are the prefix itself.
+        starts: [len(symbols)], ascending: where the tokens of each begin, from ``begin`` on; those of EXACT come first,
+            so that its is the first.
+    """
+
+    begin: int
+    end: int
+    symbols: tuple[int, ...]
+    starts: NDArray[np.intp]
+
+
 class Vocabulary:
     """The text tokens of a tokenizer.
 
@@ -92,6 +109,8 @@ class Vocabulary:
         self._flat = np.frombuffer(b"".join(self._sorted), np.uint8)
         self.branches = lru_cache(_CACHED_PREFIXES)(self._branches)
         """How the tokens that begin with some bytes go on, see :class:`Branches`."""
+        self.children = lru_cache(_CACHED_PREFIXES)(self._children)
+        """The same without what does not occur, see :class:`Children`."""
 
     def __len__(self) -> int:
         """Number of text tokens."""
@@ -113,10 +132,18 @@ class Vocabulary:
             return begin, len(self._sorted)
         return begin, bisect_left(self._sorted, stem[:-1] + bytes([stem[-1] + 1]), begin)
 
+    def places(self, text: bytes) -> tuple[int, int]:
+        """Where in ``order`` the tokens are that have exactly these bytes: [begin, end)."""
+        begin = bisect_left(self._sorted, text)
+        end = begin
+        while end < len(self._sorted) and self._sorted[end] == text:
+            end += 1
+        return begin, end
+
     def exact(self, text: bytes) -> tuple[int, ...]:
         """The tokens with exactly these bytes; there may be several."""
-        begin = bisect_left(self._sorted, text)
-        return tuple(map(int, self.order[begin : bisect_right(self._sorted, text, begin)]))
+        begin, end = self.places(text)
+        return tuple(map(int, self.order[begin:end]))
 
     def longest_match(self, text: bytes, at: int = 0) -> int | None:
         """The longest token that ``text`` continues with at an offset; None if there is none."""
@@ -153,6 +180,14 @@ class Vocabulary:
         following = self._flat[self._starts[exact:end] + len(prefix)]
         bounds = np.searchsorted(following, np.arange(257)) + exact
         return Branches(begin, exact, bounds.astype(np.int32))
+
+    def _children(self, prefix: bytes) -> Children:
+        begin, exact, bounds = self._branches(prefix)
+        symbols = np.flatnonzero(bounds[1:] > bounds[:-1])
+        starts = bounds[symbols].astype(np.intp) - begin
+        if exact > begin:
+            starts = np.concatenate([[0], starts])
+        return Children(begin, int(bounds[-1]), (*map(int, symbols), *([256] if exact > begin else [])), starts)
 
 
 def obstacle(vocabulary: Vocabulary) -> str | None:

@@ -103,7 +103,7 @@ class CharactersMachine(RuleBasedStateMachine):
                 lanes,
                 has_gate=False,
                 policy="never",
-                characters=Characters(spellers, CONTEXTS[:lanes], self.shelf, spelled=True),
+                characters=Characters(spellers, CONTEXTS[:lanes], self.shelf),
             ),
             terms=[
                 LaneTerms(context, size, frozenset(each.vocabulary.stops))

@@ -117,7 +117,7 @@ def test_what_only_tokens_can_give_is_refused(pair: SpelledPair, engine: Engine)
     got = engine.generate([asked(pair, number, "a", **fields) for number, fields in enumerate(refused)])
     assert all(one.error is not None and "characters: " in one.error for one in got)
     (lacking,) = engine.generate([GenerationRequest("x", [5], SamplingSpec(), Collaboration(strategy="characters"))])
-    assert "lane 1 has no prompt in tokens of its own" in str(lacking.error)
+    assert "expert1 has no prompt in tokens of its own" in str(lacking.error)
     (other,) = engine.generate([GenerationRequest("y", [5], SamplingSpec(), Collaboration(strategy="deferral"))])
     assert "expert1 has no prompt in tokens of its own" in str(other.error)
 

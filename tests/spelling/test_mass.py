@@ -49,6 +49,22 @@ def test_spans_and_branches(name: str, prefix: bytes, choice: int, data: st.Data
 
 
 @pytest.mark.parametrize("name", ["demo pair", "SentencePiece BPE, legacy", "byte-level, added tokens", "Tekken"])
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1 << 30), choice=st.integers(0, 1 << 30), data=st.data())
+def test_the_few_symbols_that_can_follow_are_those_of_all(
+    name: str, seed: int, choice: int, data: st.DataObject
+) -> None:
+    vocabulary = vocabulary_of(name)
+    token = vocabulary.bytes_of(int(vocabulary.order[choice % len(vocabulary)])) or b""
+    prefix = token[: data.draw(st.integers(1, max(1, len(token))))] + data.draw(st.sampled_from([b"", b"", b"\xf7"]))
+    row = np.random.default_rng(seed).random(max(vocabulary.order) + 1).astype(np.float32)
+    mass = Mass(vocabulary, row)
+    dense, sparse = mass.next(prefix), mass.following(prefix)
+    assert list(sparse) == sorted(sparse) == list(map(int, np.flatnonzero(dense)))
+    np.testing.assert_allclose(list(sparse.values()), dense[list(sparse)], rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["demo pair", "SentencePiece BPE, legacy", "byte-level, added tokens", "Tekken"])
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 1 << 30), choice=st.integers(0, 1 << 30), sharp=st.sampled_from([1.0, 10.0, 60.0]))
 def test_masses(name: str, seed: int, choice: int, sharp: float) -> None:

@@ -29,6 +29,9 @@ from engine.types import NO_TOKEN, Collaboration, ErrorCode, SamplingSpec, Token
 
 NO_DISTRIBUTION = "a member's logits are not finite, or rule out every token"
 
+_BEHIND = 64
+"""Bytes by which what a lane may share with other requests lags behind what it could."""
+
 
 class Characters:
     """What all requests of the strategy share. See :class:`~engine.strategies.base.Strategy`.
@@ -37,7 +40,6 @@ class Characters:
         spellers: of each member's vocabulary, the base's first; None where there is none that can spell every text.
         contexts: most tokens of each member's prompt and output together.
         shelf: where the lanes lay down their distributions.
-        spelled: whether members have vocabularies of their own, so that each needs a prompt of its own.
         obstacle: why nothing can be written like this, if anything is in the way.
     """
 
@@ -47,14 +49,12 @@ class Characters:
         contexts: Sequence[int],
         shelf: Shelf,
         *,
-        spelled: bool = False,
         obstacle: str | None = None,
     ) -> None:
         self.counters = Counters()
         self.contexts = contexts
         self.shelf = shelf
         self.spellers = [speller for speller in spellers if speller is not None]
-        self._spelled = spelled
         if obstacle is None and (not spellers or len(self.spellers) < len(spellers)):
             obstacle = "a member's tokens are no byte strings, or cannot spell every text"
         self.obstacle = obstacle
@@ -63,23 +63,16 @@ class Characters:
         """Take a request on.
 
         Raises:
-            Rejected: it asks for what only tokens can give, its weights are none, or a member lacks a prompt.
+            Rejected: it asks for what only tokens can give, or its weights are none.
         """
         request = answer.request
         reason = self.obstacle or problem(request)
         if reason is not None:
-            raise Rejected(f"characters: {reason}", field="collaboration.strategy")
+            raise Rejected(f"characters: {reason}")
         try:
             weights = members(request.collaboration.weights, len(self.spellers))
         except ValueError as error:
-            raise Rejected(f"characters: {error}", field="collaboration.weights") from None
-        if self._spelled:
-            given = {0, *(lane for lane, _ in request.collaboration.prompts)}
-            for lane, _ in weights:
-                if lane not in given:
-                    raise Rejected(
-                        f"characters: lane {lane} has no prompt in tokens of its own", field="collaboration.prompts"
-                    )
+            raise Rejected(f"characters: {error}") from None
         return CharactersDecoding(answer, self, weights)
 
 
@@ -199,6 +192,8 @@ class CharactersDecoding(Decoding):
         return self.chorus.strands[self.lanes.index(lane)]
 
     def _final(self, lane: int, strand: Strand) -> int:
-        """How many tokens of the lane can no longer be cut."""
-        final = self._finals[lane] = max(self._finals[lane], strand.settled())
+        """How many tokens of the lane can no longer be cut; behind by up to _BEHIND bytes, since to look takes time."""
+        final = self._finals[lane]
+        if not final or len(strand.text) - strand.ends[final - 1] >= _BEHIND:
+            final = self._finals[lane] = max(final, strand.settled())
         return final
