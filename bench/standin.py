@@ -194,7 +194,7 @@ class StandinLane:
                 continue
             if not self._make_room(row, chunk):
                 break
-            of_prompt = max(0, min(chunk, len(row.request.prompt) - row.computed))
+            of_prompt = chunk if row.request.scores else max(0, min(chunk, len(row.request.prompt) - row.computed))
             budget -= chunk
             row.computed += chunk
             work.append(Computed(self._number, row.request.request_id, chunk, of_prompt))

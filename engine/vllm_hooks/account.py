@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -20,6 +20,7 @@ def account(
     requests: Mapping[str, Request],
     guest_rows: Mapping[str, tuple[GuestLane, str]],
     lane: int,
+    scoring: Container[str] = (),
 ) -> list[Computed]:
     """What a step computed for each of its rows.
 
@@ -27,6 +28,7 @@ def account(
         requests: by row, as they are after the step has been scheduled.
         guest_rows: the guest and the request's id, of rows that are a guest's.
         lane: number of the lane.
+        scoring: rows that write nothing: all their tokens are the prompt's.
     """
     fresh = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
     computed = []
@@ -35,12 +37,13 @@ def account(
         number, request_id = lane, row
         if guest_rows and (of := guest_rows.get(row)) is not None:
             number, request_id = of[0].number, of[1]
-        left = request.num_prompt_tokens - request.num_computed_tokens + tokens
+        length = request.num_tokens if row in scoring else request.num_prompt_tokens
+        left = length - request.num_computed_tokens + tokens
         if left <= 0:
             # By far the most rows: one written token.
             computed.append(Computed(number, request_id, tokens))
         else:
-            cached = min(fresh.get(row, 0), request.num_prompt_tokens)
+            cached = min(fresh.get(row, 0), length)
             computed.append(Computed(number, request_id, tokens, min(tokens, left), cached))
     return computed
 

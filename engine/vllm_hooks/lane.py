@@ -255,7 +255,7 @@ class VllmLane:
                     matcher, added.sampling, self._eos, self._eos[0]
                 )
             scheduler.add_lane_request(request, added, self._on_ready)
-            stats.catchup_tokens += len(added.written)
+            stats.catchup_tokens += 0 if added.scores else len(added.written)
         for extension in work.extend:
             stats.catchup_tokens += scheduler.extend(extension)
 
@@ -458,7 +458,7 @@ class VllmLane:
     def _count(self, scheduled: SchedulerOutput) -> list[Computed]:
         """Count a step's rows and tokens where they belong."""
         scheduler = self._scheduler
-        computed = account(scheduled, scheduler.requests, self._guest_rows, self._number)
+        computed = account(scheduled, scheduler.requests, self._guest_rows, self._number, scheduler.scoring)
         guests = {number: guest.counts for number, guest in self._guests.items()}
         caches = scheduler.kv_cache_manager.enable_caching
         count({self._number: self._stats, **guests}, computed, scheduled, scheduler.requests, caches=caches)

@@ -81,6 +81,8 @@ class LaneScheduler(Scheduler):
         self._parked: dict[str, None] = {}
         self._rows: dict[str, _Row] = {}
         self._wants_top_probability: set[str] = set()
+        # Requests whose text is scored: what they are told as written is their prompt.
+        self.scoring: set[str] = set()
         # Requests whose grammar is being compiled in another thread; vLLM's queues do not know them yet.
         self._compiling: dict[str, tuple[Request, list[int]]] = {}
         self._failures: list[Failure] = []
@@ -117,6 +119,8 @@ class LaneScheduler(Scheduler):
         )
         if added.wants_top_probability:
             self._wants_top_probability.add(request.request_id)
+        if added.scores:
+            self.scoring.add(request.request_id)
         structured = request.structured_output_request
         if structured is None:
             self._enqueue(request, written)
@@ -202,7 +206,7 @@ class LaneScheduler(Scheduler):
         if self._evicted and self._evicted.pop(request_id, None) is not None:
             # It was admitted before anything that waits now.
             self.waiting.prepend_request(request)
-        return len(tokens) - 1
+        return 0 if row.scores else len(tokens) - 1
 
     def _cut(self, request: Request, keep: int) -> None:
         """Take output tokens back, all but the first ``keep``. Its KV blocks stay, to be overwritten."""
@@ -218,6 +222,7 @@ class LaneScheduler(Scheduler):
             for table in self._tables:
                 table.pop(request_id, None)
             self._wants_top_probability.discard(request_id)
+            self.scoring.discard(request_id)
         self.finish_requests(set(request_ids), RequestStatus.FINISHED_ABORTED)
 
     def collect(self, scheduled: SchedulerOutput, output: ModelRunnerOutput, asked: list[int]) -> list[Landed]:

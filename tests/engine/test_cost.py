@@ -72,6 +72,15 @@ def test_one_token_of_an_expert_costs_it_the_whole_prompt() -> None:
     assert costs.of["a"].seconds == [1.0, 0.0, 1.0]
 
 
+def test_a_scored_text_is_a_prompt_to_all_who_read_it() -> None:
+    costs = Costs(PAIR)
+    text = range(1, 41)
+    costs.scheduler.add(request(prompt=text, scores=True, prompt_logprobs=0, policy="always", experts=(2,)))
+    costs.run()
+    assert costs.of["a"].prompt_tokens == [40, 0, 40]
+    assert [lane.stats().catchup_tokens for lane in costs.lanes] == [0, 0, 0]
+
+
 def test_a_step_s_time_is_divided_by_positions() -> None:
     costs = Costs(PAIR)
     for name, length in (("long", 30), ("short", 10)):
