@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import compare, context, coordination, memory, pacing, prediction
+from bench import adapters, blends, compare, context, coordination, memory, pacing, prediction
 from bench.errors import BenchError
 from bench.report import Report, bar_table, environment, environment_line, json_line
 from bench.settings import Settings
@@ -28,6 +28,8 @@ COMMANDS = {
     "coordination": "the engine alone: which part of its time goes to anything but the models",
     "pacing": "the engine alone: lockstep as it is, with gather, with run-ahead, with both",
     "predict": "the engine alone: what a model of cost says beforehand, what is measured, when a pair is worth it",
+    "adapters": "the engine alone: an expert that is an adapter, against a merged copy in a lane of its own",
+    "blends": "the engine alone: what combining the members' distributions costs beyond their steps",
     "compare": "server, engine, stock vLLM, and the per-token HTTP baseline, side by side",
     "context": "the engine alone: its own time per token as the context grows",
     "memory": "the server's resident memory over many requests",
@@ -139,6 +141,16 @@ async def _measure(command: str, pair: Pair, options: argparse.Namespace, workdi
     if command == "pacing":
         cells = _cells(options, [8, 32], gate or [0.1, 0.3], ["short"])
         return await pacing.measure(
+            for_cells(cells), cells, rounds=rounds, requests=requests, max_tokens=max_tokens, seed=options.seed
+        )
+    if command == "adapters":
+        cells = _cells(options, [1, 8, 32], [0.1, 0.3, 1.0], ["short"])
+        return await adapters.measure(
+            for_cells(cells), cells, workdir, rounds=rounds, requests=requests, max_tokens=max_tokens, seed=options.seed
+        )
+    if command == "blends":
+        cells = _cells(options, [32], [1.0], ["short"])
+        return await blends.measure(
             for_cells(cells), cells, rounds=rounds, requests=requests, max_tokens=max_tokens, seed=options.seed
         )
     if command == "predict":

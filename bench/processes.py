@@ -63,6 +63,16 @@ def peak_rss_bytes(pid: int) -> int:
     return total
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a tree's living processes, of all their threads."""
+    total = 0.0
+    for member in _tree(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = member.cpu_times()
+            total += times.user + times.system
+    return total
+
+
 def freeze(pid: int) -> None:
     """Stop a tree: it keeps its memory and takes no CPU time until it is thawed."""
     for member in _tree(pid):

@@ -246,9 +246,25 @@ class EngineConfig(_Config):
     def blend_obstacle(self) -> str | None:
         """Why no blend can be served; None if nothing is in the way."""
         for name, lane in zip(self.lane_names, self.lanes, strict=True):
-            if lane.executor != "uni":
-                return f"{name} computes in worker processes (executor {lane.executor!r}), where blends cannot reach it"
+            if lane.executor == "ray":
+                return f"{name} may compute on another machine (executor 'ray'), where blends cannot reach it"
         return None
+
+    @property
+    def characters_obstacle(self) -> str | None:
+        """Why members cannot write by characters; None if nothing is in the way."""
+        for name, lane in zip(self.lane_names, self.lanes, strict=True):
+            if lane.executor != "uni":
+                return (
+                    f"{name} computes in worker processes (executor {lane.executor!r}), where its distributions cannot "
+                    "be reached"
+                )
+        return None
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether some lane computes in worker processes."""
+        return any(lane.executor != "uni" for lane in self.lanes)
 
     @property
     def lanes(self) -> tuple[LaneConfig, ...]:

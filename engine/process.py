@@ -44,7 +44,7 @@ from engine.scheduler import LaneTerms, Scheduler
 from engine.strategies import Strategies
 from engine.strategies.characters import Characters
 from engine.strategies.deferral.pacing import Pacer
-from engine.strategies.scoring import window_of
+from engine.strategies.scoring import LONGEST_WINDOW, window_of
 from engine.types import BASE, EngineInfo, ErrorCode, GenerationRequest, LaneInfo, PolicyName
 
 logger = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ def build(
     loaded = load(
         config, on_progress=on_progress, on_ready=on_ready, on_failure=on_failure, templates=templates, shelf=shelf
     )
-    lanes, gate = loaded.lanes, loaded.gate
+    lanes, gate, shelf = loaded.lanes, loaded.gate, loaded.shelf or shelf
     coordination = config.scheduler.coordination
     if coordination == "auto":
         coordination = "overlapped" if config.on_separate_devices else "lockstep"
@@ -266,7 +266,7 @@ def build(
         expert_failure=config.scheduler.expert_failure,
         run_ahead=config.scheduler.run_ahead,
         drafting=all(lane.info.can_cut for lane in lanes),
-        score_window=window_of(loaded.vocab_size),
+        score_window=min(window_of(loaded.vocab_size), shelf.window or LONGEST_WINDOW),
         draft_pays=pacer.draft_pays,
         shelf_has_room=lambda: shelf.has_room,
         blend_obstacle=config.blend_obstacle or loaded.blend_obstacle,
@@ -316,7 +316,7 @@ def _words(lanes: Sequence[Lane], loaded: Loaded) -> dict[str, Any]:
 
 def _characters(config: EngineConfig, lanes: Sequence[Lane], loaded: Loaded, shelf: Shelf) -> Characters:
     """The strategy, with what is in its way."""
-    obstacle = config.blend_obstacle or _cannot_cut(lanes)
+    obstacle = config.characters_obstacle or _cannot_cut(lanes)
     return Characters(
         [spoken.speller for spoken in loaded.spoken],
         [lane.info.max_model_len for lane in lanes],

@@ -10,6 +10,7 @@ from bench.contenders.base import Stamp
 from bench.errors import BenchError
 from bench.settings import Settings
 from bench.workload import Cell, Job
+from engine.blends import Blend
 from engine.client import EngineClient
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
 from engine.errors import CollmError
@@ -36,18 +37,23 @@ def engine_config(settings: Settings) -> EngineConfig:
     )
 
 
-def engine_request(job: Job, run_ahead: RunAhead | None = None, member: int | None = None) -> GenerationRequest:
+def engine_request(
+    job: Job, run_ahead: RunAhead | None = None, member: int | None = None, blend: Blend | None = None
+) -> GenerationRequest:
     """A job as the engine takes it.
 
     Args:
         run_ahead: None leaves it to the engine's settings.
         member: lane that is to write alone; None is the pair.
+        blend: what is to be written where the experts are asked.
     """
     sampling = SamplingSpec(temperature=0.0, seed=job.seed, ignore_eos=True, max_tokens=job.max_tokens)
     if job.deferral == "gate":
-        collaboration = Collaboration(run_ahead=run_ahead, member=member)
+        collaboration = Collaboration(run_ahead=run_ahead, member=member, blend=blend)
     else:
-        collaboration = Collaboration(policy="random", rate=job.deferral, run_ahead=run_ahead, member=member)
+        collaboration = Collaboration(
+            policy="random", rate=job.deferral, run_ahead=run_ahead, member=member, blend=blend
+        )
     return GenerationRequest(job.name, job.prompt, sampling, collaboration)
 
 
@@ -110,13 +116,24 @@ class EngineAlone:
 
     Args:
         run_ahead: asked for with every job; None leaves it to the engine's settings.
+        member: lane that writes everything alone; None is the pair.
+        blend: what is written where the experts are asked; None is the expert's own token.
     """
 
     slow = False
 
-    def __init__(self, service: EngineService, name: str = "engine", run_ahead: RunAhead | None = None) -> None:
+    def __init__(
+        self,
+        service: EngineService,
+        name: str = "engine",
+        run_ahead: RunAhead | None = None,
+        member: int | None = None,
+        blend: Blend | None = None,
+    ) -> None:
         self._service = service
         self._run_ahead = run_ahead
+        self._member = member
+        self._blend = blend
         self.name = name
         self.services = (service,)
 
@@ -130,7 +147,9 @@ class EngineAlone:
     async def run(self, job: Job, stamp: Stamp) -> int:
         """Complete one job."""
         tokens = 0
-        async for delta in self._service.client.generate(engine_request(job, self._run_ahead)):
+        async for delta in self._service.client.generate(
+            engine_request(job, self._run_ahead, self._member, self._blend)
+        ):
             if delta.finish_reason == "error":
                 raise BenchError(f"the engine ended {job.name}: {delta.error}")
             if delta.tokens:

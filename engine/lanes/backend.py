@@ -29,6 +29,7 @@ class Loaded:
         versions: of the software that computes, by package name.
         vocabularies: whether the members share one.
         spoken: by lane, the base's first; empty where all lanes write ``vocab_size`` tokens that nobody can spell.
+        shelf: where the lanes leave their distributions, if it is not the one that they were given.
     """
 
     lanes: list[Lane]
@@ -39,6 +40,7 @@ class Loaded:
     versions: dict[str, str] = field(default_factory=dict)
     vocabularies: Relation = "same"
     spoken: tuple[LaneVocabulary, ...] = ()
+    shelf: Shelf | None = None
 
 
 class Backend(Protocol):

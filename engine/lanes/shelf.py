@@ -1,7 +1,8 @@
 """Where the members of a blend lay their distributions down for the one that writes.
 
-One shelf serves all lanes of an engine, which must compute in the engine's own process: what lies there are tensors on
-the lanes' device. Nobody locks: lanes step one after the other.
+One shelf serves all lanes of an engine. This one is for lanes that compute in the engine's own process: what lies there
+are tensors on the lanes' device. Nobody locks: lanes step one after the other. Lanes in worker processes have another
+(:mod:`engine.vllm_hooks.shared_shelf`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class Shelf:
     def has_room(self) -> bool:
         """Whether more should be laid down than the next position needs."""
         return self._bytes < self._capacity
+
+    @property
+    def window(self) -> int | None:
+        """How many positions of one request may lie there together where :attr:`has_room` is not asked; None: any."""
+        return None
 
     def put(self, lane: int, request_id: str, index: int, offer: Offer) -> None:
         """Lay an offer down; one that lay there is forgotten, since the text before it may have changed."""

@@ -268,6 +268,7 @@ def load_lanes(
     from engine.vllm_hooks.lane import VllmLane
     from engine.vllm_hooks.options import engine_arguments
     from engine.vllm_hooks.processor import vector_units
+    from engine.vllm_hooks.shared_shelf import SharedShelf
 
     lanes: list[VllmLane | GuestLane] = []
     hashes = PromptHashes()
@@ -296,6 +297,7 @@ def load_lanes(
             lora=lora_arguments([*([] if adapter is None else [adapter]), *guests]),
             guests=len(guests) + (is_base and config.scheduler.guidance),
             record=config.record if is_base else None,
+            shelf=shelf.layout if isinstance(shelf, SharedShelf) else None,
         )
         speller = plan.spoken[number].speller
         try:

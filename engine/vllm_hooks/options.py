@@ -12,12 +12,15 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.config import LaneConfig, RecordConfig
 from engine.errors import ConfigError
 from engine.vllm_hooks.memory import UTILIZATION
 from engine.vllm_hooks.wire import SETTINGS_KEY
+
+if TYPE_CHECKING:
+    from engine.vllm_hooks.shared_shelf import Layout
 
 CPU_KV_CACHE_BYTES = 1 << 30
 CPU_BLOCK_SIZE = 32
@@ -206,6 +209,7 @@ def engine_arguments(
     lora: dict[str, Any] | None = None,
     guests: int = 0,
     record: RecordConfig | None = None,
+    shelf: Layout | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for vLLM's ``EngineArgs``.
 
@@ -219,6 +223,7 @@ def engine_arguments(
         lora: arguments for its adapters, from :func:`engine.vllm_hooks.guest.lora_arguments`.
         guests: adapters whose rows it computes beside its own.
         record: where the worker writes what it reads of scored positions.
+        shelf: where its workers find the one that all lanes share, if they are processes of their own.
 
     Raises:
         ConfigError: an option that vLLM does not have, or that the lane sets itself.
@@ -281,6 +286,7 @@ def engine_arguments(
                 "gate_path": gate_path,
                 "gate_in_head": gate_in_head,
                 "record": None if record is None else record.model_dump(),
+                "shelf": None if shelf is None else list(shelf),
             },
         },
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput, SamplerOutput
@@ -26,6 +27,7 @@ from engine.vllm_hooks.isolation import OwnWorkspace, ensure_expert_group, graph
 from engine.vllm_hooks.masses import MassReader
 from engine.vllm_hooks.record import Recorder, row_of
 from engine.vllm_hooks.sampling import KeyedSampler, metadata_of, on_device
+from engine.vllm_hooks.shared_shelf import Layout, SharedShelf
 from engine.vllm_hooks.wire import EDITS, READINGS, SETTINGS_KEY, LaneEdits, Readings
 
 if TYPE_CHECKING:
@@ -234,7 +236,9 @@ class LaneWorkerMixin(_Worker):
         self._collm_clock = DeviceClock(events_of(self.device))
         self._collm_keyed: tuple[list[int], list[int], list[int]] = ([], [], [])
         self._collm_batch: Any = None
-        self.collm_shelf = Shelf()
+        # A lane in the engine's own process puts the engine's shelf here.
+        shared = settings["shelf"]
+        self.collm_shelf = Shelf() if shared is None else SharedShelf(Layout(*shared))
         self.collm_masses: MassReader | None = None
         model.compute_logits = self._collm_reader
         if settings["record"] is not None and self.rank == 0:
@@ -349,7 +353,9 @@ class LaneWorkerMixin(_Worker):
         """Lay down what others need, and blend what they have laid down."""
         if self.collm_masses is not None:
             self.collm_masses.lay_down(self.collm_shelf, places, logits_RV)
-        blend.offer(self.collm_shelf, places, logits_RV, gate_RK)
+        # Of shards that all hold the logits one lays them down.
+        if get_tensor_model_parallel_rank() == 0:
+            blend.offer(self.collm_shelf, places, logits_RV, gate_RK)
         return blend.blended(self.collm_shelf, places, logits_RV)
 
     def _collm_sample_asked(self) -> tuple[SamplerOutput, blend.Blending | None] | None:

@@ -20,6 +20,7 @@ from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec, StructuredOutputs
 from engine.vllm_hooks.load import make_plan
 from tests.oracle.adapters import Adapted, adapted_model, adapted_pair, save_adapter
+from tests.oracle.blended import LOOPS, PARAMETERS, engine_blend, looped, requests, same
 from tests.oracle.checks import assert_empty, assert_same, preemptions, run
 from tests.oracle.pairs import PRESSED
 from tests.oracle.reference import Pair, Written, greedy
@@ -118,6 +119,23 @@ def test_a_step_is_shared(engine: Engine, prompts: list[list[int]]) -> None:
     longest = max(len(one.tokens) + sum(map(bool, one.sources)) for one in done)
     assert after.lanes[0].steps - before.lanes[0].steps <= longest + 10
     assert sum(len(lane.step_seconds) for lane in after.lanes[1:]) == 0
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in ("mixture by the gate", "proxy") else [pytest.mark.slow])
+        for kind in LOOPS
+    ],
+)
+def test_blends_with_adapters(kind: str, pair: Adapted, engine: Engine, prompts: list[list[int]]) -> None:
+    """Members that are rows of one step: what each says at a position reaches the one that writes in a later step."""
+    blend, loop = engine_blend(LOOPS[kind]), LOOPS[kind]
+    for parameters in ("greedy", "sampled"):
+        fields = {"tokens": 20, "run_ahead": "off" if parameters == "greedy" else 4, **PARAMETERS[parameters]}
+        got = engine.generate(requests(prompts[:6], blend, f"{kind} {parameters}", **fields))
+        same(got, looped(pair.served, loop, prompts[:6], **fields))
+    assert_empty(engine)
 
 
 def test_pressed_for_memory(pair: Adapted, prompts: list[list[int]], expected: list[Written]) -> None:

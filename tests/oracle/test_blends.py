@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -15,47 +15,20 @@ from tokenizers import Tokenizer, decoders
 
 from engine.blends import Blend
 from engine.client import EngineClient
+from engine.config import EngineConfig
+from engine.lanes.shelf import Shelf
 from engine.offline import Engine
-from engine.types import BASE, BLEND, Collaboration, Completion, GenerationRequest, SamplingSpec, StructuredOutputs
+from engine.types import BASE, BLEND, Collaboration, GenerationRequest, SamplingSpec
 from tests.oracle import blend_loop, pairs
-from tests.oracle.blend_loop import Blended, Form, Method, decode, regex_form
-from tests.oracle.checks import LOG_PROBABILITY, assert_empty, frequencies_pvalue
+from tests.oracle.blend_loop import Form, Method, decode, regex_form
+from tests.oracle.blended import EXPERTS, LOOPS, PARAMETERS, PATTERN, engine_blend, looped, requests, same
+from tests.oracle.checks import assert_empty, frequencies_pvalue
 from tests.oracle.pairs import CHUNKED, TIGHT
 from tests.oracle.reference import hidden_and_logits
 
-LOOPS: dict[str, blend_loop.Blend] = {
-    "mixture": blend_loop.Blend("mixture", ((0, 0.4), (1, 0.6))),
-    "mixture of three": blend_loop.Blend("mixture", ((0, 0.2), (1, 0.3), (2, 0.5))),
-    "mixture by the gate": blend_loop.Blend("mixture", "gate"),
-    "proxy": blend_loop.proxy(0.7),
-    "contrastive": blend_loop.contrastive(),
-    "union": blend_loop.Blend("union", ((0, 0.5), (2, 0.5)), top=5),
-}
-EXPERTS = 2
 LEVEL = 1e-4
 """See tests/oracle/test_sampling.py."""
-PATTERN = "[a-f ]{12,30}"
-
-PARAMETERS: dict[str, dict[str, Any]] = {
-    "greedy": {"temperature": 0.0},
-    "sampled": {"temperature": 1.3},
-    "penalties": {"temperature": 0.0, "repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3},
-    "penalties, sampled": {"temperature": 1.0, "presence_penalty": 1.0, "frequency_penalty": 0.5},
-    "bias": {"temperature": 1.0, "logit_bias": {7: 3.0, 300: 4.0, 0: -100.0}},
-    "min_p": {"temperature": 1.6, "min_p": 0.1},
-    "top_k, top_p": {"temperature": 1.6, "top_k": 4, "top_p": 0.8},
-    "min_tokens": {"temperature": 0.0, "min_tokens": 15, "logit_bias": {0: 6.0}},
-    "grammar": {"temperature": 1.0, "regex": PATTERN},
-}
 QUICK = ("greedy", "sampled")
-
-
-def engine_blend(loop: blend_loop.Blend) -> Blend:
-    """The same for the engine."""
-    if loop.weights == "gate":
-        return Blend("mixture", tuple((lane, 1.0) for lane in range(EXPERTS + 1)), from_gate=True)
-    weights = tuple(sorted(loop.weights))
-    return Blend(loop.kind, weights, anchor=loop.anchor, plausibility=loop.plausibility, top=loop.top or 10)
 
 
 @pytest.fixture(scope="module")
@@ -77,62 +50,6 @@ def form(related: pairs.Served) -> Form:
     decoder = decoders.ByteLevel()
     names = [tokenizer.id_to_token(token) for token in range(512)]
     return regex_form(PATTERN, [None, *(decoder.decode([name]) for name in names[1:])])
-
-
-def requests(
-    prompts: Sequence[list[int]], blend: Blend | None, tag: str = "", /, *, tokens: int = 24, **fields: Any
-) -> list[GenerationRequest]:
-    """One for each prompt, by its number as the seed; ``fields`` are the collaboration's and the sampling's."""
-    how = {name: fields.pop(name) for name in list(fields) if name in Collaboration.__struct_fields__}
-    if (regex := fields.pop("regex", None)) is not None:
-        fields["structured_outputs"] = StructuredOutputs(regex=regex)
-    collaboration = Collaboration(**{"policy": "always", "blend": blend, **how})
-    return [
-        GenerationRequest(
-            f"{tag}-{number}", prompt, SamplingSpec(seed=number, max_tokens=tokens, **fields), collaboration
-        )
-        for number, prompt in enumerate(prompts)
-    ]
-
-
-def looped(
-    pair: pairs.Served,
-    loop: blend_loop.Blend | None,
-    prompts: Sequence[list[int]],
-    form: Form | None = None,
-    *,
-    tokens: int = 24,
-    **fields: Any,
-) -> list[Blended]:
-    """What the oracle writes for :func:`requests`."""
-    by_method = {name: fields.pop(name) for name in ("policy", "threshold", "rate") if name in fields}
-    fields.pop("run_ahead", None)
-    pattern = fields.pop("regex", None)
-    seeds = list(range(len(prompts)))
-    method = Method(pair.reference, loop, **by_method)
-    return decode(method, prompts, tokens, seeds=seeds, form=form if pattern else None, **fields)
-
-
-def same(got: Sequence[Completion], want: Sequence[Blended]) -> None:
-    """Token for token, with the same sources, and each member's log-probability of each token."""
-    for number, (one, expected) in enumerate(zip(got, want, strict=True)):
-        assert one.error is None
-        assert (number, one.tokens) == (number, expected.tokens)
-        assert one.sources == expected.sources
-        assert one.finish_reason == expected.finish_reason
-        blended = [index for index, source in enumerate(one.sources) if source == BLEND]
-        assert [index for index, _ in one.support] == blended
-        for index, support in one.support:
-            told = expected.support[index]
-            assert told is not None
-            # Relative where a token is improbable: what float32 rounds in other shapes of a batch.
-            assert support == pytest.approx([told[lane] for lane in sorted(told)], abs=LOG_PROBABILITY, rel=2e-5)
-        if one.logprobs is not None:
-            assert [entry.logprobs[0] for entry in one.logprobs] == pytest.approx(expected.logprobs, abs=1e-3)
-            for entry, row in zip(one.logprobs, expected.rows, strict=True):
-                top = row.topk(len(entry.logprobs) - 1).values.tolist()
-                # What is ruled out lies 10,000 lower, where float32 has steps of 0.001.
-                assert entry.logprobs[1:] == pytest.approx(top, abs=1e-3, rel=1e-5)
 
 
 # The whole table takes minutes; the quick part has every kind, and every way of sampling for two of them.
@@ -313,8 +230,8 @@ def test_frequencies(draws: int, engine: Engine, related: pairs.Served, prompts:
     assert frequencies_pvalue([*observed, draws - sum(observed)], [*shares, 1 - sum(shares)]) > LEVEL
 
 
-def test_abandoned_at_any_moment(engine: Engine, prompts: list[list[int]]) -> None:
-    """Nothing is left, on the shelf neither; and an id may be used again at once."""
+def _abandon(engine: Engine, prompts: list[list[int]]) -> None:
+    """Requests of every kind, each left after a few deltas."""
     draw = random.Random(5)
     loops = list(LOOPS.values())
 
@@ -332,8 +249,12 @@ def test_abandoned_at_any_moment(engine: Engine, prompts: list[list[int]]) -> No
     async def all_of_them(client: EngineClient) -> None:
         await asyncio.gather(*(abandon(client, number, draw.randrange(1, 12)) for number in range(60)))
 
-    future = asyncio.run_coroutine_threadsafe(all_of_them(engine.client), engine._loop)
-    future.result(timeout=300)
+    asyncio.run_coroutine_threadsafe(all_of_them(engine.client), engine._loop).result(timeout=300)
+
+
+def test_abandoned_at_any_moment(engine: Engine, prompts: list[list[int]]) -> None:
+    """Nothing is left, on the shelf neither; and an id may be used again at once."""
+    _abandon(engine, prompts)
     assert_empty(engine)
 
 
@@ -445,8 +366,49 @@ def test_refused(blend: Blend, more: dict[str, Any], reason: str, engine: Engine
 
 
 @pytest.mark.slow
-def test_lanes_in_other_processes_are_refused(engine_of: Callable[..., Engine]) -> None:
-    engine = engine_of(executor="mp")
-    (one,) = engine.generate(requests([[1]], Blend("mixture", ((0, 0.5), (1, 0.5))), "elsewhere"))
-    assert one.error is not None
-    assert "worker processes" in one.error
+@pytest.mark.parametrize("coordination", ["lockstep", "overlapped"])
+def test_lanes_in_processes_of_their_own(
+    coordination: str, related: pairs.Served, prompts: list[list[int]], form: Form
+) -> None:
+    """Texts over shared memory: the base in the engine's process, lanes one after the other; or the base in one of its
+    own, an expert in two shards, and lanes at the same time. Nothing is left there."""
+    fields = related.config(coordination=coordination, executor="mp", scheduler={"run_ahead": 4}).model_dump()
+    if coordination == "overlapped":
+        fields["base"]["executor"] = "mp"
+        fields["experts"][0]["tensor_parallel_size"] = 2
+    with Engine(EngineConfig.model_validate(fields)) as engine:
+        assert engine.info.coordination == coordination
+        for kind, loop in LOOPS.items():
+            for parameters in QUICK:
+                how = PARAMETERS[parameters]
+                got = engine.generate(requests(prompts[:8], engine_blend(loop), f"{kind} {parameters}", **how))
+                same(got, looped(related, loop, prompts[:8], form, **how))
+        assert_empty(engine)
+        _abandon(engine, prompts)
+        how = PARAMETERS["grammar"]
+        got = engine.generate(requests(prompts[:4], engine_blend(LOOPS["union"]), "after", **how))
+        same(got, looped(related, LOOPS["union"], prompts[:4], form, **how))
+        assert_empty(engine)
+
+
+def test_without_shared_memory_blends_are_refused(related: pairs.Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else: the lanes start, and what is left free is named."""
+    from engine.vllm_hooks import backend, load, shared_shelf
+
+    def little(**_: int) -> None:
+        raise OSError("/dev/shm has 1 MiB free, and 9 MiB are needed")
+
+    monkeypatch.setattr(shared_shelf.SharedShelf, "create", little)
+    monkeypatch.setattr(load, "load_lanes", lambda *_, **__: [])
+    loaded = backend.load(
+        related.config(executor="mp"),
+        on_progress=lambda _: None,
+        on_ready=lambda: None,
+        on_failure=lambda _: None,
+        templates=None,
+        shelf=Shelf(),
+    )
+    assert loaded.shelf is None
+    assert loaded.blend_obstacle == (
+        "lanes in worker processes share their distributions in memory: /dev/shm has 1 MiB free, and 9 MiB are needed"
+    )

@@ -231,9 +231,9 @@ async def test_refused_for_what_is_served(build: Build, house: House) -> None:
     weights = {"kind": "mixture", "weights": "gate"}
     error = check_error(await house.complete(collaboration={"policy": "always", "blend": weights}), 400, B)
     assert "gate" in error["message"]
-    house = await build(experts=[{"name": "codes", "model": "expert", "executor": "mp", **LANE}])
+    house = await build(experts=[{"name": "codes", "model": "expert", "executor": "ray", **LANE}])
     error = check_error(await house.complete(collaboration={"blend": HALF}), 400, B)
-    assert "worker processes" in error["message"]
+    assert "another machine" in error["message"]
 
 
 @pytest.mark.parametrize(
