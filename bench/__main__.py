@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import adapters, blends, compare, context, coordination, memory, pacing, prediction
+from bench import adapters, blends, compare, context, coordination, device, memory, pacing, prediction
 from bench.errors import BenchError
 from bench.report import Report, bar_table, environment, environment_line, json_line
 from bench.settings import Settings
@@ -30,6 +30,7 @@ COMMANDS = {
     "predict": "the engine alone: what a model of cost says beforehand, what is measured, when a pair is worth it",
     "adapters": "the engine alone: an expert that is an adapter, against a merged copy in a lane of its own",
     "blends": "the engine alone: what combining the members' distributions costs beyond their steps",
+    "device": "no engine: how busy a GPU is kept, on a virtual clock at reckoned costs, by scheduler.steps_in_flight",
     "compare": "server, engine, stock vLLM, and the per-token HTTP baseline, side by side",
     "context": "the engine alone: its own time per token as the context grows",
     "memory": "the server's resident memory over many requests",
@@ -78,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _run(options: argparse.Namespace, workdir: Path) -> list[Report]:
     if options.command == "all":
         return await _all(options, workdir)
+    if options.command == "device":
+        rates = [rate for rate in options.deferral or (0.0, 0.3) if rate != "gate"]
+        return [
+            device.measure(options.concurrency or (1, 32, 256), rates, options.requests or 2, options.max_tokens or 64)
+        ]
     cuda = _cuda(options)
     shape = options.shape or ("1B-8B" if cuda else DEMO if options.command == "coordination" else "tiny")
     pair = _pair(options, shape, workdir)

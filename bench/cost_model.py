@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +31,8 @@ from engine.strategies import Strategies
 from engine.strategies.deferral.pacing import Pacer
 from engine.types import BASE, RunAhead
 
-_CONTEXT = 1 << 20
+CONTEXT = 1 << 20
+"""Of stand-ins, in tokens: none of their requests reaches it."""
 
 
 @dataclass(frozen=True)
@@ -119,26 +121,41 @@ class Predicted:
         return self.tokens / self.seconds
 
 
-class _Clock:
+class Clock:
+    """A virtual one, in seconds."""
+
     def __init__(self) -> None:
         self.now = 0.0
 
     def __call__(self) -> float:
+        """What the time is."""
         return self.now
 
 
-class _PricedLane(StandinLane):
-    """A stand-in whose steps take modelled time, and that agrees with the base as often as it is told to."""
+class AgreeingLane(StandinLane):
+    """A stand-in that agrees with the base as often as it is told to."""
 
     _TOKENS = 1 << 31
     """So many that none agrees with another by chance."""
 
-    def __init__(self, number: int, cost: StepTime, clock: _Clock, agreement: float) -> None:
-        super().__init__(number, str(number), vocab_size=self._TOKENS, max_model_len=_CONTEXT, token_budget=2048)
+    def __init__(self, number: int, agreement: float, *, token_budget: int = 2048, **options: Any) -> None:
+        sizes: dict[str, Any] = {"vocab_size": self._TOKENS, "max_model_len": CONTEXT, "token_budget": token_budget}
+        super().__init__(number, str(number), **sizes, **options)
         self._lane = number
+        self._agreement = agreement
+
+    def _write(self, tokens: Sequence[int]) -> int:
+        agrees = zlib.crc32(array("I", tokens).tobytes(), 7) < self._agreement * (1 << 32)
+        return next_token(BASE if agrees else self._lane, tokens, self._TOKENS)
+
+
+class _PricedLane(AgreeingLane):
+    """Its steps take modelled time."""
+
+    def __init__(self, number: int, cost: StepTime, clock: Clock, agreement: float) -> None:
+        super().__init__(number, agreement)
         self._cost = cost
         self._clock = clock
-        self._agreement = agreement
         self.stepped = 0
         self.rows = 0
 
@@ -154,10 +171,6 @@ class _PricedLane(StandinLane):
         self.stepped += 1
         self.rows += report.rows
         return report
-
-    def _write(self, tokens: Sequence[int]) -> int:
-        agrees = zlib.crc32(array("I", tokens).tobytes(), 7) < self._agreement * (1 << 32)
-        return next_token(BASE if agrees else self._lane, tokens, self._TOKENS)
 
 
 class _PricedHost(_PricedLane):
@@ -202,7 +215,7 @@ def predict(
         member: lane that writes everything alone; None is the pair.
         guest: the expert is an adapter of the base, computed in its steps; its own costs do not count.
     """
-    clock = _Clock()
+    clock = Clock()
     kinds = (_PricedHost, _PricedLane) if guest else (_PricedLane, _PricedLane)
     lanes = [
         kind(number, each, clock, agreement) for number, (kind, each) in enumerate(zip(kinds, cost.lanes, strict=True))
@@ -215,7 +228,7 @@ def predict(
     scheduler = Scheduler(
         lanes=len(lanes),
         max_num_seqs=concurrency,
-        max_model_len=_CONTEXT,
+        max_model_len=CONTEXT,
         eos_token_ids=(),
         strategy=Strategies(
             len(lanes), has_gate=False, policy="random", run_ahead=settings.run_ahead, draft_pays=pacer.draft_pays

@@ -139,6 +139,11 @@ class StandinLane:
         """Name, checkpoint and sizes."""
         return self._info
 
+    @property
+    def depth(self) -> int:
+        """Its steps are computed in the caller's thread."""
+        return 0
+
     def refusal(self, request: GenerationRequest) -> Refusal | None:
         """Only token ids outside the vocabulary are refused."""
         prompt = request.prompt_of(self._number)

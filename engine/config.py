@@ -167,6 +167,12 @@ class SchedulerConfig(_Config):
     The expert decides all of a window's deferred positions in one visit. "auto" adapts to how often the expert
     agrees with the drafts. What is written does not depend on it."""
 
+    steps_in_flight: Literal["auto"] | Annotated[int, Field(ge=0, le=2)] = "auto"
+    """How many steps of a lane that computes in the engine's own process may wait for its device. 0: each step is
+    waited for. 1: a lane's step is prepared while the device computes another lane's. 2: the base's next step, too, is
+    launched before the samples of the last one are read; a row that was deferred has drafted one token by then. "auto":
+    2 on a GPU, 0 on a CPU. What is written does not depend on it."""
+
     guidance: bool = False
     """Serve the blend "cfg": a request has a second row in the base, with its negative prompt. The base keeps places
     for twice as many rows, which on a GPU takes memory. Needs executor "uni"."""

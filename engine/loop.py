@@ -4,6 +4,10 @@
 than doing two things at once; while the base has something to do, an expert's step may wait until it pays (see
 :mod:`engine.strategies.deferral.pacing`). *Overlapped* lets every lane step as soon as it has work, for lanes on
 devices of their own; its lanes, all but one, compute in worker processes.
+
+Steps that are only *launched* (:class:`~engine.lanes.interface.Launched`) queue up on a device. Then the loop prepares
+and launches what it can, experts first, and only then waits for the oldest: the host's work on one step is done while
+the device computes another one.
 """
 
 from __future__ import annotations
@@ -11,11 +15,12 @@ from __future__ import annotations
 import logging
 import queue
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Literal
 
-from engine.lanes.interface import Lane, LaneReport
+from engine.lanes.interface import Lane, LaneReport, Launched
 from engine.scheduler import Scheduler
 from engine.strategies.base import StepPacer
 from engine.types import BASE, EngineStats
@@ -66,6 +71,8 @@ class StepLoop:
         # Steps that nobody waits for in place: overlapped ones, and overdue ones in either mode.
         self._under_way: dict[int, Future[LaneReport]] = {}
         self._deadlines: dict[int, float] = {}
+        # Steps that wait for a device, the oldest first.
+        self._launched: deque[tuple[int, Launched]] = deque()
         self._lost: set[int] = set()
         self._completed: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._quiet = True
@@ -77,7 +84,7 @@ class StepLoop:
     def step(self) -> bool:
         """One pass: every lane that has work and is free steps once. False if there was nothing to do or to wait for.
 
-        In overlapped mode a pass does not wait; completed steps are landed by the next one.
+        In overlapped mode a pass does not wait, save for launched steps; completed ones are landed by the next one.
 
         Raises:
             Exception: a lane's step failed; the engine cannot go on.
@@ -93,13 +100,13 @@ class StepLoop:
             self._quiet = False
         elif self._stalled():
             raise RuntimeError(f"{self._scheduler.running} requests wait for lanes that have nothing to do")
-        elif not self._quiet and not self._under_way:
+        elif not self._quiet and not self._under_way and not self._launched:
             self._rest()
         return active
 
     def _stalled(self) -> bool:
         """Requests are left that nothing will ever end: a lane has kept a sample to itself."""
-        return self._scheduler.running > 0 and not self._under_way and not self.preparing
+        return self._scheduler.running > 0 and not (self._under_way or self._launched or self.preparing)
 
     def patience(self) -> float | None:
         """Longest that a caller with nothing to do should wait before the next pass; None is as long as it takes.
@@ -145,6 +152,8 @@ class StepLoop:
             lane.shutdown()
 
     def _pass_lockstep(self) -> bool:
+        if any(lane.depth for lane in self._lanes):
+            return self._pass_launched()
         active = self._land_completed()
         base_went_on = False
         for number in self._together:
@@ -155,18 +164,64 @@ class StepLoop:
                 base_went_on = True
             elif base_went_on and self._should_wait(number):
                 continue
-            future = self._lanes[number].start()
-            try:
-                future.exception(self._step_timeout)
-            except TimeoutError:
-                self._watch(number, future)
-                self._lose(number)
-            else:
-                self._land(number, future)
+            self._step(number)
         return active
 
+    def _pass_launched(self) -> bool:
+        """Launch what can be launched; once that is nothing, wait for the oldest step."""
+        active = self._land_completed()
+        started = False
+        # The base last: rows that it has just been asked about may be deferred, and their experts are what takes time.
+        for number in sorted(self._together, reverse=True):
+            if number in self._lost or not self._may_launch(number):
+                continue
+            active = True
+            if number != BASE and self._base_goes_on() and self._should_wait(number):
+                continue
+            started = True
+            self._step(number)
+        return active if started else self._finish_oldest() or active
+
+    def _base_goes_on(self) -> bool:
+        return self._in_flight(BASE) > 0 or self._scheduler.asks(BASE)
+
+    def _in_flight(self, number: int) -> int:
+        return sum(number == each for each, _ in self._launched)
+
+    def _may_launch(self, number: int) -> bool:
+        """Whether its device's queue has room and it has something to do, once it is told what changed."""
+        return self._in_flight(number) < max(1, self._lanes[number].depth) and self._prepare(number)
+
+    def _step(self, number: int) -> None:
+        """Launch a step, or have it done."""
+        future = self._lanes[number].start()
+        if isinstance(future, Launched):
+            self._launched.append((number, future))
+            if self._pacer is not None:
+                self._pacer.launch(number)
+            return
+        try:
+            future.exception(self._step_timeout)
+        except TimeoutError:
+            self._watch(number, future)
+            self._lose(number)
+        else:
+            self._land(number, future)
+
+    def _finish_oldest(self) -> bool:
+        """Wait for the step that was launched first; False if there is none."""
+        if not self._launched:
+            return False
+        number, step = self._launched.popleft()
+        step.finish()
+        self._land(number, step)
+        return True
+
     def _should_wait(self, number: int) -> bool:
-        return self._pacer is not None and self._pacer.should_wait(number, self._scheduler.outlook(number))
+        if self._pacer is None:
+            return False
+        outlook = self._scheduler.outlook(number, under_way=self._in_flight(BASE) > 0)
+        return self._pacer.should_wait(number, outlook)
 
     def _pass_overlapped(self) -> bool:
         active = self._land_completed()
@@ -176,18 +231,20 @@ class StepLoop:
         # In-process lanes last: they compute in this thread, while the others are under way.
         in_process: list[tuple[int, Future[LaneReport]]] = []
         for number in reversed(self._together):
-            if number in self._under_way or not self._prepare(number):
+            if number in self._under_way or not self._may_launch(number):
                 continue
             active = True
             future = self._lanes[number].start()
-            if future.done():
+            if isinstance(future, Launched):
+                self._launched.append((number, future))
+            elif future.done():
                 in_process.append((number, future))
             else:
                 self._deadlines[number] = time.monotonic() + self._step_timeout
                 self._watch(number, future)
         for number, future in in_process:
             self._land(number, future)
-        return active
+        return self._finish_oldest() or active
 
     def _prepare(self, number: int) -> bool:
         """Tell a lane and its guests what changed; False if it has nothing to do."""
@@ -235,12 +292,14 @@ class StepLoop:
         scheduler = self._scheduler
         for failure in report.failures:
             scheduler.fail(failure)
-        scheduler.charge(report.computed, report.seconds)
+        # A launched step was waited for along with those before it; what it costs is the device's time.
+        seconds = (isinstance(future, Launched) and report.device_seconds) or report.seconds
+        scheduler.charge(report.computed, seconds)
         gained = scheduler.land(number, report.samples)
         for guest, samples in report.guests.items():
             scheduler.land(guest, samples)
         if usual and self._pacer is not None:
-            self._pacer.observe(number, report.tokens, report.rows, report.seconds, gained)
+            self._pacer.observe(number, report.tokens, report.rows, seconds, gained)
 
     def _rest(self) -> None:
         """Called once when the engine has gone idle: nothing may be left in any lane."""

@@ -174,8 +174,13 @@ class Scheduler:
                 work.add.append(decoding.open(lane))
             elif (extension := decoding.extend(lane)) is not None:
                 work.extend.append(extension)
-        book.due.clear()
+        if book.due:
+            book.told, book.due = book.due, {}
         return work
+
+    def asks(self, lane: int) -> bool:
+        """Whether a lane is to be told anything that it has to compute."""
+        return bool(self._books[lane].due) or len(self._waiting) > 0
 
     def land(self, lane: int, samples: Iterable[Sample]) -> float:
         """Take in what a lane sampled; stale samples are ignored.
@@ -258,13 +263,17 @@ class Scheduler:
         waits, self._expert_waits = self._expert_waits, []
         return waits
 
-    def outlook(self, lane: int) -> Outlook:
-        """Inputs to the gather decision for one expert lane."""
-        book = self._books[lane]
+    def outlook(self, lane: int, *, under_way: bool = False) -> Outlook:
+        """Inputs to the gather decision for one expert lane.
+
+        Args:
+            under_way: what the base was told last has not come back yet; it counts like what it is to be told next.
+        """
+        book, base = self._books[lane], self._books[BASE]
         parked = book.parked
         drafting = fixed_window = 0
         progress = 0.0
-        for decoding in self._books[BASE].due.values():
+        for decoding in (base.told | base.due if under_way else base.due).values():
             progress += decoding.expected_gain()
             if decoding in parked:
                 drafting += 1

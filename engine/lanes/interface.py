@@ -8,6 +8,7 @@ was told may be drafts, which a later extension *cuts*.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -161,7 +162,8 @@ class LaneReport:
     Attributes:
         samples: one for each row that has caught up, and one for each asked position that was passed; those of a row
             in the order of their positions.
-        seconds: the lane's own time: schedule, forward pass, sampling.
+        seconds: the lane's own time: schedule, forward pass, sampling. Of a :class:`Launched` step what the caller's
+            thread spent on it, waiting included.
         tokens: positions computed.
         rows: requests that took part.
         failures: requests that the lane cannot go on with; the others go on.
@@ -182,8 +184,31 @@ class LaneReport:
     device_seconds: float = 0.0
 
 
+class Launched(Future[LaneReport]):
+    """A step that waits for its device, behind whatever else was launched there. Nobody completes it but ``finish``.
+
+    Up to :attr:`Lane.depth` steps of a lane may be launched; they are finished in the order of their launches.
+
+    Args:
+        collect: waits for the device, then takes the step in.
+    """
+
+    def __init__(self, collect: Callable[[], LaneReport]) -> None:
+        super().__init__()
+        self._collect = collect
+
+    def finish(self) -> None:
+        """Wait for the device and complete the future; it fails if the step has failed."""
+        try:
+            self.set_result(self._collect())
+        except Exception as error:
+            self.set_exception(error)
+
+
 class Lane(Protocol):
-    """An engine that the scheduler drives. Calls come from one thread; ``apply`` never while a step is under way.
+    """An engine that the scheduler drives. Calls come from one thread.
+
+    ``apply`` is never called while a step is under way, unless the lane has room for another :class:`Launched` one.
 
     A lane may be another one's *guest*: it has rows of its own, and the other one, its host, computes them in its
     steps, along with its own. Nobody starts a guest; the host's reports have its samples.
@@ -192,6 +217,11 @@ class Lane(Protocol):
     @property
     def info(self) -> LaneInfo:
         """Name, checkpoint and sizes."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """How many of its steps may be launched and not finished yet; 0: its steps are never :class:`Launched`."""
         ...
 
     def refusal(self, request: GenerationRequest) -> Refusal | None:
@@ -215,7 +245,8 @@ class Lane(Protocol):
         ...
 
     def start(self) -> Future[LaneReport]:
-        """Begin one step. A lane that computes in the caller's thread returns a future that is already done.
+        """Begin one step. A lane that computes in the caller's thread returns a future that is already done; one whose
+        device computes by itself returns a :class:`Launched`.
 
         The future fails if the step does; the lane cannot be used any more then.
         """

@@ -250,6 +250,10 @@ class StepPacer(Protocol):
         """Take in one step of a lane; ``gained`` is what the base's step brought, as in :class:`Outlook`."""
         ...
 
+    def launch(self, lane: int) -> None:
+        """A step of a lane is launched that will be told of when it has ended; other lanes' may end before."""
+        ...
+
     def should_wait(self, lane: int, outlook: Outlook) -> bool:
         """Whether an expert's lane should wait, given that the base has just stepped and can step again."""
         ...

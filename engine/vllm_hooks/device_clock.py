@@ -73,13 +73,17 @@ class DeviceClock:
             self._stretches.append((self._begin, self._mark()))
             self._begin = None
 
-    def take(self) -> float:
-        """Seconds of all stretches since the last call; waits for the end of the last one."""
+    def detach(self) -> Callable[[], float]:
+        """The stretches since the last call: a function that waits for the end of the last one and returns seconds."""
         stretches, self._stretches = self._stretches, []
-        if not stretches:
-            return 0.0
-        stretches[-1][1].synchronize()
-        return sum(begin.elapsed_time(end) for begin, end in stretches) / 1e3
+
+        def seconds() -> float:
+            if not stretches:
+                return 0.0
+            stretches[-1][1].synchronize()
+            return sum(begin.elapsed_time(end) for begin, end in stretches) / 1e3
+
+        return seconds
 
     def _mark(self) -> Event:
         event = self._event()

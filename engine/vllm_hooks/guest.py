@@ -45,6 +45,11 @@ class GuestLane:
         """The host's sizes: its KV blocks serve both."""
         return self._info
 
+    @property
+    def depth(self) -> int:
+        """The host's steps."""
+        return 0
+
     def row(self, request_id: str) -> str:
         """The name of its row in the host, which no request of a client can have."""
         return f"{request_id}\0{self.number}"

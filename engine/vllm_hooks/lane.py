@@ -22,7 +22,7 @@ from vllm.v1.request import Request
 
 from engine.errors import ConfigError
 from engine.grammar.checker import Templates
-from engine.lanes.interface import Computed, Failure, LaneReport, LaneWork, Refusal, Sample
+from engine.lanes.interface import Computed, Failure, LaneReport, LaneWork, Launched, Refusal, Sample
 from engine.lanes.shelf import Shelf
 from engine.types import (
     ErrorCode,
@@ -39,6 +39,7 @@ from engine.vllm_hooks.guest import GuestLane, lora_request
 from engine.vllm_hooks.hashes import PromptHashes
 from engine.vllm_hooks.logprobs import prompt_logprobs, row_logprobs
 from engine.vllm_hooks.masses import MassReader
+from engine.vllm_hooks.sampling import seed_of
 from engine.vllm_hooks.scheduler import LaneScheduler
 from engine.vllm_hooks.state import what_cannot_be_cut
 from engine.vllm_hooks.wire import READINGS, SETTINGS_KEY, Readings
@@ -76,6 +77,8 @@ class VllmLane:
         number: the lane's number.
         shelf: shared by the lanes of an engine, for blends; used if the lane computes in this process.
         vocabulary: its text tokens, for members that write by characters; likewise.
+        depth: see :class:`engine.lanes.interface.Lane`; used likewise. From 2 on rows look ahead, see
+            :mod:`engine.vllm_hooks.flight`.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class VllmLane:
         number: int = 0,
         shelf: Shelf | None = None,
         vocabulary: Vocabulary | None = None,
+        depth: int = 0,
     ) -> None:
         config = EngineArgs(**arguments).create_engine_config(usage_context=_USAGE)
         self.notes: list[str] = []
@@ -134,6 +138,11 @@ class VllmLane:
         self._private_ends = [[end] for end in private_ends if end in eos_token_ids]
         self._vocab_size: int = arguments["additional_config"][SETTINGS_KEY]["vocab_size"]
         fixed = what_cannot_be_cut(self._scheduler.kv_cache_config)
+        self._depth = min(depth, 1 if fixed is not None else 2) if self._in_process else 0
+        if self._depth:
+            self._worker.collm_is_asynchronous = True
+            self._scheduler.runner_records = False
+            self._scheduler.looks_ahead = self._depth > 1 and not config.model_config.logits_processors
         if fixed is not None:
             self.notes.append(f"{name}: run-ahead is off for all requests: state of kind {fixed} cannot be taken back")
         pool = self._scheduler.kv_cache_manager.block_pool
@@ -163,6 +172,11 @@ class VllmLane:
     def info(self) -> LaneInfo:
         """Name, checkpoint and sizes."""
         return self._info
+
+    @property
+    def depth(self) -> int:
+        """How many of its steps may be launched and not finished yet."""
+        return self._depth
 
     @property
     def slow_dtype(self) -> str | None:
@@ -254,7 +268,7 @@ class VllmLane:
                 request.structured_output_request.grammar = LaneGrammar(
                     matcher, added.sampling, self._eos, self._eos[0]
                 )
-            scheduler.add_lane_request(request, added, self._on_ready)
+            scheduler.add_lane_request(request, added, self._on_ready, looks_ahead=stats is self._stats)
             stats.catchup_tokens += 0 if added.scores else len(added.written)
         for extension in work.extend:
             stats.catchup_tokens += scheduler.extend(extension)
@@ -268,7 +282,7 @@ class VllmLane:
         return self._scheduler.is_compiling
 
     def start(self) -> Future[LaneReport]:
-        """Schedule and execute one step. Done at once in process; with workers the future completes later."""
+        """Schedule and execute one step. In process it is done at once, or launched; workers complete it later."""
         begin = time.perf_counter()
         scheduler = self._scheduler
         failures = scheduler.settle_grammars()
@@ -279,30 +293,35 @@ class VllmLane:
         bitmask = scheduler.get_grammar_bitmask(scheduled)
         if bitmask is not None:
             failures += scheduler.mask_failures(bitmask.structured_output_request_ids)
-        future: Future[LaneReport] = Future()
-        if self._waiter is None:
+        computed = self._count(scheduled)
+
+        if self._waiter is None and not self._depth:
+            future: Future[LaneReport] = Future()
             try:
                 output = forward.result()
                 if output is None:
                     output = executor.sample_tokens(bitmask)
-                future.set_result(self._collect(scheduled, output, begin, failures))
+                future.set_result(self._collect(scheduled, output, begin, failures, computed))
             except Exception as error:
                 future.set_exception(error)
             return future
-        sampled = executor.sample_tokens(bitmask, non_block=True) if scheduled.total_num_scheduled_tokens else None
+        # A step without tokens has nothing to sample.
+        last = executor.sample_tokens(bitmask, non_block=True) if scheduled.total_num_scheduled_tokens else forward
+        launched = time.perf_counter()
 
-        def wait() -> LaneReport:
-            output = forward.result()
-            if sampled is not None:
-                output = sampled.result()
-            return self._collect(scheduled, output, begin, failures)
+        def wait(begin: float) -> LaneReport:
+            forward.result()
+            return self._collect(scheduled, last.result(), begin, failures, computed)
 
-        return self._waiter.submit(wait)
+        if self._waiter is not None:
+            return self._waiter.submit(wait, begin)
+        # Between launch and finish the thread does other things.
+        return Launched(lambda: wait(time.perf_counter() - (launched - begin)))
 
     def flush(self) -> None:
         """An empty step, so that the workers forget the requests that were removed since the last one."""
         if self._scheduler.finished_req_ids:
-            self._core.model_executor.execute_model(self._scheduler.schedule())
+            self._core.model_executor.execute_model(self._scheduler.schedule_nothing())
         self._stats.rows = 0
 
     def leftovers(self) -> list[str]:
@@ -368,8 +387,7 @@ class VllmLane:
             top_p=spec.top_p,
             top_k=spec.top_k,
             min_p=spec.min_p,
-            # vLLM takes -1 for no seed at all.
-            seed=spec.seed if spec.seed != -1 else (1 << 63) - 1,
+            seed=seed_of(spec),
             presence_penalty=spec.presence_penalty,
             frequency_penalty=spec.frequency_penalty,
             repetition_penalty=spec.repetition_penalty,
@@ -411,6 +429,7 @@ class VllmLane:
         output: ModelRunnerOutput,
         begin: float,
         failures: list[Failure],
+        computed: list[Computed],
     ) -> LaneReport:
         readings: Readings = getattr(output, READINGS, _NO_READINGS)
         samples: list[Sample] = []
@@ -438,7 +457,6 @@ class VllmLane:
             (samples if guest is None else guests[guest.number]).append(sample)
         stats = self._stats
         stats.steps += 1
-        computed = self._count(scheduled)
         stats.device_seconds += readings.device_seconds
         if self._guests:
             failures = [failure._replace(request_id=self._owner(failure.request_id)[1]) for failure in failures]

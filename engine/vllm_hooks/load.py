@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from engine.adapters import Adapter, is_adapter
 from engine.checkpoints import TOKENIZER, Checkpoint, tokenizer_folder
@@ -316,6 +316,7 @@ def load_lanes(
                     number=number,
                     shelf=shelf,
                     vocabulary=None if speller is None else speller.vocabulary,
+                    depth=_depth(config.scheduler.steps_in_flight, is_base=is_base),
                 )
             lanes.append(started_lane)
             for note in started_lane.notes:
@@ -333,6 +334,15 @@ def load_lanes(
         assert isinstance(lanes[0], VllmLane)
         lanes.append(lanes[0].add_voice(len(lanes), NEGATIVE))
     return lanes
+
+
+def _depth(steps_in_flight: Literal["auto"] | int, *, is_base: bool) -> int:
+    """How many steps of a lane may be launched at once; a second one looks ahead, which experts would do in vain."""
+    from vllm.platforms import current_platform
+
+    if steps_in_flight == "auto":
+        steps_in_flight = 0 if current_platform.is_cpu() else 2
+    return steps_in_flight if is_base else min(steps_in_flight, 1)
 
 
 def _memory_shares(config: EngineConfig) -> list[float | None]:

@@ -10,6 +10,7 @@ Tensor shapes are suffixes: R rows, V vocabulary.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,18 @@ from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_to
 from vllm.v1.sample.sampler import _SAMPLING_EPS as GREEDY
 
 from engine import draws
+from engine.types import SamplingSpec
 
 _FEW = 12
 """Rows up to which Python's integers are quicker than arrays."""
+
+
+def seed_of(spec: SamplingSpec) -> int | None:
+    """The seed of a request's rows, of its own where it has none: the generators of all workers begin alike."""
+    if spec.seed is None:
+        return secrets.randbits(63) if spec.temperature >= GREEDY else None
+    # vLLM takes -1 for no seed at all.
+    return spec.seed if spec.seed != -1 else (1 << 63) - 1
 
 
 def _signed(value: int) -> int:

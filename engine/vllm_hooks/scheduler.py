@@ -4,11 +4,14 @@ vLLM's scheduler knows no phases, only counters that catch up: a running request
 skipped and keeps its KV blocks. That is *parking*, and it needs nothing but not appending the sampled token.
 *Extending* appends what was decided, and the request catches up again. *Cutting* takes tokens back that were drafts:
 the counter of computed tokens goes back with them, and what the KV cache holds beyond it is overwritten.
+
+Steps may be scheduled before the samples of the last one are known; see :mod:`engine.vllm_hooks.flight`.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
@@ -23,6 +26,7 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from engine.lanes.interface import Extension, Failure, LaneRequest, Part
 from engine.types import ErrorCode
+from engine.vllm_hooks.flight import Flight, FlyingRow, may_look_ahead
 from engine.vllm_hooks.state import keep_windows_for_cuts
 from engine.vllm_hooks.wire import EDITS, Edit, LaneEdits
 
@@ -56,6 +60,10 @@ class _Row(msgspec.Struct):
         part: the lane's part in the request's blend.
         draw_offset: see LaneRequest.
         scores: see LaneRequest.
+        sampled_at: how many output tokens ``sample`` followed, if the lane has heard of it; else -1.
+        looks_ahead: whether the row may be computed past its sample before anybody has decided on that.
+        stands: whether its last sample was what it went on with.
+        ahead: the step that computes it past its sample, as long as nobody has said that the sample stands.
     """
 
     request: Request
@@ -67,6 +75,10 @@ class _Row(msgspec.Struct):
     part: Part | None = None
     draw_offset: int = 0
     scores: bool = False
+    sampled_at: int = -1
+    looks_ahead: bool = False
+    stands: bool = True
+    ahead: FlyingRow | None = None
 
 
 class LaneScheduler(Scheduler):
@@ -86,6 +98,12 @@ class LaneScheduler(Scheduler):
         # Requests whose grammar is being compiled in another thread; vLLM's queues do not know them yet.
         self._compiling: dict[str, tuple[Request, list[int]]] = {}
         self._failures: list[Failure] = []
+        # Steps that have been scheduled and not collected, the oldest first.
+        self._flights: deque[Flight] = deque()
+        self.runner_records = True
+        """Whether the workers take down what they sample; else they are told of it along with all other tokens."""
+        self.looks_ahead = False
+        """Whether rows are computed past samples that nobody has read."""
         self.num_preemptions = 0
         manager = self.kv_cache_manager
         coordinator = manager.coordinator
@@ -98,11 +116,14 @@ class LaneScheduler(Scheduler):
 
     # -- what the lane calls ----------------------------------------------------------------------------------
 
-    def add_lane_request(self, request: Request, added: LaneRequest, on_ready: Callable[[], None]) -> None:
+    def add_lane_request(
+        self, request: Request, added: LaneRequest, on_ready: Callable[[], None], *, looks_ahead: bool = True
+    ) -> None:
         """Queue a request, some of whose output tokens may exist already.
 
         Args:
             on_ready: called from another thread when the request's grammar, if it has one, is compiled.
+            looks_ahead: whether what the lane samples is likely to be written.
         """
         written = added.written
         # vLLM's own report on prefills, which nobody reads here. It takes a cached prefix beyond the prompt for an
@@ -116,6 +137,7 @@ class LaneScheduler(Scheduler):
             part=added.part,
             draw_offset=added.draw_offset,
             scores=added.scores,
+            looks_ahead=self.looks_ahead and looks_ahead and may_look_ahead(request, added),
         )
         if added.wants_top_probability:
             self._wants_top_probability.add(request.request_id)
@@ -190,6 +212,8 @@ class LaneScheduler(Scheduler):
         else:
             row.synced = min(keep, followed)
         row.followed = -1
+        if row.looks_ahead or self._flights:
+            self._follow(row, keep, tokens)
         if keep < len(output):
             self._cut(request, keep)
         output.extend(tokens)
@@ -202,11 +226,31 @@ class LaneScheduler(Scheduler):
             row.asked = list(extension.asked)
         if request.structured_output_request is not None:
             self._accept(request, tokens)
-        self._parked.pop(request_id, None)
+        if request.num_computed_tokens < len(text):
+            self._parked.pop(request_id, None)
         if self._evicted and self._evicted.pop(request_id, None) is not None:
             # It was admitted before anything that waits now.
             self.waiting.prepend_request(request)
         return 0 if row.scores else len(tokens) - 1
+
+    def _follow(self, row: _Row, keep: int, tokens: list[int]) -> None:
+        """Tell steps that are under way what became of a row: its sample there counts only if this was foreseen."""
+        request = row.request
+        row.stands = keep == row.sampled_at == request.num_output_tokens and tokens[0] == row.sample
+        ahead, row.ahead = row.ahead, None
+        if ahead is not None:
+            request.num_output_placeholders = 0
+            if row.stands:
+                ahead.foreseen = True
+                ahead.wanted = len(tokens) == 1
+                return
+            request.num_computed_tokens = request.num_tokens
+        self._void(request.request_id)
+
+    def _void(self, request_id: str) -> None:
+        for flight in self._flights:
+            if (flying := flight.rows.get(request_id)) is not None:
+                flying.wanted = False
 
     def _cut(self, request: Request, keep: int) -> None:
         """Take output tokens back, all but the first ``keep``. Its KV blocks stay, to be overwritten."""
@@ -221,6 +265,7 @@ class LaneScheduler(Scheduler):
         for request_id in request_ids:
             for table in self._tables:
                 table.pop(request_id, None)
+            self._void(request_id)
             self._wants_top_probability.discard(request_id)
             self.scoring.discard(request_id)
         self.finish_requests(set(request_ids), RequestStatus.FINISHED_ABORTED)
@@ -234,26 +279,31 @@ class LaneScheduler(Scheduler):
             asked: the samples at the asked positions, in the order of :class:`~engine.vllm_hooks.wire.LaneEdits`.
         """
         landed = []
-        edits: LaneEdits = getattr(scheduled, EDITS)
-        number = 0
-        for request_id, indices in edits.asked.items():
-            request = self.requests[request_id]
-            begin = request.num_computed_tokens - scheduled.num_scheduled_tokens[request_id]
-            for index in indices:
-                landed.append(Landed(request, begin + index + 1, asked[number], number, asked=True))
-                number += 1
-        for request_id, num_tokens in scheduled.num_scheduled_tokens.items():
-            request = self.requests[request_id]
-            request.num_in_flight_tokens -= num_tokens
-            row = output.req_id_to_index[request_id]
-            tokens = output.sampled_token_ids[row]
-            if not tokens:
-                continue  # an unfinished chunk
-            (token,) = tokens
+        flight = self._flights.popleft()
+        for number, (request, position) in enumerate(flight.asked):
+            row = self._rows.get(request.request_id)
+            if row is not None and row.request is request:
+                landed.append(Landed(request, position, asked[number], number, asked=True))
+        for request_id, flying in flight.rows.items():
+            request = flying.request
+            request.num_in_flight_tokens -= flying.tokens
+            # A row that was preempted meanwhile is not scheduled again before this has come to nothing.
+            request.num_stale_output_tokens = max(0, request.num_stale_output_tokens - flying.tokens)
+            if flying.position < 0 or not flying.wanted:
+                continue  # an unfinished chunk, or overtaken by what became of the row
             ours = self._rows[request_id]
-            ours.followed, ours.sample = request.num_output_tokens, token
-            self._parked[request_id] = None
-            landed.append(Landed(request, request.num_tokens, token, row, asked=False))
+            if not flying.foreseen:
+                # Nobody has said that the sample before this one stands; if it does after all, this is computed again.
+                ours.ahead, ours.stands = None, False
+                request.num_output_placeholders = 0
+                request.num_computed_tokens = request.num_tokens
+                continue
+            index = output.req_id_to_index[request_id]
+            (token,) = output.sampled_token_ids[index]
+            ours.sample, ours.sampled_at = token, flying.position - request.num_prompt_tokens
+            if self.runner_records:
+                ours.followed = ours.sampled_at
+            landed.append(Landed(request, flying.position, token, index, asked=False))
         return landed
 
     def has_runnable(self) -> bool:
@@ -262,7 +312,23 @@ class LaneScheduler(Scheduler):
             request.structured_output_request.is_grammar_ready for request, _ in self._compiling.values()
         ):
             return True
-        return bool(self.waiting) or len(self._parked) - len(self._evicted) < len(self.running)
+        if self.waiting or len(self._parked) - len(self._evicted) < len(self.running):
+            return True
+        return bool(self._flights) and any(map(self._can_look_ahead, self._flights[-1].ends))
+
+    def _can_look_ahead(self, row: _Row) -> bool:
+        """Of a row that is at its end in the last step."""
+        request = row.request
+        return (
+            row.stands
+            and row.ahead is None
+            and row.request.status == RequestStatus.RUNNING
+            and self._rows.get(request.request_id) is row
+            and self._flights[-1].rows[request.request_id].wanted
+            and request.num_computed_tokens == request.num_tokens
+            and request.num_tokens + 2 < self.max_model_len
+            and request.num_output_tokens >= request.sampling_params.min_tokens
+        )
 
     @property
     def is_compiling(self) -> bool:
@@ -286,6 +352,9 @@ class LaneScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's schedule, with the edits that the workers need, and never idle while a request waits."""
+        ahead = list(filter(self._can_look_ahead, self._flights[-1].ends)) if self._flights else []
+        for row in ahead:
+            row.request.num_output_placeholders = 1
         output = super().schedule(throttle_prefills)
         while not output.total_num_scheduled_tokens and self.waiting and self._evict_one():
             # Everything in the lane is parked and a request waits for its memory (or its place). Nothing else would
@@ -301,6 +370,7 @@ class LaneScheduler(Scheduler):
         parts: dict[str, Part] = {}
         offsets: dict[str, int] = {}
         scored: set[str] = set()
+        flight = Flight()
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             row = self._rows[request_id]
             request = row.request
@@ -312,11 +382,26 @@ class LaneScheduler(Scheduler):
                 begin = request.num_computed_tokens - num_tokens
                 if indices := [position - 1 - begin for position in _pass(row)]:
                     asked[request_id] = indices
+                    flight.asked += [(request, begin + index + 1) for index in indices]
                     if row.scores:
                         scored.add(request_id)
             if row.synced < request.num_output_tokens:
                 edits[request_id] = Edit(row.synced, request._output_token_ids[row.synced :])
                 row.synced = request.num_output_tokens
+            at_end = request.num_computed_tokens >= request.num_tokens
+            flight.rows[request_id] = FlyingRow(request, num_tokens, request.num_computed_tokens if at_end else -1)
+            if at_end:
+                self._parked[request_id] = None
+                if row.looks_ahead:
+                    flight.ends.append(row)
+        for row in ahead:
+            request = row.request
+            if request.num_computed_tokens > request.num_tokens:
+                row.ahead = flight.rows[request.request_id]
+                row.ahead.foreseen = False
+            else:
+                request.num_output_placeholders = 0
+        self._flights.append(flight)
         wanted = self._wants_top_probability
         setattr(
             output,
@@ -327,9 +412,16 @@ class LaneScheduler(Scheduler):
                 asked,
                 parts,
                 offsets,
+                tuple(row.request.request_id for row in ahead if row.ahead is not None),
                 frozenset(scored),
             ),
         )
+        return output
+
+    def schedule_nothing(self) -> SchedulerOutput:
+        """For the workers of an idle lane: whom they can forget. Nobody will collect it."""
+        output = self.schedule()
+        self._flights.pop()
         return output
 
     def _get_computed_blocks(self, get: Callable[[Request], Any], request: Request) -> Any:
@@ -352,6 +444,9 @@ class LaneScheduler(Scheduler):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         super()._preempt_request(request, *args, **kwargs)
         self.num_preemptions += 1
+        row = self._rows[request.request_id]
+        if row.ahead is not None:
+            row.ahead.wanted, row.ahead = False, None
         if request.request_id in self._parked:
             self.waiting.remove_request(request)
             self._evicted[request.request_id] = request

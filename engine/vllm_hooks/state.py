@@ -37,4 +37,5 @@ def keep_windows_for_cuts(coordinator: Any) -> None:
     """Let sliding windows keep the blocks that the longest cut may bring back into them."""
     for manager in coordinator.single_type_managers:
         if isinstance(manager.kv_cache_spec, SlidingWindowSpec):
-            manager.extra_retained_tokens += MOST_DRAFTS + 1
+            # Drafts, the token behind them, and one that the lane looks ahead.
+            manager.extra_retained_tokens += MOST_DRAFTS + 2

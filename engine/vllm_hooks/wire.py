@@ -37,6 +37,7 @@ class LaneEdits(NamedTuple):
             besides the one at the end.
         draw_offsets: request id -> see LaneRequest, of scheduled requests where it is not 0.
         parts: request id -> the lane's part in its blend, of scheduled requests that have one.
+        ahead: requests whose last input token is the sample of the lane's last step, which the host has not read.
         scored: requests whose asked positions are scored by the token that stands there; nothing is drawn at them.
     """
 
@@ -45,6 +46,7 @@ class LaneEdits(NamedTuple):
     asked: dict[str, list[int]]
     parts: dict[str, Part]
     draw_offsets: dict[str, int]
+    ahead: tuple[str, ...] = ()
     scored: frozenset[str] = frozenset()
 
 

@@ -15,7 +15,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.sampling_params import SamplingParams
-from vllm.v1.outputs import LogprobsLists, LogprobsTensors, ModelRunnerOutput, SamplerOutput
+from vllm.v1.outputs import LogprobsTensors, ModelRunnerOutput, SamplerOutput
 
 from engine.config import RecordConfig
 from engine.errors import ConfigError
@@ -25,10 +25,11 @@ from engine.vllm_hooks import blend
 from engine.vllm_hooks.device_clock import DeviceClock, events_of
 from engine.vllm_hooks.isolation import OwnWorkspace, ensure_expert_group, graphs_kept
 from engine.vllm_hooks.masses import MassReader
+from engine.vllm_hooks.outputs import PendingOutput, Sampled
 from engine.vllm_hooks.record import Recorder, row_of
 from engine.vllm_hooks.sampling import KeyedSampler, metadata_of, on_device
 from engine.vllm_hooks.shared_shelf import Layout, SharedShelf
-from engine.vllm_hooks.wire import EDITS, READINGS, SETTINGS_KEY, LaneEdits, Readings
+from engine.vllm_hooks.wire import EDITS, SETTINGS_KEY, LaneEdits
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -139,15 +140,14 @@ class RowReader:
         asked_AV, self._asked_AV = self._asked_AV, None
         return asked_AV
 
-    def take(self) -> tuple[list[list[float]] | None, list[float] | None]:
-        """Gate values and top probabilities read since :meth:`begin`; waits for the device.
+    def take(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gate values [R, K] and top probabilities [R] read since :meth:`begin`, on the device.
 
         Those of the rows' ends come first, then those of the asked positions.
         """
-        gate = self._gate_RK.tolist() if self._gate_RK is not None else None
-        top = self._top_R.tolist() if self._top_R is not None else None
+        gate_RK, top_R = self._gate_RK, self._top_R
         self._gate_RK = self._top_R = None
-        return gate, top
+        return gate_RK, top_R
 
 
 def gather_logprobs(logprobs_RV: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> LogprobsTensors:
@@ -239,6 +239,10 @@ class LaneWorkerMixin(_Worker):
         # A lane in the engine's own process puts the engine's shelf here.
         shared = settings["shelf"]
         self.collm_shelf = Shelf() if shared is None else SharedShelf(Layout(*shared))
+        self.collm_is_asynchronous = False
+        # What the last step has sampled: for its output, and for the input of rows that look ahead.
+        self._collm_sampled: Sampled | None = None
+        self._collm_last: Sampled | None = None
         self.collm_masses: MassReader | None = None
         model.compute_logits = self._collm_reader
         if settings["record"] is not None and self.rank == 0:
@@ -252,6 +256,7 @@ class LaneWorkerMixin(_Worker):
         runner._prepare_inputs = partial(self._collm_prepare_inputs, runner._prepare_inputs)
         runner._model_forward = partial(self._collm_forward, runner._model_forward)
         runner._sample = partial(self._collm_sample, runner._sample)
+        runner._bookkeeping_sync = partial(self._collm_take_down, runner._bookkeeping_sync)
 
     def determine_available_memory(self) -> int:
         """Bytes for the KV cache; other lanes' CUDA graphs outlive vLLM's trial captures."""
@@ -278,6 +283,15 @@ class LaneWorkerMixin(_Worker):
             # sits before the batch's metadata is made: logits processors look at the output tokens there.
             self._collm_batch = batch
             batch.refresh_metadata = partial(self._collm_refresh, batch.refresh_metadata)
+            if self.collm_is_asynchronous:
+                # Buffers for input are written again only when the device has read them.
+                self.model_runner.prepare_inputs_event = events_of(self.device)()
+        batch.prev_sampled_token_ids = batch.prev_req_id_to_index = None
+        if edits.ahead:
+            assert self._collm_last is not None
+            index = self._collm_last.rows
+            batch.prev_sampled_token_ids = self._collm_last.tokens_R1
+            batch.prev_req_id_to_index = {request_id: index[request_id] for request_id in edits.ahead}
         self._collm_reader.begin(edits.top_probability)
         self._collm_clock.begin()
         output = super().execute_model(scheduler_output)
@@ -286,7 +300,7 @@ class LaneWorkerMixin(_Worker):
 
     @torch.inference_mode()
     def sample_tokens(self, grammar_output: Any) -> Any:
-        """Sample; the readings ride back on vLLM's own output."""
+        """Sample; the readings ride back on vLLM's own output. That of an asynchronous lane is to be waited for."""
         self._collm_workspace.use()
         # None on pipeline stages that hold no logits.
         state = self.model_runner.execute_model_state
@@ -297,14 +311,19 @@ class LaneWorkerMixin(_Worker):
             if blending is not None:
                 self.model_runner.execute_model_state = state._replace(logits=blending.logits_RV)
         output = super().sample_tokens(grammar_output)
-        if isinstance(output, ModelRunnerOutput) and output.req_ids:
-            support = {}
-            if blending is not None:
-                support = blending.support([tokens[0] if tokens else 0 for tokens in output.sampled_token_ids])
-            gate, top = self._collm_reader.take()
-            readings = Readings(gate, top, *_read(asked), support=support, device_seconds=self._collm_clock.take())
-            setattr(output, READINGS, readings)
-        return output
+        if not isinstance(output, ModelRunnerOutput) or not output.req_ids:
+            return output
+        sampled, self._collm_sampled = self._collm_sampled, None
+        pending = PendingOutput(
+            output,
+            sampled,
+            *self._collm_reader.take(),
+            asked,
+            blending,
+            self._collm_clock.detach(),
+            event=events_of(self.device)(),
+        )
+        return pending if self.collm_is_asynchronous else pending.get_output()
 
     def _collm_forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._collm_clock.start()
@@ -316,6 +335,30 @@ class LaneWorkerMixin(_Worker):
         output = sample(*args, **kwargs)
         self._collm_clock.stop()
         return output
+
+    def _collm_take_down(
+        self,
+        take_down: Callable[..., Any],
+        scheduled: SchedulerOutput,
+        output: SamplerOutput,
+        logits: torch.Tensor | None,
+        hidden_states: torch.Tensor,
+        num_tokens: int,
+    ) -> Any:
+        """vLLM waits for the samples here and takes them down; an asynchronous lane only starts to copy them.
+
+        What of them is written comes back with the lane's edits.
+        """
+        if not self.collm_is_asynchronous:
+            return take_down(scheduled, output, logits, hidden_states, num_tokens)
+        runner = self.model_runner
+        batch = runner.input_batch
+        rows = dict(batch.req_id_to_index)
+        discarded = np.nonzero(runner.discard_request_mask.np[: batch.num_reqs])[0].tolist()
+        self._collm_last = Sampled(output.sampled_token_ids, output.logprobs_tensors, rows, discarded)
+        self._collm_sampled = self._collm_last
+        prompt = runner._get_prompt_logprobs_dict(hidden_states[:num_tokens], scheduled.num_scheduled_tokens)
+        return {}, None, None, [], prompt, batch.req_ids.copy(), rows, []
 
     def _collm_prepare_inputs(self, prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Let the LM head read the asked positions along with the ends of the rows, its weights once for all."""
@@ -442,16 +485,3 @@ class LaneWorkerMixin(_Worker):
         # What vLLM would draw from, and rewind where an unfinished chunk's sample is thrown away.
         batch.generators.clear()
         refresh()
-
-
-def _read(
-    asked: tuple[SamplerOutput, blend.Blending | None] | None,
-) -> tuple[list[int], LogprobsLists | None, dict[int, list[float]]]:
-    """Tokens, log-probabilities and support of the asked positions; waits for the device."""
-    if asked is None:
-        return [], None, {}
-    output, blending = asked
-    tokens = output.sampled_token_ids[:, 0].tolist()
-    logprobs = output.logprobs_tensors
-    support = blending.support(tokens) if blending is not None else {}
-    return tokens, logprobs.tolists() if logprobs is not None else None, support

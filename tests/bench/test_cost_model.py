@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from typing import Any
@@ -134,6 +135,32 @@ def test_what_an_adapter_is_worth_where_steps_are_flat() -> None:
     together = speed(guest=True)
     assert together / speed(member=0) >= 0.75
     assert together / speed() >= 1.2
+
+
+class Roofline(StepTime):
+    """Bound by memory in decoding, by arithmetic in long prompts; the first step starts the device."""
+
+    first = True
+
+    def seconds(self, tokens: float, rows: float) -> float:
+        first, Roofline.first = Roofline.first, False
+        return max(self.fixed, self.token * tokens) + self.row * rows + 2.0 * first
+
+
+def test_pacing_on_costs_like_a_gpu() -> None:
+    """Automatic windows and waits against the best fixed ones: flat decoding, steep prompts, one slow first step."""
+    cost = PairCost((Roofline(1.2e-3, 2.3e-6, 4e-6), Roofline(8e-3, 18e-6, 26e-6)), 0.1e-3, 7e-6)
+    dice = random.Random(1)
+    work = [Job(f"{number}", [dice.randrange(1 << 20) for _ in range(200)], 64, 0.3, number) for number in range(96)]
+
+    def speed(**settings: Any) -> float:
+        Roofline.first = True
+        options = SchedulerConfig(coordination="lockstep", **settings)
+        predicted = predict(cost, work, 32, options, agreement=0.6)
+        return predicted.tokens / (predicted.seconds - 2.0)
+
+    fixed = [speed(gather=gather, run_ahead=4, gather_max_wait_seconds=10.0) for gather in (16, 24)]
+    assert speed() > 0.93 * max(fixed)
 
 
 @pytest.mark.slow  # the sums are shown above, and a command with real engines by test_command.py

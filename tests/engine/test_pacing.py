@@ -68,6 +68,35 @@ def test_noise_makes_no_negative_cost() -> None:
         assert cost.seconds(0) >= 0
 
 
+def gpu_step(tokens: int, rows: int) -> float:
+    """Bound by reading 16 GB of weights up to some 400 tokens, then by arithmetic."""
+    return max(8e-3, 18e-6 * tokens) + 5e-6 * rows
+
+
+def test_prompts_do_not_make_decoding_dear() -> None:
+    """One step in twenty reads prompts of 2,048 tokens; what a row more costs is still that of decoding."""
+    dice = random.Random(4)
+    cost = StepCost()
+    for number in range(400):
+        rows = dice.randrange(8, 33)
+        tokens = rows + (2048 if number % 20 == 7 else 0)
+        cost.observe(tokens, rows, gpu_step(tokens, rows))
+    assert cost.slope < 10e-6
+    for rows in (8, 16, 32):
+        assert cost.seconds(rows) == pytest.approx(gpu_step(rows, rows), rel=0.1)
+
+
+@pytest.mark.parametrize("slow", [0, 30])
+def test_one_slow_step_is_soon_forgotten(slow: int) -> None:
+    """The first step starts CUDA, and now and then one compiles a kernel."""
+    dice = random.Random(5)
+    cost = StepCost()
+    for number in range(slow + 15):
+        rows = dice.randrange(8, 33)
+        cost.observe(rows, rows, gpu_step(rows, rows) + (3.0 if number == slow else 0.0))
+    assert cost.seconds(16) == pytest.approx(gpu_step(16, 16), rel=0.2)
+
+
 def test_tokens_of_a_row() -> None:
     cost = StepCost()
     cost.observe(30, 10, 0.1)

@@ -50,11 +50,19 @@ class StepCost:
     """A lane's step time as an affine function of the tokens computed, fitted by least squares with a fading past.
 
     The intercept is what every step costs (reading the weights, starting kernels), the slope what one more token adds.
+    On a GPU the slope of decoding is next to nothing, that of prompts is not, and these are so long that a few of them
+    would decide: steps count the less, the more tokens beyond the usual they compute. And now and then a step takes a
+    thousand times as long as others (the first one, a kernel that is compiled).
     """
 
     _MEMORY = 0.98
+    _LONG = 3.0
+    """Times the usual number of tokens, from which on a step counts less."""
+    _ODD = 4.0
+    """Times longer or shorter than expected, beyond which a step, or the past, is not to be trusted."""
 
     def __init__(self) -> None:
+        self._usual = 0.0
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
         self._rows = 0.0
 
@@ -66,12 +74,22 @@ class StepCost:
     def observe(self, tokens: int, rows: int, seconds: float) -> None:
         """Take in one step."""
         memory = self._MEMORY
-        self._weight = self._weight * memory + 1.0
-        self._x = self._x * memory + tokens
-        self._y = self._y * memory + seconds
-        self._xx = self._xx * memory + tokens * tokens
-        self._xy = self._xy * memory + tokens * seconds
-        self._rows = self._rows * memory + rows
+        limit = self._LONG * self._usual
+        weight = 1.0 if not limit or tokens <= limit else (limit / tokens) ** 4
+        # The median, by small steps of equal size up and down.
+        self._usual = self._usual * (1.05 if tokens > self._usual else 1 / 1.05) if self._usual else float(tokens)
+        if self._weight:
+            expected = self.seconds(tokens)
+            if seconds > self._ODD * expected > 0:
+                seconds = self._ODD * expected
+            elif seconds * self._ODD < expected and weight == 1.0:
+                memory = 0.1
+        self._weight = self._weight * memory + weight
+        self._x = self._x * memory + weight * tokens
+        self._y = self._y * memory + weight * seconds
+        self._xx = self._xx * memory + weight * tokens * tokens
+        self._xy = self._xy * memory + weight * tokens * seconds
+        self._rows = self._rows * memory + weight * rows
 
     @property
     def tokens_per_row(self) -> float:
@@ -123,18 +141,26 @@ class Pacer:
         # Per expert lane, since its last step: tokens gained by the base's steps, and seconds spent on them.
         self._gained = [0.0] * lanes
         self._spent = [0.0] * lanes
+        # Of these, what had come together when the lane's step was launched that is under way.
+        self._at_launch: dict[int, tuple[float, float]] = {}
         self._tokens_per_second = 0.0
+
+    def launch(self, lane: int) -> None:
+        """A step of a lane is launched, and ends a cycle: what the base's later steps bring belongs to the next one."""
+        if lane:
+            self._at_launch[lane] = self._gained[lane], self._spent[lane]
 
     def observe(self, lane: int, tokens: int, rows: int, seconds: float, gained: float = 0.0) -> None:
         """Take in one step of a lane; ``gained`` is what the base's step brought, as in :class:`Outlook`."""
+        cycle_gained, cycle_spent = self._at_launch.pop(lane, (self._gained[lane], self._spent[lane]))
         if not rows:
             return
         self._costs[lane].observe(tokens, rows, seconds)
         if lane:
-            total = self._spent[lane] + seconds
-            if self._gained[lane]:
-                self._note_rate(self._gained[lane] / total)
-            self._gained[lane] = self._spent[lane] = 0.0
+            if cycle_gained:
+                self._note_rate(cycle_gained / (cycle_spent + seconds))
+            self._gained[lane] -= cycle_gained
+            self._spent[lane] -= cycle_spent
             return
         for expert in range(1, len(self._costs)):
             self._gained[expert] += gained
