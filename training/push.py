@@ -64,7 +64,7 @@ def _upload(folder: Path, to: str, private: bool, files: list[str] | None) -> No
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TrainingError(
             f"{to}: cannot be uploaded: {reason}; {folder} is complete and can be uploaded later"
-        ) from (error)
+        ) from error
 
 
 def card(project: Project, to: str | None) -> str:
