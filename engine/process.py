@@ -269,8 +269,10 @@ def build(
         score_window=window_of(loaded.vocab_size),
         draft_pays=pacer.draft_pays,
         shelf_has_room=lambda: shelf.has_room,
-        blend_obstacle=config.blend_obstacle or loaded.blend_obstacle,
+        # Where vocabularies differ, blends are unions of strings.
+        blend_obstacle=config.blend_obstacle or (loaded.blend_obstacle if loaded.vocabularies == "same" else None),
         characters=_characters(config, lanes, loaded, shelf),
+        shelf=shelf,
         **_words(lanes, loaded),
     )
     scheduler = Scheduler(
