@@ -114,11 +114,11 @@ class Unions:
                     reason = f"{field}: cannot be served by members of different vocabularies"
                     break
         if reason is not None:
-            raise Rejected(f"blend: {reason}")
+            raise Rejected(f"blend: {reason}", field="collaboration.blend")
         blend = blend.effective()
         chain = tuple(lane for lane in blend.lanes if lane != BASE)
         if not set(chain) <= set(shared.experts(answer)):
-            raise Rejected("blend: a member is not among the experts of the request")
+            raise Rejected("blend: a member is not among the experts of the request", field="collaboration.blend")
         if not chain:
             return self._alone.begin(answer)
         return UnionsDecoding(answer, self, blend, chain, *shared.rules(answer, chain))
