@@ -22,9 +22,10 @@ class Reader:
         masses: what it says after so many of these tokens.
         owed: after how many of them its lane is about to sample.
         final: how many of them can no longer be cut.
+        told_final: the same, as its lane has been told.
     """
 
-    __slots__ = ("_changes", "_context", "_lost_at", "final", "masses", "owed", "prompt_length", "strand")
+    __slots__ = ("_changes", "_context", "_lost_at", "final", "masses", "owed", "prompt_length", "strand", "told_final")
 
     def __init__(self, speller: Speller, prompt_length: int, context: int) -> None:
         self.strand = Strand(speller)
@@ -32,6 +33,7 @@ class Reader:
         self.masses: dict[int, Mass] = {}
         self.owed: set[int] = set()
         self.final = 0
+        self.told_final = 0
         self._context = context
         self._changes: list[Change] = []
         self._lost_at: int | None = None

@@ -230,13 +230,14 @@ class UnionsDecoding(DeferralDecoding):
         if not reader.strand.plan()[1]:
             return None
         keep, tokens, asked = self._tell(lane, reader)
-        assert keep >= reader.final or not tokens, "a token that was final is spelled anew"
         return Extension(self.answer.request.request_id, keep, tokens, reader.final, asked)
 
     def _tell(self, lane: int, reader: Reader) -> tuple[int, list[int], tuple[int, ...]]:
         """Tokens kept, tokens that follow, and the positions before the end that are asked for."""
         keep, tokens = reader.strand.plan()
+        assert keep >= reader.told_final, "a token that was final is spelled anew"
         reader.strand.tell()
+        reader.told_final = reader.final
         places = {place for place in self._asked(lane) if place not in reader.masses}
         reader.owed = places | {reader.place}
         return keep, tokens, tuple(reader.prompt_length + place for place in sorted(places - {reader.place}))
