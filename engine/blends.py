@@ -9,7 +9,8 @@ w_i its weight, the logits that sampling starts from are
   and contrastive decoding (arXiv 2309.09117) are products, the second with a *plausibility* mask: tokens that the
   anchor finds less probable than that share of its most probable one are ruled out;
 * union: with U the ``top`` most probable tokens of each member, ``log sum_i w_i softmax_U(z_i)`` on U (UniTE, arXiv
-  2410.03777, over one vocabulary).
+  2410.03777). Over several vocabularies U has byte strings (:mod:`engine.strategies.unions`), and no other blend is
+  defined there.
 
 Everything else of sampling is applied to the combination: grammar, biases, penalties, temperature, top_p, the draw.
 """
@@ -20,6 +21,8 @@ import math
 from typing import Literal
 
 import msgspec
+
+from engine.spelling.union import Score
 
 BlendKind = Literal["mixture", "product", "union"]
 
@@ -39,6 +42,10 @@ class Blend(msgspec.Struct, frozen=True, omit_defaults=True):
         anchor: products only: the lane that says what is plausible.
         plausibility: products only: 0 rules nothing out; 1 leaves the anchor's most probable token only.
         top: unions only: how many of each member's most probable tokens may be written.
+        score: unions over several vocabularies only: what a member gives to a string that is none of its tokens, see
+            :data:`~engine.spelling.union.Score`; None is "mass".
+        align: unions over several vocabularies only: members are asked only where all of them have a boundary; None is
+            True.
     """
 
     kind: BlendKind
@@ -47,6 +54,8 @@ class Blend(msgspec.Struct, frozen=True, omit_defaults=True):
     anchor: int = 0
     plausibility: float = 0.0
     top: int = 10
+    score: Score | None = None
+    align: bool | None = None
 
     @property
     def lanes(self) -> tuple[int, ...]:
@@ -96,6 +105,8 @@ def problem(blend: Blend, lanes: int, *, has_gate: bool) -> str | None:
     effective = blend.effective()
     if masked and blend.anchor not in effective.lanes:
         return "the anchor must be a member whose weight is not 0"
+    if blend.kind != "union" and (blend.score is not None or blend.align is not None):
+        return "score and align are for a union"
     if blend.kind == "union" and not 1 <= blend.top <= GREATEST_TOP:
         return f"top must be from 1 to {GREATEST_TOP}"
     if effective.lanes == (0,) and effective.sole is None:

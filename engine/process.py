@@ -269,8 +269,14 @@ def build(
         score_window=min(window_of(loaded.vocab_size), shelf.window or LONGEST_WINDOW),
         draft_pays=pacer.draft_pays,
         shelf_has_room=lambda: shelf.has_room,
-        blend_obstacle=config.blend_obstacle or loaded.blend_obstacle,
+        # Where vocabularies differ, blends are unions of strings, whose distributions stay in the engine's process.
+        blend_obstacle=(
+            config.blend_obstacle or loaded.blend_obstacle
+            if loaded.vocabularies == "same"
+            else config.characters_obstacle
+        ),
         characters=_characters(config, lanes, loaded, shelf),
+        shelf=shelf,
         **_words(lanes, loaded),
     )
     scheduler = Scheduler(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.blends import GREATEST_TOP, GREATEST_WEIGHT, Blend, BlendKind, problem
+from engine.spelling.union import Score
 from engine.types import BASE, PolicyName
 from server.errors import ApiError, invalid, shown
 from server.protocol.common import BlendOptions, CollaborationOptions
@@ -42,6 +43,14 @@ class BlendPreset(BaseModel):
 
     top: int | None = Field(default=None, ge=1, le=GREATEST_TOP)
     """Unions: how many of each member's most probable tokens may be written. Default: 10."""
+
+    score: Score | None = None
+    """Unions where vocabularies differ: what a member gives to a string that is none of its tokens. "mass": what all
+    its tokens have together that begin with it; "first": what it gives to the first token of its spelling, as
+    published. Default: "mass"."""
+
+    align: bool | None = None
+    """Unions where vocabularies differ: ask experts only where all of them have a token boundary. Default: true."""
 
     tuned: str | None = None
     """"proxy": the small tuned expert, whose difference to ``untuned`` is added to the base. Default: "tuned"."""
@@ -93,7 +102,7 @@ class BlendPreset(BaseModel):
 _FIELDS: dict[str, tuple[str, ...]] = {
     "mixture": ("weights",),
     "product": ("weights", "anchor", "plausibility"),
-    "union": ("weights", "top"),
+    "union": ("weights", "top", "score", "align"),
     "proxy": ("tuned", "untuned", "alpha"),
     "contrastive": ("expert", "amateur", "alpha", "beta"),
     "cfg": ("gamma", "negative_prompt"),
@@ -147,9 +156,16 @@ class BlendTable:
         self.served = {preset.served_model_name: name for name, preset in presets.items() if preset.served_model_name}
         """Names of models whose default is a blend, and which."""
 
-    def usable(self, *, has_gate: bool) -> list[str]:
-        """Names that a request for this pair may give; none where nothing can be blended."""
-        return [] if self._obstacle is not None else [name for name in self._presets if self._fits(name, has_gate)]
+    def usable(self, *, has_gate: bool, spelled: bool = False) -> list[str]:
+        """Names that a request for this pair may give; none where nothing can be blended.
+
+        Args:
+            spelled: members have vocabularies of their own.
+        """
+        if self._obstacle is not None:
+            return []
+        kinds = {"union"} if spelled else _FIELDS.keys()
+        return [name for name, each in self._presets.items() if each.kind in kinds and self._fits(name, has_gate)]
 
     def _fits(self, name: str, has_gate: bool) -> bool:
         try:
@@ -188,8 +204,13 @@ class BlendTable:
             message = f"'{PARAM}': there is no blend {shown(asked)}; there are: {known}."
             raise ApiError(400, message, param=PARAM, code="unknown_blend") from None
 
-    def blend(self, options: CollaborationOptions, preset: BlendPreset | None, *, has_gate: bool) -> Blend | None:
+    def blend(
+        self, options: CollaborationOptions, preset: BlendPreset | None, *, has_gate: bool, spelled: bool = False
+    ) -> Blend | None:
         """What the engine is told; None if the request wants the expert's own tokens.
+
+        Args:
+            spelled: members have vocabularies of their own.
 
         Raises:
             ApiError: 400, naming the field.
@@ -213,6 +234,10 @@ class BlendTable:
                 assert isinstance(given, BlendOptions)
                 blend = self._of_options(given, options.experts)
             self._checked(blend, has_gate=has_gate)
+            if spelled and blend.kind != "union":
+                raise BlendError(f"a {blend.kind} needs one vocabulary, and the members' differ; a union does not")
+            if not spelled and (blend.score is not None or blend.align is not None):
+                raise BlendError("score and align are for members of different vocabularies, and these share one")
             if options.experts is not None:
                 names = {number: name for name, number in self._lanes.items()}
                 for lane in blend.effective().lanes:
@@ -252,11 +277,11 @@ class BlendTable:
             raise BlendError(reason)
 
     def _of_options(self, options: BlendOptions, experts: Sequence[str] | None) -> Blend:
-        for field in ("anchor", "plausibility", "top"):
+        for field in ("anchor", "plausibility", "top", "score", "align"):
             if getattr(options, field) is not None and field not in _FIELDS[options.kind]:
                 raise BlendError(f"{field} is not for a {options.kind}")
         return self._combination(
-            options.kind, options.weights, options.anchor, options.plausibility, options.top, experts
+            options.kind, options.weights, options.anchor, options.plausibility, experts, **_of_union(options)
         )
 
     def _of_preset(self, preset: BlendPreset, experts: Sequence[str] | None = None) -> Blend:
@@ -281,7 +306,9 @@ class BlendTable:
             weights = {amateur: -beta, expert: 1.0 + beta}
             # 0 rules nothing out.
             return self._combination("product", weights, expert if plausibility else None, plausibility or None)
-        return self._combination(preset.kind, preset.weights, preset.anchor, preset.plausibility, preset.top, experts)
+        return self._combination(
+            preset.kind, preset.weights, preset.anchor, preset.plausibility, experts, **_of_union(preset)
+        )
 
     def _role(self, named: str | None, role: str, usual: str | None) -> str:
         name = named or usual
@@ -298,8 +325,8 @@ class BlendTable:
         weights: Mapping[str, float] | Literal["gate"] | None,
         anchor: str | None = None,
         plausibility: float | None = None,
-        top: int | None = None,
         experts: Sequence[str] | None = None,
+        **of_union: Any,
     ) -> Blend:
         if kind == "product" and not isinstance(weights, Mapping):
             raise BlendError("a product needs weights")
@@ -322,5 +349,11 @@ class BlendTable:
             from_gate=weights == "gate",
             anchor=self._lanes[anchor] if anchor is not None else BASE,
             plausibility=plausibility or 0.0,
-            **({} if top is None else {"top": top}),
+            **of_union,
         )
+
+
+def _of_union(options: BlendOptions | BlendPreset) -> dict[str, Any]:
+    """What is given of a union's own fields."""
+    given = {"top": options.top, "score": options.score, "align": options.align}
+    return {field: value for field, value in given.items() if value is not None}

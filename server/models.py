@@ -57,7 +57,10 @@ class ModelTable:
         """What is in force for requests that name nothing, and what they may name."""
         gate = info.gate
         policies = [name for name, policy in POLICIES.items() if gate is not None or policy.needs != "gate"]
-        blends = self._blends.usable(has_gate=gate is not None) if self._experts and info.vocabularies == "same" else []
+        spelled = info.vocabularies == "spelled"
+        blends = []
+        if self._experts and (not spelled or "deferral" in info.strategies):
+            blends = self._blends.usable(has_gate=gate is not None, spelled=spelled)
         return ServedCollaboration(
             info.policy,
             policies,
@@ -94,7 +97,8 @@ class ModelTable:
         if self._experts and self._asks_for_characters(name, options, info):
             return characters(options, self.lane_names)
         preset = self._blends.preset(options, self._blends.served.get(name))
-        blend = self._blends.blend(options, preset, has_gate=info.gate is not None)
+        spelled = info.vocabularies == "spelled"
+        blend = self._blends.blend(options, preset, has_gate=info.gate is not None, spelled=spelled)
         policy, threshold = options.policy, options.threshold
         if preset is not None and policy is None:
             policy = preset.usual_policy

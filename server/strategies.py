@@ -80,6 +80,12 @@ def check_fields(body: GenerationFields, collaboration: Collaboration, info: Eng
     if by_characters:
         for field in _of_token_sampling(body):
             raise invalid(f"'{field}' is about tokens, {reason}.", field)
+    elif collaboration.blend is not None:
+        for field in _of_token_sampling(body):
+            if field.endswith("_penalty"):
+                raise invalid(
+                    f"'{field}' is about tokens, and a union of different vocabularies writes strings.", field
+                )
 
 
 def _of_tokens(body: GenerationFields, spelled: bool, by_characters: bool) -> Iterator[str]:

@@ -71,6 +71,10 @@ class Mass:
         """Memory that it takes, in bytes."""
         return int(self._text.nbytes + self._cumulative.nbytes)
 
+    def copy(self) -> Mass:
+        """One that keeps no other rows in memory that it was computed with."""
+        return Mass.summed(self._vocabulary, self._text.copy(), self._cumulative.copy(), self.end)
+
     def of(self, prefix: bytes) -> float:
         """Probability that the next token begins with ``prefix``; for b"" that the text goes on."""
         return self._sum(*self._vocabulary.span(prefix))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from engine.spelling.speller import Speller
 
@@ -14,6 +15,24 @@ some way back, so that a text without any boundary costs no more with its length
 
 _AGREE = 8
 """Tokens in a row that must come out as they stand before a restart at no safe boundary is believed."""
+
+
+class Change(NamedTuple):
+    """What made a strand follow some text.
+
+    Attributes:
+        begin: where the text began.
+        kept: how many tokens before it stayed as they were.
+        dropped: those after them, which were spelled anew.
+        told: what of the tokens its lane held then.
+        tellings: how often the lane had been told.
+    """
+
+    begin: int
+    kept: int
+    dropped: tuple[int, ...]
+    told: int
+    tellings: int
 
 
 class Strand:
@@ -31,7 +50,7 @@ class Strand:
         ends: the offset in the text after each token.
     """
 
-    __slots__ = ("_held", "_told", "ends", "speller", "text", "tokens")
+    __slots__ = ("_held", "_tellings", "_told", "ends", "speller", "text", "tokens")
 
     def __init__(self, speller: Speller) -> None:
         self.speller = speller
@@ -40,6 +59,7 @@ class Strand:
         self.ends: list[int] = []
         self._told = 0  # tokens at the beginning that the lane has been told and that are still true
         self._held = 0  # tokens that the lane has been told, true or not
+        self._tellings = 0
 
     @property
     def end(self) -> int:
@@ -51,23 +71,35 @@ class Strand:
         """Text beyond the last token: the beginning of a character that cannot be spelled before its end is known."""
         return bytes(self.text[self.end :])
 
-    def follow(self, text: bytes, own: Sequence[int] = ()) -> None:
+    def follow(self, text: bytes, own: Sequence[int] = ()) -> Change:
         """The text grew.
 
         Args:
             text: what was appended.
             own: the tokens in which this member wrote it, if it did.
 
+        Returns:
+            What :meth:`undo` needs.
+
         Raises:
             SpellingError: the vocabulary cannot spell the text; the strand must not be used any more.
         """
-        since = len(self.text)
+        since, told, count = len(self.text), self._told, len(self.tokens)
         self.text += text
+        dropped: tuple[int, ...] = ()
         if own and since == self.end:
             assert self.speller.vocabulary.text_of(own) == text, "a member's tokens are not the text that it wrote"
             self._append(own)
         elif text:
-            self._respell(since)
+            dropped = self._respell(since)
+        return Change(since, count - len(dropped), dropped, told, self._tellings)
+
+    def undo(self, change: Change) -> None:
+        """Take the last change back."""
+        del self.text[change.begin :], self.tokens[change.kept :], self.ends[change.kept :]
+        self._append(change.dropped)
+        # Unless the lane has been told since, it still holds what the change was about to replace.
+        self._told = change.told if change.tellings == self._tellings else min(self._told, change.kept)
 
     def aligned(self, upcoming: bytes) -> bool:
         """Whether the member's tokens have a boundary where the text ends, if ``upcoming`` follows.
@@ -102,6 +134,7 @@ class Strand:
     def tell(self) -> None:
         """The lane has been told what :meth:`plan` says."""
         self._told = self._held = len(self.tokens)
+        self._tellings += 1
 
     @property
     def tellable(self) -> bool:
@@ -128,7 +161,8 @@ class Strand:
             self.tokens.append(token)
             self.ends.append(end)
 
-    def _respell(self, since: int) -> None:
+    def _respell(self, since: int) -> tuple[int, ...]:
+        """Spell anew from the last safe boundary on; the tokens that are no more."""
         boundary = self._boundary(self.text, since, 0)
         begin = self._resume(since) if boundary is None else boundary
         fresh, _ = self.speller.spell_begun(bytes(self.text[begin:]))
@@ -136,9 +170,11 @@ class Strand:
         # What comes out as it stands has been told already.
         while kept < len(self.tokens) and kept - first < len(fresh) and self.tokens[kept] == fresh[kept - first]:
             kept += 1
+        dropped = tuple(self.tokens[kept:])
         del self.tokens[kept:], self.ends[kept:]
         self._told = min(self._told, kept)
         self._append(fresh[kept - first :])
+        return dropped
 
     def _place(self, offset: int) -> int:
         """How many tokens end at or before an offset."""

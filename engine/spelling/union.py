@@ -8,7 +8,7 @@ member's tokens have a boundary (:meth:`~engine.spelling.strand.Strand.aligned`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,20 @@ with the string; as "first" where there is none. A string that a member cannot s
 
 AGREED = 0.5
 """A token with a greater average probability is the most probable one whatever the rest is."""
+
+
+class Rule(NamedTuple):
+    """How a string is taken from the average; names and meanings are those of tokens' sampling, in that order.
+
+    Attributes:
+        temperature: 0 is the most probable string.
+        top_k: 0 keeps all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
 
 def union(
@@ -57,6 +71,35 @@ def union(
 def most_probable(joint: dict[bytes, float]) -> bytes:
     """The most probable string; of equal ones the first by bytes."""
     return min(joint, key=lambda string: (-joint[string], string))
+
+
+def pick(joint: dict[bytes, float], rule: Rule, uniform: float) -> bytes:
+    """A string of the average.
+
+    Args:
+        joint: with at least one that is possible; need not sum to 1.
+        uniform: in [0, 1), for a rule that draws.
+    """
+    if rule.temperature == 0:
+        return most_probable(joint)
+    # By descending probability, as nucleus sampling has them; of equal ones the first by bytes.
+    ranked = sorted((string for string in joint if joint[string]), key=lambda string: (-joint[string], string))
+    logs = np.log([joint[string] for string in ranked]) / rule.temperature
+    chances = np.exp(logs - logs[0])
+    keep = int((chances >= rule.min_p).sum())
+    if rule.top_k:
+        keep = min(keep, rule.top_k)
+    sums = np.cumsum(chances[:keep])
+    # The first ones that have top_p together.
+    keep = min(keep, int((sums < rule.top_p * sums[-1]).sum()) + 1)
+    return ranked[min(int(sums[:keep].searchsorted(uniform * sums[keep - 1], side="right")), keep - 1)]
+
+
+def scores_of(
+    spellers: Sequence[Speller], masses: Sequence[Mass], string: bytes, *, score: Score = "mass"
+) -> list[float]:
+    """What each member gives to a string, by itself: not normalised on any union."""
+    return [_score(speller, mass, string, score) for speller, mass in zip(spellers, masses, strict=True)]
 
 
 def agreed(draft: bytes, masses: Sequence[Mass], weights: Sequence[float]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from engine.lanes.shelf import Shelf
 from engine.sequence import Sequence
 from engine.spelling.speller import Speller
 from engine.strategies.alone import Alone
@@ -13,6 +14,7 @@ from engine.strategies.characters import Characters
 from engine.strategies.deferral import Deferral
 from engine.strategies.deferral.blending import Blends
 from engine.strategies.scoring import LONGEST_WINDOW, SCORE, Scoring
+from engine.strategies.unions import Unions
 from engine.strategies.words import Words
 from engine.types import BASE, Collaboration, StrategyName
 
@@ -29,6 +31,7 @@ class Strategies:
         end: the base's token that ends a text, if it has one; with ``spellers``.
         score_window: positions that are scored at once, see :func:`~engine.strategies.scoring.window_of`.
         words_obstacle: why experts cannot write words; None if nothing is in the way.
+        shelf: where lanes lay down their distributions; with ``spellers``.
         characters: None where members' tokens are not known as bytes.
         deferral: further arguments of :class:`~engine.strategies.deferral.Deferral`.
 
@@ -49,6 +52,7 @@ class Strategies:
         drafting: bool = True,
         score_window: int = LONGEST_WINDOW,
         words_obstacle: str | None = None,
+        shelf: Shelf | None = None,
         characters: Characters | None = None,
         **deferral: Any,
     ) -> None:
@@ -58,6 +62,13 @@ class Strategies:
         self.deferral = Deferral(lanes=lanes, members=members, counters=self.counters, drafting=drafting, **deferral)
         self.blends = Blends(self.deferral, self.alone, blend_obstacle)
         self.words = Words(self.deferral, spellers, contexts, end, words_obstacle)
+        self.unions = (
+            Unions(
+                self.deferral, self.alone, spellers, contexts, end, shelf or Shelf(), blend_obstacle or words_obstacle
+            )
+            if spellers
+            else None
+        )
         self.scoring = Scoring(self.deferral, self.blends, window=score_window, can_cut=drafting)
         self._characters = characters
         self._lanes = lanes
@@ -87,7 +98,7 @@ class Strategies:
                 raise Rejected("characters: the members' tokens are not known as bytes", field="collaboration.strategy")
             return self._characters.begin(answer)
         if answer.request.collaboration.blend is not None:
-            return self.blends.begin(answer)
+            return (self.unions or self.blends).begin(answer)
         if member is not None or not self.deferral.experts(answer):
             return self.alone.begin(answer)
         if self.words.concerns(self.deferral.experts(answer)):

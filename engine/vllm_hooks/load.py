@@ -316,7 +316,8 @@ def load_lanes(
                     number=number,
                     shelf=shelf,
                     vocabulary=None if speller is None else speller.vocabulary,
-                    depth=_depth(config.scheduler.steps_in_flight, is_base=is_base),
+                    # Where vocabularies differ, a lane is told anew only when it has said what it was asked.
+                    depth=0 if plan.differences else _depth(config.scheduler.steps_in_flight, is_base=is_base),
                 )
             lanes.append(started_lane)
             for note in started_lane.notes:

@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 
 from engine.blends import GREATEST_TOP, GREATEST_WEIGHT, BlendKind
+from engine.spelling.union import Score
 from engine.types import MOST_DRAFTS, AverageName, PolicyName, StrategyName, StructuredOutputs
 from server.disconnect import ClientGone
 from server.errors import VARIANTS, ApiError, FieldError, from_validation
@@ -71,6 +72,15 @@ class BlendOptions(Strict):
 
     top: int | None = Field(default=None, ge=1, le=GREATEST_TOP)
     """Unions: how many of each member's most probable tokens may be written. Default: 10."""
+
+    score: Score | None = None
+    """Unions where vocabularies differ: what a member gives to a string that is none of its tokens. "mass": what all
+    its tokens have together that begin with it. "first": what it gives to the first token of its spelling, as
+    published. Default: "mass"."""
+
+    align: bool | None = None
+    """Unions where vocabularies differ: ask experts only where all of them have a token boundary. Without, answers of
+    more than a few tokens suffer. Default: true."""
 
 
 class CollaborationOptions(Strict):

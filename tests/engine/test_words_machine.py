@@ -145,8 +145,9 @@ def follows_without_its_own_tokens(self: Strand, text: bytes, own: object = ()) 
     FOLLOW(self, text)
 
 
-def spells_only_what_is_new(self: Strand, since: int) -> None:
+def spells_only_what_is_new(self: Strand, since: int) -> tuple[int, ...]:
     self._append(self.speller.spell(bytes(self.text[since:])))
+    return ()
 
 
 FOLLOW = Strand.follow

@@ -12,11 +12,12 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from engine.blends import Blend
 from engine.types import Collaboration, Delta, GenerationRequest, WrittenWord
 from server.app import create_app
 from server.service import Service
 from server.text.tokenizer import TextTokenizer
-from tests.server.conftest import House
+from tests.server.conftest import Build, House
 from tests.server.fakes import FakeEngine, check_error, events, settings
 
 PIECES = [b"sm", b"\xc3", b"\xb6rg\xc3\xa5", b"s \xf0\x9f\x99\x82", b"!"]
@@ -208,3 +209,43 @@ async def test_words_of_experts_are_reported(spelled: House) -> None:
             streamed += [(word["start"] + before, word["length"]) for word in chunk.get("words", ())]
             before += len(chunk["tokens"])
     assert streamed == [(0, 2), (3, 2)]
+
+
+async def test_a_union_is_the_blend_of_different_vocabularies(spelled: House) -> None:
+    spelled.engine.script = lambda _: [
+        Delta("", [12, 13, 14], [-1, -1, 0], [0.9, None, 0.9], support=[(0, [-0.5, -1.5])], finish_reason="length")
+    ]
+    spelled.engine.info = msgspec.structs.replace(spelled.engine.info, strategies=("deferral", "characters"))
+    half = {"base": 0.5, "codes": 0.5}
+    union = {"kind": "union", "weights": half, "top": 5, "score": "first", "align": False}
+    body = (await spelled.complete(max_tokens=3, collaboration={"blend": union, "report": True})).json()
+    told = spelled.engine.seen[-1].collaboration
+    assert told.blend == Blend("union", ((0, 0.5), (1, 0.5)), top=5, score="first", align=False)
+    assert [lane for lane, _ in told.prompts] == [1]
+    report = body["choices"][0]["collaboration"]
+    assert report["sources"] == ["blend", "blend", "base"]
+    assert report["support"] == [{"base": -0.5, "codes": -1.5}, None, None]
+    assert body["usage"]["completion_tokens_details"] == {"base_tokens": 1, "expert_tokens": 0, "blended_tokens": 2}
+    card = (await spelled.http.get("/v1/models/collm-demo")).json()["collaboration"]
+    assert card["blends"] == ["union"]
+    for fields, param, word in (
+        ({"collaboration": {"blend": "mixture"}}, "collaboration.blend", "needs one vocabulary"),
+        (
+            {"collaboration": {"blend": {"kind": "mixture", "score": "mass"}}},
+            "collaboration.blend",
+            "not for a mixture",
+        ),
+        ({"collaboration": {"blend": "union"}, "presence_penalty": 1}, "presence_penalty", "strings"),
+        ({"collaboration": {"blend": "union"}, "logprobs": 1}, "logprobs", "tokens"),
+        ({"collaboration": {"blend": {"kind": "union", "score": "last"}}}, None, "score"),
+    ):
+        error = check_error(await spelled.complete(**fields), 400, param) if param else None
+        answer = (await spelled.complete(**fields)).json()["error"]["message"]
+        assert word in (error["message"] if error else answer)
+
+
+async def test_what_is_for_different_vocabularies_is_refused_where_they_are_the_same(build: Build) -> None:
+    house = await build()
+    for field in ({"score": "mass"}, {"align": True}):
+        refused = await house.complete(collaboration={"blend": {"kind": "union", **field}})
+        assert "share one" in check_error(refused, 400, "collaboration.blend")["message"]

@@ -6,12 +6,16 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.blends import Blend
 from engine.spelling.mass import Mass
 from engine.spelling.speller import SpellingError
-from engine.spelling.union import agreed, most_probable, union
+from engine.spelling.strand import Strand
+from engine.spelling.union import Rule, agreed, most_probable, pick, union
+from engine.vllm_hooks.blend import combine
 from tests.spelling.test_characters import NAMES, SPELLERS, STOP, model
 
 
@@ -102,3 +106,64 @@ def test_agreement() -> None:
     assert not agreed(b"a", [mass(one, a=0.6, b=0.4), mass(other, a=0.3, b=0.7)], both)
     assert agreed(b"", [mass(one, end=0.6, b=0.4), mass(other, end=0.9, b=0.1)], both)
     assert not agreed(b"", [mass(one, end=0.6, b=0.4), mass(other, end=0.1, b=0.9)], both)
+
+
+def test_members_of_one_vocabulary_write_the_union_of_tokens() -> None:
+    """What a blend of that kind is where members share their tokens."""
+    speller = SPELLERS["demo pair"]
+    vocabulary = speller.vocabulary
+    rows = torch.stack([torch.as_tensor(model(seed, 1024, sharp=4, stop=3.0)(b"")) for seed in (1, 2)]).float()
+    rows[:, [token for token in range(1024) if token != STOP and vocabulary.bytes_of(token) is None]] = 0
+    blend = Blend("union", ((0, 0.3), (1, 0.7)), top=8)
+    combined = combine(rows.log().unsqueeze(1), blend).logits_AV[0].softmax(-1)
+    joint = union([speller] * 2, [Mass(vocabulary, row.numpy()) for row in rows], [0.3, 0.7], top=8)
+    assert len(joint) > 8
+    for string, chance in joint.items():
+        (token,) = vocabulary.exact(string) if string else (STOP,)
+        assert chance == pytest.approx(float(combined[token]), rel=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    chances=st.lists(st.floats(1e-6, 1.0), min_size=1, max_size=6),
+    rule=st.builds(
+        Rule,
+        st.sampled_from([0.5, 1.0, 2.0]),
+        st.integers(0, 4),
+        st.sampled_from([0.3, 1.0]),
+        st.sampled_from([0, 0.2]),
+    ),
+)
+def test_what_is_drawn(chances: list[float], rule: Rule) -> None:
+    joint = {bytes([number]): chance for number, chance in enumerate(chances)}
+    ranked = sorted(joint, key=lambda string: (-joint[string], string))
+    kept = [string for string in ranked if (joint[string] / joint[ranked[0]]) ** (1 / rule.temperature) >= rule.min_p]
+    kept = kept[: rule.top_k or None]
+    heights = [joint[string] ** (1 / rule.temperature) for string in kept]
+    nucleus = next(n for n in range(1, len(kept) + 1) if sum(heights[:n]) >= rule.top_p * sum(heights) * (1 - 1e-12))
+    drawn = [pick(joint, rule, (number + 0.5) / 200) for number in range(200)]
+    assert set(drawn) <= set(kept[: nucleus + 1])
+    for string, height in zip(kept, heights[:nucleus], strict=False):
+        assert drawn.count(string) / 200 == pytest.approx(height / sum(heights[:nucleus]), abs=0.02)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(NAMES), text=st.text(max_size=30), more=st.text(min_size=1, max_size=20), tell=st.booleans()
+)
+def test_what_a_strand_followed_can_be_taken_back(name: str, text: str, more: str, tell: bool) -> None:
+    strand, other = Strand(SPELLERS[name]), Strand(SPELLERS[name])
+    with suppress(SpellingError):
+        for each in (strand, other):
+            each.follow(text.encode())
+            each.tell()
+        change = strand.follow(more.encode())
+        assert change.kept <= len(other.tokens)
+        assert strand.tokens[: change.kept] == other.tokens[: change.kept]
+        if tell:
+            strand.tell()
+        strand.undo(change)
+        assert (strand.tokens, strand.ends, strand.text) == (other.tokens, other.ends, other.text)
+        keep, tokens = strand.plan()
+        assert strand.tokens[:keep] + tokens == other.tokens
+        assert tell or not tokens, "the lane never heard of it"

@@ -82,6 +82,8 @@ class Blends:
         asked = collaboration.blend
         assert asked is not None
         reason = self.obstacle or problem(asked, shared.lanes, has_gate=shared.has_gate)
+        if reason is None and (asked.score is not None or asked.align is not None):
+            reason = "score and align are for members of different vocabularies"
         if reason is None and collaboration.member is not None:
             reason = "a member alone has nobody to be blended with"
         if reason is not None:
