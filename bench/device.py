@@ -179,7 +179,7 @@ def simulate(
 
 
 def measure(concurrencies: Sequence[int], deferrals: Sequence[float], requests: int, max_tokens: int) -> Report:
-    """Tokens a second and the device's busy share by ``steps_in_flight``."""
+    """Tokens per second and the device's busy share by ``steps_in_flight``."""
     rows = []
     cells = []
     for concurrency in concurrencies:

@@ -22,7 +22,7 @@ from typing import Literal
 
 import msgspec
 
-from engine.spelling.union import Score
+from engine.spelling.named import Score
 
 BlendKind = Literal["mixture", "product", "union"]
 
@@ -43,7 +43,7 @@ class Blend(msgspec.Struct, frozen=True, omit_defaults=True):
         plausibility: products only: 0 rules nothing out; 1 leaves the anchor's most probable token only.
         top: unions only: how many of each member's most probable tokens may be written.
         score: unions over several vocabularies only: what a member gives to a string that is none of its tokens, see
-            :data:`~engine.spelling.union.Score`; None is "mass".
+            :data:`~engine.spelling.named.Score`; None is "mass".
         align: unions over several vocabularies only: members are asked only where all of them have a boundary; None is
             True.
     """

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.blends import GREATEST_TOP, GREATEST_WEIGHT, Blend, BlendKind, problem
-from engine.spelling.union import Score
+from engine.spelling.named import Score
 from engine.types import BASE, PolicyName
 from server.errors import ApiError, invalid, shown
 from server.protocol.common import BlendOptions, CollaborationOptions

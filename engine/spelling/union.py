@@ -8,18 +8,13 @@ member's tokens have a boundary (:meth:`~engine.spelling.strand.Strand.aligned`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from engine.spelling.mass import Mass
+from engine.spelling.named import Score
 from engine.spelling.speller import Speller, SpellingError
-
-Score = Literal["first", "mass"]
-"""What a member gives to a string that is none of its tokens. "first", as published: what it gives to the first token
-of its spelling, though that may be the beginning of many others. "mass": what all its tokens have together that begin
-with the string; as "first" where there is none. A string that a member cannot spell has nothing from it.
-"""
 
 AGREED = 0.5
 """A token with a greater average probability is the most probable one whatever the rest is."""

@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from starlette.requests import ClientDisconnect
 
 from engine.blends import GREATEST_TOP, GREATEST_WEIGHT, BlendKind
-from engine.spelling.union import Score
+from engine.spelling.named import Score
 from engine.types import MOST_DRAFTS, AverageName, PolicyName, StrategyName, StructuredOutputs
 from server.disconnect import ClientGone
 from server.errors import VARIANTS, ApiError, FieldError, from_validation

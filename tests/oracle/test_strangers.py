@@ -166,7 +166,9 @@ def test_names_on_a_hub_with_a_revision_and_a_tokenizer_of_their_own(
     assert rows == [VOCABULARY, PADDED]
     served = Checkpoint.find("house/pair", {"revision": "new", "tokenizer": "house/words"})
     assert (served.rows, len(served.vocabulary)) == (PADDED, VOCABULARY + 3)
-    with pytest.raises(ConfigError, match="house/nowhere: no such folder, and not to be had from a model hub"):
+    with pytest.raises(
+        ConfigError, match="house/nowhere: no such folder, and it could not be downloaded from a model hub"
+    ):
         make_plan(config(home / "snapshots" / "old", "house/nowhere"))
 
 
