@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from engine.config import EngineConfig, ExpertConfig, LaneConfig, SchedulerConfig
+from engine.types import GenerationRequest
+from tests.oracle.characters_loop import Member
 from tests.oracle.pairs import kv_memory
 
 TEXT = [
@@ -27,6 +29,9 @@ TEXT = [
     "def add(a, b):\n    return a + b\n\nprint(add(1, 2))\n",
 ] * 4
 """What the BPEs are trained on, so that they differ in more than their sizes."""
+
+PROMPTS = ("Question: What is 12 + 30? Answer:", "Wörter mit Umlauten:", "def add(a, b):\n    return", "日本語の")
+"""What the members are asked to continue."""
 
 SIZES = (340, 420, 300)
 """Entries of the members' vocabularies."""
@@ -60,6 +65,11 @@ class SpelledPair:
     def pressed(self) -> EngineConfig:
         """Few KV blocks and a small budget of tokens: prompts come in chunks, and rows are computed over again."""
         return self.config(enable_prefix_caching=True, kv_blocks=9, max_num_seqs=16, max_num_batched_tokens=16)
+
+    def members(self, request: GenerationRequest) -> list[Member]:
+        """All of them as a plain loop takes them, each with its own prompt."""
+        lanes = zip(self.models, self.tokenizers, self.ends, strict=True)
+        return [Member(*lane, request.prompt_of(number)) for number, lane in enumerate(lanes)]
 
     def encoded(self, text: str) -> list[list[int]]:
         """A text in each member's tokens, the base's first."""

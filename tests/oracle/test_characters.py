@@ -18,9 +18,8 @@ from engine.offline import Engine
 from engine.types import Collaboration, Completion, GenerationRequest, SamplingSpec
 from tests.oracle.characters_loop import Member, Written, write
 from tests.oracle.checks import assert_empty
-from tests.oracle.spelled import SpelledPair, spelled_pair
+from tests.oracle.spelled import PROMPTS, SpelledPair, spelled_pair
 
-PROMPTS = ("Question: What is 12 + 30? Answer:", "Wörter mit Umlauten:", "def add(a, b):\n    return", "日本語の")
 NEAR = 1e-5
 """Symbols that came so near another one may differ by the rounding of another batch shape."""
 
@@ -52,11 +51,9 @@ def expected(pair: SpelledPair, request: GenerationRequest) -> Written:
     sampling, collaboration = request.sampling, request.collaboration
     weights = dict(collaboration.weights or [(lane, 1 / len(pair.models)) for lane in range(len(pair.models))])
     lanes = [lane for lane in range(len(pair.models)) if weights.get(lane)]
-    members = [
-        Member(pair.models[lane], pair.tokenizers[lane], pair.ends[lane], request.prompt_of(lane)) for lane in lanes
-    ]
+    everybody = pair.members(request)
     return write(
-        members,
+        [everybody[lane] for lane in lanes],
         [weights[lane] for lane in lanes],
         draw=lambda index: draws.uniform(sampling.seed or 0, draws.SYMBOL_STREAM, index),
         temperature=sampling.temperature,

@@ -13,12 +13,10 @@ import pytest
 from engine.blends import Blend
 from engine.offline import Engine
 from engine.types import BLEND, Collaboration, GenerationRequest, SamplingSpec
-from tests.oracle.characters_loop import Member
 from tests.oracle.checks import assert_empty
-from tests.oracle.spelled import SpelledPair, spelled_pair
+from tests.oracle.spelled import PROMPTS, SpelledPair, spelled_pair
 from tests.oracle.unions_loop import Written, write
 
-PROMPTS = ("Question: What is 12 + 30? Answer:", "Wörter mit Umlauten:", "def add(a, b):\n    return", "日本語の")
 NEAR = 1e-5
 """Strings that came so near another one may differ by the rounding of another batch shape."""
 HALF = ((0, 0.5), (1, 0.5))
@@ -65,8 +63,7 @@ def asked(pair: SpelledPair, number: int, text: str, **fields: Any) -> Generatio
 
 
 def expected(pair: SpelledPair, request: GenerationRequest) -> Written:
-    lanes = zip(pair.models, pair.tokenizers, pair.ends, strict=True)
-    return write([Member(*lane, request.prompt_of(number)) for number, lane in enumerate(lanes)], request)
+    return write(pair.members(request), request)
 
 
 def test_token_for_token(pair: SpelledPair, engine: Engine) -> None:

@@ -10,11 +10,9 @@ import pytest
 
 from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
-from tests.oracle.characters_loop import Member
-from tests.oracle.spelled import SpelledPair, spelled_pair
+from tests.oracle.spelled import PROMPTS, SpelledPair, spelled_pair
 from tests.oracle.words_loop import Written, write
 
-PROMPTS = ("Question: What is 12 + 30? Answer:", "Wörter mit Umlauten:", "def add(a, b):\n    return", "日本語の")
 VARIETY: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0, "policy": "always"},
     {"temperature": 0.0, "policy": "random", "rate": 0.5},
@@ -50,8 +48,7 @@ def asked(pair: SpelledPair, number: int, text: str, **fields: Any) -> Generatio
 
 
 def expected(pair: SpelledPair, request: GenerationRequest) -> Written:
-    lanes = zip(pair.models, pair.tokenizers, pair.ends, strict=True)
-    return write([Member(*lane, request.prompt_of(number)) for number, lane in enumerate(lanes)], request)
+    return write(pair.members(request), request)
 
 
 def test_token_for_token(pair: SpelledPair, engine: Engine) -> None:
