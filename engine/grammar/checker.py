@@ -61,6 +61,13 @@ class _Job:
         self.client = client
         self.requests: dict[str, GenerationRequest] = {}
         self.process: subprocess.Popen[bytes] | None = None
+        self.killed = False
+
+    def kill(self) -> None:
+        """End the worker that reads the form, if one does. With the checker's lock held."""
+        if self.process is not None:
+            self.killed = True
+            self.process.kill()
 
 
 class FormChecker:
@@ -126,8 +133,7 @@ class FormChecker:
                     if job.requests.pop(request_id, None) is None or job.requests:
                         continue
                     del jobs[form]
-                    if job.process is not None:
-                        job.process.kill()
+                    job.kill()
 
     def close(self) -> None:
         """End the workers."""
@@ -148,15 +154,14 @@ class FormChecker:
             with self._lock:
                 while (job := None if self._closed else self._next()) is None and not self._closed:
                     self._lock.wait()
-                if job is not None:
-                    job.process = process
             if job is None:
                 self._end(process)
                 return
-            verdict = self._ask(process, job.form)
-            if process.poll() is not None or verdict is None:
-                self._end(process)
-                process = self._start()
+            if process.poll() is not None:  # ended while it had nothing to do: no fault of this form
+                process = self._restarted(process)
+            verdict = self._ask(process, job)
+            if verdict is None:
+                process = self._restarted(process)
             template: Any = None
             problem: str | None = TOO_LONG
             if verdict is not None:
@@ -213,21 +218,33 @@ class FormChecker:
         with self._lock:
             self._processes.discard(process)
 
-    def _ask(self, process: subprocess.Popen[bytes], form: StructuredOutputs) -> Verdict | None:
-        """The worker's verdict; None if it has ended."""
+    def _restarted(self, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        self._end(process)
+        return self._start()
+
+    def _ask(self, process: subprocess.Popen[bytes], job: _Job) -> Verdict | None:
+        """The worker's verdict; None if it has ended or been told to. Nothing ends it for this job afterwards."""
         assert process.stdin is not None
         assert process.stdout is not None
+        with self._lock:
+            if self._running.get(job.form) is not job:
+                return None
+            job.process = process
         # The system ends it by its processor time; this is for one that does not get any.
-        watch = threading.Timer(4 * (self._setup.seconds + 1), process.kill)
+        watch = threading.Timer(4 * (self._setup.seconds + 1), self._kill, [job])
         watch.start()
-        try:
-            write_frame(process.stdin, msgspec.msgpack.encode(form))
+        body: bytes | None = None
+        with contextlib.suppress(OSError):
+            write_frame(process.stdin, msgspec.msgpack.encode(job.form))
             body = read_frame(process.stdout)
-        except OSError:
-            return None
-        finally:
-            watch.cancel()
-        return None if body is None else msgspec.msgpack.decode(body, type=Verdict)
+        watch.cancel()
+        with self._lock:
+            job.process = None
+        return None if body is None or job.killed else msgspec.msgpack.decode(body, type=Verdict)
+
+    def _kill(self, job: _Job) -> None:
+        with self._lock:
+            job.kill()
 
     def _compile(self, grammar: str) -> tuple[Any, str | None]:
         from llguidance import LLMatcher
@@ -243,7 +260,6 @@ class FormChecker:
                 self._known[job.form] = (template, problem)
                 if len(self._known) > KNOWN:
                     self._known.popitem(last=False)
-            job.process = None
             requests = list(job.requests.values())
             self._lock.notify_all()
         if requests and not abandoned:

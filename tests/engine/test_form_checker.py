@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -34,10 +36,10 @@ def results() -> queue.SimpleQueue[Checked]:
 def checker_of(results: queue.SimpleQueue[Checked]) -> Iterator[Callable[..., FormChecker]]:
     made = []
 
-    def make(seconds: int = 1, memory: int = 1 << 30) -> FormChecker:
+    def make(seconds: int = 1, memory: int = 1 << 30, workers: int = 2) -> FormChecker:
         tokenizer = (ROOT / "models" / "demo" / "base" / "tokenizer.json").read_text()
         setup = Setup(tokenizer, 4096, 0, any_whitespace=True, seconds=seconds, memory=memory)
-        made.append(FormChecker(setup, results.put, environment=safe_environment()))
+        made.append(FormChecker(setup, results.put, workers=workers, environment=safe_environment()))
         return made[-1]
 
     yield make
@@ -105,3 +107,39 @@ def test_a_form_that_nobody_waits_for_any_more_is_dropped(
     assert not checker.pending
     checker.submit(request("next", StructuredOutputs(regex="[ab]+"), client="one"))
     assert [each.request_id for each in results.get(timeout=PATIENCE).requests] == ["next"]
+
+
+def test_a_worker_outlives_a_form_that_is_given_up_while_it_is_compiled(
+    checker_of: Callable[..., FormChecker], results: queue.SimpleQueue[Checked], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended for a form that it had read already, it would have refused the next one's."""
+    compiling, go_on = threading.Event(), threading.Event()
+    compile_ = FormChecker._compile
+
+    def waits(checker: FormChecker, grammar: str) -> tuple[object, str | None]:
+        compiling.set()
+        assert go_on.wait(PATIENCE)
+        return compile_(checker, grammar)
+
+    monkeypatch.setattr(FormChecker, "_compile", waits)
+    checker = checker_of(workers=1)
+    checker.submit(request("gone", EASY))
+    assert compiling.wait(PATIENCE)
+    checker.abort("gone")
+    go_on.set()
+    checker.submit(request("next", StructuredOutputs(regex="[ab]+")))
+    assert results.get(timeout=PATIENCE).problem is None
+    assert [process.poll() for process in checker._processes] == [None]
+
+
+def test_a_worker_that_was_ended_while_idle_is_no_fault_of_the_next_form(
+    checker_of: Callable[..., FormChecker], results: queue.SimpleQueue[Checked]
+) -> None:
+    checker = checker_of(workers=1)
+    checker.submit(request("warm", EASY))
+    results.get(timeout=PATIENCE)
+    (worker,) = checker._processes
+    worker.kill()
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # ended, and left for the checker to find
+    checker.submit(request("next", StructuredOutputs(regex="[ab]+")))
+    assert results.get(timeout=PATIENCE).problem is None
