@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import adapters, blends, compare, context, coordination, device, memory, pacing, prediction
+from bench import adapters, blends, compare, composition, context, coordination, device, memory, pacing, prediction
 from bench.errors import BenchError
 from bench.report import Report, bar_table, environment, environment_line, json_line
 from bench.settings import Settings
@@ -33,6 +33,7 @@ COMMANDS = {
     "device": "no engine: how busy a GPU is kept, on a virtual clock at reckoned costs, by scheduler.steps_in_flight",
     "compare": "server, engine, stock vLLM, and the per-token HTTP baseline, side by side",
     "context": "the engine alone: its own time per token as the context grows",
+    "composition": "the engine alone: a step of a composed model beside its members' steps",
     "memory": "the server's resident memory over many requests",
 }
 
@@ -198,6 +199,16 @@ async def _measure(command: str, pair: Pair, options: argparse.Namespace, workdi
             lengths,
             concurrency=concurrency,
             deferral=(options.deferral or gate or [0.3])[0],
+            rounds=rounds,
+            max_tokens=max_tokens,
+            seed=options.seed,
+        )
+    if command == "composition":
+        concurrency = max(options.concurrency or [32])
+        return await composition.measure(
+            settings(concurrency, 64 + max_tokens),
+            workdir / f"{pair.name}-{pair.dtype}-composed",
+            concurrency=concurrency,
             rounds=rounds,
             max_tokens=max_tokens,
             seed=options.seed,

@@ -41,6 +41,17 @@ class Account:
     agreements: int = 0
     device_seconds: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
+    @classmethod
+    def of(cls, lanes: int) -> Account:
+        """Nothing yet, of so many lanes."""
+        return cls(
+            steps=[0] * lanes,
+            rows=[0] * lanes,
+            computed=[0] * lanes,
+            lane_seconds=[0.0] * lanes,
+            device_seconds=[0.0] * lanes,
+        )
+
     def since(self, before: Account) -> Account:
         """What came after ``before``."""
 

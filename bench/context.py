@@ -31,11 +31,15 @@ SHARE_BAR = 1.0
 """Greatest ratio of the coordination share, longest context to shortest."""
 
 
-class _DecodeWindow:
+class DecodeWindow:
     """The engine's account between the batch that brings the last job's first token and the first job's last one.
 
     Args:
         service: whose batches are watched.
+
+    Attributes:
+        account: None before the end.
+        cpu_seconds: the engine's processor time in between.
     """
 
     def __init__(self, service: EngineService) -> None:
@@ -47,15 +51,19 @@ class _DecodeWindow:
         self._jobs = jobs
         self._begun: set[str] = set()
         self._before: Account | None = None
+        self._cpu_before = 0.0
         self.account: Account | None = None
+        self.cpu_seconds = 0.0
 
     def note(self, deltas: list[Delta], _stats: EngineStats) -> None:
         """Take in a batch; for ``EngineClient.on_batch``, after the service's own."""
         if self._before is not None and self.account is None and any(delta.finish_reason for delta in deltas):
             self.account = deepcopy(self._service.account).since(self._before)
+            self.cpu_seconds = processes.cpu_seconds(self._service.pid) - self._cpu_before
         self._begun.update(delta.request_id for delta in deltas if delta.tokens)
         if self._before is None and len(self._begun) == self._jobs:
             self._before = deepcopy(self._service.account)
+            self._cpu_before = processes.cpu_seconds(self._service.pid)
 
 
 async def measure(
@@ -86,7 +94,7 @@ async def measure(
     )
     service = EngineService(config)
     contender = EngineAlone(service)
-    window = _DecodeWindow(service)
+    window = DecodeWindow(service)
     found: dict[int, list[Account]] = {length: [] for length in lengths}
     with Progress(rounds * len(lengths) + 1, "context") as progress:
         async with running([service], lambda name: progress.say(f"starting {name}")):

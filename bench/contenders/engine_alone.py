@@ -65,7 +65,7 @@ class EngineService:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._client: EngineClient | None = None
-        self.account = Account()
+        self.account = Account.of(1 + len(config.experts))
 
     @property
     def client(self) -> EngineClient:
@@ -85,7 +85,7 @@ class EngineService:
         except CollmError as error:
             raise BenchError(str(error)) from error
         reaper.look_after(self._client.pid)
-        self.account = Account()
+        self.account = Account.of(1 + len(self._config.experts))
         self._client.on_batch(self._add)
 
     async def stop(self) -> None:

@@ -45,7 +45,7 @@ def test_the_copy_is_the_base_with_the_adapter_in_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # two and one engine
-@pytest.mark.parametrize("command", ["adapters", "blends"])
+@pytest.mark.parametrize("command", ["adapters", "blends", "composition"])
 def test_the_command(command: str, tiny: Pair) -> None:
     options = ["--shape", "tiny", "--device", "cpu", "--dtype", "float32", "--workdir", str(tiny.base.path.parents[1])]
     size = ["--concurrency", "4", "--deferral", "1", "--rounds", "1", "--requests", "1", "--max-tokens", "8"]
@@ -63,6 +63,11 @@ def test_the_command(command: str, tiny: Pair) -> None:
         # The adapter's rows are in the base's steps: no step is only its own.
         assert sum(of_guest["lane_seconds"][1:]) == 0 < of_lanes["lane_seconds"][1]
         assert report["weight_bytes"]["adapter"] < report["weight_bytes"]["merged copy"]
+    elif command == "composition":
+        for number, account in enumerate(report["lanes"][name][0] for name in ("composed", "anchor", "augmenting")):
+            # Each lane steps alone.
+            assert [seconds > 0 for seconds in account["lane_seconds"]] == [lane == number for lane in range(3)]
+        assert report["ratio"][0] > 0 < report["cpu_ratio"][0]
     else:
         assert len(report["cells"]) == 8
         assert all(cell["accounts"][0]["expert_tokens"] == 32 for cell in report["cells"])

@@ -70,6 +70,18 @@ def test_base_and_expert_of_a_pair(composed: Callable[[str], Path], tmp_path: Pa
     assert [(one.tokens, one.sources) for one in completions] == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [BASE, "qwen3 reads llama and mistral, grouped, normalised"])
+def test_two_shards(name: str, composed: Callable[[str], Path]) -> None:
+    """tensor_parallel_size 2, in two worker processes: each has half of the heads of members and connections."""
+    config = EngineConfig(base=lane(composed(name), executor="mp", tensor_parallel_size=2))
+    prompts = one_lane.prompts()[:8]
+    with Engine(config) as engine:
+        completions = engine.generate(requests(prompts))
+    reference = Reference(composed(name))
+    assert [one.tokens for one in completions] == [reference.greedy(prompt, COUNT) for prompt in prompts]
+
+
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "pipeline": (BASE, {"pipeline_parallel_size": 2}, "pipeline_parallel_size: a composed model cannot be split"),
     "lora": (BASE, {"enable_lora": True}, "enable_lora: not for composed models"),
