@@ -51,8 +51,21 @@ def test_baselines_defer_at_the_rate_of_the_gate(tiny: TinyProject) -> None:
     assert rows[CONFIDENCE]["deferral_rate"] == pytest.approx(done["deferral_rate"], abs=0.02)
     best = rows[CALIBRATED_CONFIDENCE]
     assert best["deferral_rate"] == pytest.approx(BEST_RATE, abs=0.1)
-    swept = [Result.from_json(found) for found in answers(tiny, "collm-0", "confidence, validation")]
+    swept = [Result.from_json(found) for found in answers(tiny, "members", "confidence, validation")]
     assert best["exact_match"] == max(result.score for result in swept)
+
+
+@pytest.mark.usefixtures("fake_pair")
+def test_what_no_gate_decides_is_answered_once_for_all_seeds(tiny: TinyProject) -> None:
+    tiny.content["seeds"] = [0, 1]
+    assert main(["pipeline", "--config", str(tiny.write())]) == 0
+    table = json.loads((tiny.folder / "out" / "evaluate" / "table.json").read_text())["rows"]
+    assert all(set(table[name]) == {"0", "1"} for name in (COLLM, RANDOM, CONFIDENCE, CALIBRATED_CONFIDENCE))
+    for seed in (0, 1):
+        asked = (tiny.folder / "out" / "evaluate" / "answers" / f"collm-{seed}").glob("*.json")
+        assert {json.loads(file.read_text())["how"]["policy"] for file in asked} <= {"threshold", "always", "never"}
+    thresholds = [found["how"]["threshold"] for found in answers(tiny, "members", "confidence, validation")]
+    assert len(thresholds) == len(set(thresholds)) >= 11
 
 
 @pytest.mark.usefixtures("fake_pair")

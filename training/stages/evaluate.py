@@ -80,16 +80,21 @@ class _Evaluation:
         scores = score_split(project, "test", base).of_examples(self.numbers)
         function = Gate.of(artifact)
         log_odds_N = function.log_odds_of(scores.base)
+        first = seed == project.settings.seeds[0]
         with self._cache(name, base.path, gate) as cache:
             result = cache.answers(
                 "threshold", self.questions, policy="threshold", threshold=artifact.default_threshold
             )
-            self._add(COLLM if method == "collm" else WEAK, seed, result, **_tokens(scores, log_odds_N))
-            if method == "collm":
+            if first:
+                self._curve(cache, method, result, log_odds_N)
+        self._add(COLLM if method == "collm" else WEAK, seed, result, **_tokens(scores, log_odds_N))
+        if method == "collm":
+            # What no gate decides is answered once for all runs that serve the user's base.
+            with self._cache("members" if base.run is None else name, base.path, None) as cache:
                 self._baselines(cache, seed, result.deferral_rate)
-                self.rows.setdefault(ORACLE, {})[seed] = _oracle(scores, self.questions.examples)
-            if seed == project.settings.seeds[0]:
-                self._curves(cache, method, result, log_odds_N)
+                if first:
+                    self._baseline_curves(cache)
+            self.rows.setdefault(ORACLE, {})[seed] = _oracle(scores, self.questions.examples)
 
     def _baselines(self, cache: AnswerCache, seed: int, rate: float) -> None:
         """Rows of Co-LLM's models without its gate's decisions."""
@@ -99,19 +104,21 @@ class _Evaluation:
         self._add(CONFIDENCE, seed, confidence.answers(questions, same_rate))
         self._add(CALIBRATED_CONFIDENCE, seed, confidence.answers(questions, confidence.best_threshold()))
 
-    def _curves(self, cache: AnswerCache, method: Method, result: Result, log_odds_N: torch.Tensor) -> None:
-        questions, rates = self.questions, self.project.settings.evaluate.rates
+    def _curve(self, cache: AnswerCache, method: Method, result: Result, log_odds_N: torch.Tensor) -> None:
+        rates = self.project.settings.evaluate.rates
         thresholds = [probability(quantile(log_odds_N, rate, LOG_ODDS)) for rate in rates]
-        swept = [_point(cache.at_threshold("curve", questions, threshold)) for threshold in thresholds]
+        swept = [_point(cache.at_threshold("curve", self.questions, threshold)) for threshold in thresholds]
         self.curves[COLLM if method == "collm" else WEAK] = sorted([*swept, _point(result)])
-        if method == "collm":
-            self.curves["random"] = [
-                _point(cache.answers(f"random {rate}", questions, policy="random", rate=rate)) for rate in rates
-            ]
-            confidence = self._confidence(cache)
-            self.curves["confidence"] = sorted(
-                _point(confidence.answers(questions, threshold)) for threshold in _confidence_thresholds(len(rates))
-            )
+
+    def _baseline_curves(self, cache: AnswerCache) -> None:
+        questions, rates = self.questions, self.project.settings.evaluate.rates
+        self.curves["random"] = [
+            _point(cache.answers(f"random {rate}", questions, policy="random", rate=rate)) for rate in rates
+        ]
+        confidence = self._confidence(cache)
+        self.curves["confidence"] = sorted(
+            _point(confidence.answers(questions, threshold)) for threshold in _confidence_thresholds(len(rates))
+        )
 
     def of_members(self) -> None:
         """The models as they came: each alone, and deferral by the untrained base's confidence."""
