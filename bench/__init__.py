@@ -1,4 +1,4 @@
-"""Performance, side by side with what a user would pick instead: ``python -m bench``.
+"""Performance, side by side with what a user would pick instead: ``collm bench``.
 
 shapes.py       pairs of models: made on the spot, or the shipped demo pair
 workload.py     cells (concurrency, deferral, prompt length) and the jobs in them

@@ -1,4 +1,4 @@
-"""``python -m bench COMMAND``; ``--help`` says which there are and what each measures."""
+"""``collm bench COMMAND``; ``--help`` says which there are and what each measures."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workdir", type=Path, metavar="FOLDER", help="keeps synthetic models; default: a temporary folder")
     add("--log", type=Path, metavar="FILE", help="what the servers print; default: servers.log in the workdir")
     add("--json", type=Path, metavar="FILE", help="also write the JSON line there")
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure what the engine and the server do.")
+    parser = argparse.ArgumentParser(prog="collm bench", description="Measure what the engine and the server do.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, description=text, parents=[common])

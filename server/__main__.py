@@ -1,4 +1,4 @@
-"""``python -m server --config demo.toml``; see ``python -m server --help``."""
+"""``python -m server``: the same as ``collm serve``."""
 
 import sys
 from pathlib import Path

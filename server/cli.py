@@ -1,4 +1,4 @@
-"""``python -m server``: read the configuration, take the port, run.
+"""``collm serve``: read the configuration, take the port, run.
 
 Exit status 2 is a wrong configuration, 1 that nothing can be served.
 """

@@ -164,7 +164,7 @@ class ModelTable:
         if info.gate is None or not info.gate.curve:
             raise invalid(
                 f"'{param}' needs a gate with a stored calibration, and this pair's has none; give "
-                "'collaboration.threshold', or calibrate the gate (python -m training calibrate).",
+                "'collaboration.threshold', or calibrate the gate (collm train calibrate).",
                 param,
             )
         if options.experts is not None and set(options.experts) != set(self._experts):

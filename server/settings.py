@@ -183,7 +183,7 @@ class Settings(BaseSettings):
         env_prefix="COLLM_",
         env_nested_delimiter="__",
         nested_model_default_partial_update=True,
-        cli_prog_name="python -m server",
+        cli_prog_name="collm serve",
         cli_hide_none_type=True,
         cli_avoid_json=True,
         cli_implicit_flags=True,

@@ -51,7 +51,7 @@ since `COLLM_URL` and `COLLM_API_KEY` are the [command line](cli.md)'s. A list i
 environment as JSON: `--experts '[{"name": "codes", "model": "models/demo/codes"}]'`. Yes-or-no options have two flags
 on the command line: `--server.access_log` and `--no-server.access_log`. Files to begin with are in `deploy/config/`.
 Relative paths in a file count from its folder, others from the folder that the server is started in.
-`python -m server --help` lists the same options.
+`collm serve --help` lists the same options.
 """
 
 

@@ -1,6 +1,6 @@
 """Learning to defer: from a base, experts and data to a gate that the server loads. ``docs/training.md`` is the guide.
 
-Where things are: ``stages/`` holds the commands of ``python -m training``, one file each; they use
+Where things are: ``stages/`` holds the commands of ``collm train``, one file each; they use
 
 - ``settings``, ``project``, ``data``, ``checkpoints``, ``files``: what is read, checked and written
 - ``scoring``: what each model says of the gold tokens; ``losses/``: the losses on that; ``gate_only`` and ``joint``:

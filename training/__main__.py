@@ -1,4 +1,4 @@
-"""``python -m training STAGE --config project.toml``: from a base, experts and data to a gate that the server loads.
+"""``collm train STAGE --config project.toml``: from a base, experts and data to a gate that the server loads.
 
 Each stage keeps what it has finished, and goes on from there when it is started again.
 """
@@ -26,12 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["convert"]:
-        return _convert(given[1:])
+        from training.convert import main as convert
+
+        return convert(given[1:])
     if given[:1] == ["compose"]:
         from training.compose.__main__ import main as compose
 
         return compose(given[1:])
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__.replace("``", ""))
+    parser = argparse.ArgumentParser(prog="collm train", description=__doc__.replace("``", ""))
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     commands_of = {name: stage.help for name, stage in STAGES.items()} | {"pipeline": PIPELINE}
     for name, text in commands_of.items():
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--private", action="store_true", help="make what is uploaded private")
     commands.add_parser("convert", help="base and gate to and from the reference format")
     commands.add_parser(
-        "compose", help="compose checkpoints by cross-attention (CALM): python -m training compose --help"
+        "compose", help="compose checkpoints by cross-attention (CALM): collm train compose --help"
     )
     options = parser.parse_args(given)
     if options.stage == "status":
@@ -97,14 +99,6 @@ def _push(config: Path, overrides: Sequence[str], to: str | None, *, private: bo
     from training.push import push
 
     push(_project(config, overrides), to, private=private)
-
-
-def _convert(arguments: Sequence[str]) -> int:
-    from training import convert
-
-    sys.argv = ["python -m training convert", *arguments]
-    convert.main()
-    return 0
 
 
 if __name__ == "__main__":

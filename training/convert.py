@@ -130,9 +130,9 @@ def _write(
     make_readable(out)
 
 
-def main() -> None:
-    """``python -m training.convert to-reference|from-reference ...``."""
-    parser = argparse.ArgumentParser(prog="python -m training.convert", description=__doc__.replace("``", ""))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``collm convert to-reference|from-reference ...``; the exit status."""
+    parser = argparse.ArgumentParser(prog="collm convert", description=__doc__.replace("``", ""))
     commands = parser.add_subparsers(dest="command", required=True)
     there = commands.add_parser("to-reference", help="base and gate to one checkpoint")
     for name in ("base", "gate", "out"):
@@ -141,15 +141,17 @@ def main() -> None:
     for name in ("reference", "out_base", "out_gate"):
         back.add_argument(name, type=Path)
     back.add_argument("--expert", default="expert", help="the expert's name in the gate")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     try:
         if options.command == "to-reference":
             to_reference(options.base, options.gate, options.out)
         else:
             from_reference(options.reference, options.out_base, options.out_gate, options.expert)
     except (CheckpointError, GateError) as error:
-        parser.exit(1, f"error: {error}\n")
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

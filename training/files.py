@@ -199,7 +199,7 @@ class StageFolder:
         if not self.done:
             differs = self._found not in (None, self.fingerprint)
             why = "was made with other settings or inputs" if differs else "has not finished"
-            raise TrainingError(f"{self.path}: {why}: run python -m training {command} first")
+            raise TrainingError(f"{self.path}: {why}: run collm train {command} first")
 
     @property
     def results(self) -> dict[str, Any]:

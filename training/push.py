@@ -1,4 +1,4 @@
-"""``python -m training push``: the model card of a trained pair, and its upload to a hub.
+"""``collm train push``: the model card of a trained pair, and its upload to a hub.
 
 The gate goes to a repository of its own, which ``gate.path`` of a server's configuration may name. A trained base goes
 to a second one, ``NAME-base``: whoever loads a model takes all safetensors files of its repository for its weights.
@@ -39,7 +39,7 @@ def push(project: Project, to: str | None, *, private: bool = False) -> None:
     graph.calibration(project, "collm", seed).need("calibrate")
     folder = project.folder("pair", "gate")
     if not folder.is_dir():
-        raise TrainingError(f"{folder}: no such folder: run python -m training export first")
+        raise TrainingError(f"{folder}: no such folder: run collm train export first")
     trained = project.base_of("collm", seed).run is not None
     write_text(folder / CARD, card(project, to))
     print(f"{folder / CARD}")

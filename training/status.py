@@ -1,4 +1,4 @@
-"""``python -m training status``: what is done, what is stale and why, what waits for what."""
+"""``collm train status``: what is done, what is stale and why, what waits for what."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def collm() -> None:
 )
 @click.argument("options", nargs=-1, type=click.UNPROCESSED)
 def serve(options: tuple[str, ...]) -> None:
-    """Serve a pair of models; takes the options of python -m server (collm serve --help)."""
+    """Serve a pair of models; collm serve --help lists the options."""
     from server.cli import main as run_server
 
     if not options and not any(name.upper().startswith(("COLLM_CONFIG", "COLLM_BASE__")) for name in os.environ):
@@ -63,7 +63,7 @@ def _door(name: str, module: str, arguments: Sequence[str], summary: str) -> Non
         # -P: nothing of the current folder is imported.
         os.execv(sys.executable, [sys.executable, "-P", "-m", module, *arguments, *options])
 
-    run.__doc__ = f"{summary}; takes the options of python -m {' '.join([module, *arguments])} (collm {name} --help)."
+    run.__doc__ = f"{summary}; collm {name} --help lists the options."
     passed_on: Callable[..., None] = click.argument("options", nargs=-1, type=click.UNPROCESSED)(run)
     settings = {"ignore_unknown_options": True, "allow_extra_args": True}
     collm.command(name, short_help=f"{summary}.", add_help_option=False, context_settings=settings)(passed_on)

@@ -168,7 +168,7 @@ def test_commands_say_errors_in_one_line(tiny: TinyProject, capsys: pytest.Captu
     assert main(["train", "--config", str(tiny.folder / "absent.toml")]) == 1
     assert "absent.toml: cannot be read" in one_line(capsys)
     assert main(["calibrate", "--config", config]) == 1
-    assert "run python -m training train first" in one_line(capsys)
+    assert "run collm train train first" in one_line(capsys)
     assert main(["score", "--config", config, "--set", f"base.model={tiny.folder / 'nothing'}"]) == 1
     assert re.search(r"base\.model: .*nothing: no such folder", one_line(capsys))
     for file in (tiny.folder / "base").glob("*.safetensors"):

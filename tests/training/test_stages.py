@@ -140,7 +140,7 @@ def test_what_was_made_with_other_settings_is_not_used(tiny: TinyProject, capsys
         before = sorted(out.rglob("settings.json"))
         capsys.readouterr()
         assert main([command, *config, "--set", setting]) == 1
-        expected = f"{out / folder}: was made with other settings or inputs: run python -m training {run} first"
+        expected = f"{out / folder}: was made with other settings or inputs: run collm train {run} first"
         assert capsys.readouterr().err == f"error: {expected}\n"
         assert sorted(out.rglob("settings.json")) == before
     assert main(["evaluate", *config]) == 0

@@ -1,4 +1,4 @@
-"""Composing checkpoints (CALM, arXiv 2401.02412): ``python -m training compose STAGE --config compose.toml``.
+"""Composing checkpoints (CALM, arXiv 2401.02412): ``collm train compose STAGE --config compose.toml``.
 
     settings.py    one configuration
     composed.py    the composed model in PyTorch; also how training and scoring read a composed checkpoint

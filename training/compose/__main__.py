@@ -1,4 +1,4 @@
-"""``python -m training compose STAGE --config compose.toml``: from an anchor and augmenting models to one served model.
+"""``collm train compose STAGE --config compose.toml``: from an anchor and augmenting models to one served model.
 
 Each stage keeps what it has finished, and goes on from there when it is started again. ``inspect`` shows a composed
 checkpoint.
@@ -22,7 +22,7 @@ STAGES = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m training compose", description=__doc__.replace("``", ""))
+    parser = argparse.ArgumentParser(prog="collm train compose", description=__doc__.replace("``", ""))
     commands = parser.add_subparsers(dest="stage", required=True, metavar="STAGE")
     for name, text in STAGES.items():
         command = commands.add_parser(name, help=text, description=text)

@@ -128,7 +128,7 @@ def train(project: ComposeProject) -> None:
             stage = run_of(project, variant, seed).claim()
             if not stage.done:
                 _train(project, variant, seed, stage)
-    print(f"to serve it: python -m server --base.model {served_by(project, COMPOSED, project.settings.seeds[0])}")
+    print(f"to serve it: collm serve --base.model {served_by(project, COMPOSED, project.settings.seeds[0])}")
 
 
 def served_by(project: ComposeProject, variant: str, seed: int) -> Path:

@@ -1,6 +1,6 @@
 """Make the demo pair: ``python -m training.demo --out models/demo``.
 
-First its three models, two at a time; then, by the commands of ``python -m training`` with the project of
+First its three models, two at a time; then, by the commands of ``collm train`` with the project of
 ``--config``, the gate, which also adjusts the base, its threshold, and the evaluation's table. A stage whose output is
 there, made with the same settings, is kept. Only the project's first seed and its method "collm" are run: the whole
 project, with its baselines and seeds, goes on from there.

@@ -1,4 +1,4 @@
-"""The demo's questions as data for ``python -m training``: ``python -m training.demo.questions --out build/demo/data``.
+"""The demo's questions as data for ``collm train``: ``python -m training.demo.questions --out build/demo/data``.
 
 Writes train.jsonl, validation.jsonl and test.jsonl with the columns prompt, completion, task and complete.
 """

@@ -1,7 +1,7 @@
 """Train the demo on a real model: ``python -m training.smollm --out models/smollm``.
 
 The base is downloaded and dequantised (``python -m training.smollm.base``), the expert learns ICD-10 codes as a LoRA
-adapter, and the commands of ``python -m training`` with the project of ``--config`` make gate, threshold and table.
+adapter, and the commands of ``collm train`` with the project of ``--config`` make gate, threshold and table.
 What is there, made with the same settings, is kept.
 """
 

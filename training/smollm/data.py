@@ -57,7 +57,7 @@ def questions_of(split: Split, diagnoses: Sequence[Diagnosis]) -> list[Question]
 
 
 def write_gate_data(folder: Path, diagnoses: Sequence[Diagnosis], chat: Chat, own_answers: OwnAnswers) -> None:
-    """Write train.jsonl, validation.jsonl and test.jsonl for ``python -m training``."""
+    """Write train.jsonl, validation.jsonl and test.jsonl for ``collm train``."""
     for split, found in split_diagnoses(diagnoses, SEED).items():
         questions = questions_of(split, found)
         own = iter(own_answers([chat.prompt(question.message) for question in questions if not question.answer]))

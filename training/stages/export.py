@@ -34,4 +34,4 @@ def run(project: Project) -> None:
         "gate": {"path": str(folder / "gate")},
     }
     write_text(folder / "collm.toml", tomli_w.dumps(config))
-    print(f"to serve the pair: python -m server --config {folder / 'collm.toml'}")
+    print(f"to serve the pair: collm serve --config {folder / 'collm.toml'}")

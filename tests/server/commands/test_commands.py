@@ -350,11 +350,11 @@ def test_serve_without_options_says_what_to_write() -> None:
 @pytest.mark.parametrize(
     ("command", "usage"),
     [
-        (["train"], "usage: python -m training [-h] STAGE"),
-        (["train", "pipeline"], "usage: python -m training pipeline"),
-        (["convert"], "usage: python -m training.convert"),
-        (["bench"], "usage: python -m bench"),
-        (["bench", "context"], "usage: python -m bench context"),
+        (["train"], "usage: collm train [-h] STAGE"),
+        (["train", "pipeline"], "usage: collm train pipeline"),
+        (["convert"], "usage: collm convert"),
+        (["bench"], "usage: collm bench"),
+        (["bench", "context"], "usage: collm bench context"),
     ],
 )
 def test_one_door_to_every_package(command: list[str], usage: str) -> None:
