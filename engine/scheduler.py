@@ -190,12 +190,13 @@ class Scheduler:
         """
         gained = 0.0
         running = self._running
+        vocab_size = self._terms[lane].vocab_size
         for sample in samples:
             decoding = running.get(sample.request_id)
             if decoding is None or not decoding.awaits(lane, sample.position):
                 continue
             fault = None
-            if not 0 <= sample.token < self._terms[lane].vocab_size:
+            if not 0 <= sample.token < vocab_size:
                 fault = End(f"lane {lane} sampled {sample.token}, which is no token", ErrorCode.BAD_READING)
             if lane == decoding.primary_lane:
                 if sample.prompt_logprobs is not None:
@@ -213,7 +214,7 @@ class Scheduler:
     def charge(self, computed: Series[Computed], seconds: float) -> None:
         """Note what a step that took so long has computed, to whoever it was for. Before its samples are landed."""
         running = self._running
-        each = seconds / max(1, sum(row.tokens for row in computed))
+        each = seconds / max(1, sum([row.tokens for row in computed]))
         for lane, request_id, tokens, prompt_tokens, cached_tokens in computed:
             decoding = running.get(request_id)
             if decoding is None:

@@ -121,5 +121,5 @@ class Sequence:
     def take_delta(self) -> Delta:
         """What was gained since the last call."""
         delta, self._delta = self._delta, Delta(self.request.request_id)
-        delta.cost = self.cost.snapshot()
+        delta.cost = self.cost
         return delta

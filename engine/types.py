@@ -253,10 +253,6 @@ class Cost(msgspec.Struct, array_like=True, gc=False):
     prompt_tokens: list[int] = []
     seconds: list[float] = []
 
-    def snapshot(self) -> Cost:
-        """A copy, for a delta."""
-        return Cost(self.queue_seconds, self.cached_tokens, self.prompt_tokens.copy(), self.seconds.copy())
-
 
 class Delta(msgspec.Struct, array_like=True, gc=False):
     """What one request gained since its last delta. The per-token lists have the same length, always.
@@ -280,7 +276,8 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
             admitted, then for each deferral when it was parked and when its expert token came.
         support: (index in ``tokens``, log-probability with each member that took part) of each blended token.
         words: those that experts of other vocabularies wrote; ``start`` is an index in ``tokens``.
-        cost: what the request has taken up to here; None in those that no engine made.
+        cost: what the request has taken up to here; None in those that no engine made. In the engine's process this is
+            the request's own account, which goes on changing: a delta is encoded before the next step.
         texts: of a text that is not written in tokens but in pieces: the bytes of each. ``tokens`` then are NO_TOKEN.
     """
 

@@ -162,11 +162,12 @@ class Call(Generic[Body]):
         """Whether the prompt's log-probabilities are to be the joint model's.
 
         Raises:
-            ApiError: 400, no log-probabilities of the prompt are asked for.
+            ApiError: 400, the request says whose they are to be, and asks for none.
         """
         options = self.body.collaboration
         if options is None or options.score is None:
-            return False
+            joint = self.service.settings.server.prompt_scores == "joint"
+            return joint and self.member is None and sampling.prompt_logprobs is not None
         if sampling.prompt_logprobs is None:
             raise invalid(
                 "'collaboration.score' says whose log-probabilities of the prompt are returned; none are asked for: "

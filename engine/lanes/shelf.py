@@ -70,6 +70,10 @@ class Shelf:
                 del self._offers[lane, request_id]
         return offer
 
+    def is_empty(self, lane: int) -> bool:
+        """Whether nothing of the lane's can be lying there: then there is nothing to settle or to forget."""
+        return not self._offers
+
     def settle(self, lane: int, request_id: str, final: int) -> None:
         """The first ``final`` tokens are written: nobody will ask for their positions again."""
         offers = self._offers.get((lane, request_id))

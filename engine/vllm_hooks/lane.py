@@ -242,6 +242,8 @@ class VllmLane:
 
     def _tidy_shelf(self, number: int, work: LaneWork) -> None:
         """What is written, and what is removed, is of no more use on the shelf."""
+        if self._shelf.is_empty(number):
+            return
         for request_id in work.remove:
             self._shelf.forget(number, request_id)
         for extension in work.extend:

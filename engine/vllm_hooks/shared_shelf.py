@@ -163,9 +163,13 @@ class SharedShelf(Shelf):
         """
         raise RuntimeError("a shared shelf holds rows of logits only")
 
+    def is_empty(self, lane: int) -> bool:
+        """Whether nothing of the lane's is lying there."""
+        return not self._used_L[lane]
+
     def settle(self, lane: int, request_id: str, final: int) -> None:
         """The first ``final`` tokens are written: nobody will ask for their positions again."""
-        if self._used_L[lane]:
+        if not self.is_empty(lane):
             self._empty(lane, self._of(lane, _digest(request_id)) & (self._headers_LHS[lane, 2] < final))
 
     def forget(self, lane: int, request_id: str) -> None:

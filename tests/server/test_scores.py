@@ -78,6 +78,20 @@ async def test_the_base_scores_unless_it_is_asked_otherwise(build: Build) -> Non
     assert not any(request.scores for request in house.engine.seen)
 
 
+async def test_a_server_may_score_by_the_joint_model_for_clients_that_cannot_say(build: Build) -> None:
+    house = await build(script, server={"prompt_scores": "joint"})
+
+    async def scores(**fields: Any) -> set[float]:
+        choice = (await house.complete(prompt=PROMPT, max_tokens=1, prompt_logprobs=0, **fields)).json()["choices"][0]
+        return {each["logprob"] for entry in choice["prompt_logprobs"][1:] for each in entry.values()}
+
+    assert await scores() == await scores(collaboration={"policy": "confidence"}) == {-7.0}
+    assert await scores(collaboration={"score": "base"}) == await scores(model="collm-demo/base") == {-0.25}
+    house.engine.seen.clear()
+    await house.complete(prompt=PROMPT, max_tokens=1)
+    assert [request.scores for request in house.engine.seen] == [False], "nothing is scored that nobody asked for"
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -15,6 +15,7 @@ import { Settings } from "./settings.js";
 import { sweep } from "./sweep.js";
 
 const RETRY_MS = 2000;
+const WATCH_MS = 10000; // between looks at a server that was ready, in a tab that is seen
 const FIRST_CARDS = 4; // shown at first: the joint model and three members
 const AT_ONCE = 4; // requests of a run in flight: browsers open six connections to a server, and queue the rest unseen
 
@@ -47,7 +48,7 @@ async function connect() {
     if (JSON.stringify(served) !== JSON.stringify(state.served)) show(served);
     const { ready, reason } = await api.readiness();
     setStatus(ready ? "ready" : "waiting", ready ? "ready" : reason);
-    if (!ready) state.retry = setTimeout(connect, RETRY_MS);
+    state.retry = ready ? setTimeout(watch, WATCH_MS) : setTimeout(connect, RETRY_MS);
   } catch (error) {
     const refused = error.status === 401;
     setStatus("failed", refused ? (key ? "wrong key" : "needs a key") : "not connected");
@@ -58,6 +59,13 @@ async function connect() {
       ui.key.focus();
     } else state.retry = setTimeout(connect, RETRY_MS);
   }
+}
+
+/** See that the server is still ready; it may have ended, or be starting anew with other models. */
+async function watch() {
+  clearTimeout(state.retry);
+  if (!document.hidden && !(await api.readiness()).ready) await connect();
+  else state.retry = setTimeout(watch, WATCH_MS);
 }
 
 function typedKey() {
