@@ -188,8 +188,13 @@ class BlendTable:
             except BlendError as error:
                 raise BlendError(f"blends.{name}: {error}") from None
 
-    def preset(self, options: CollaborationOptions, default: str | None) -> BlendPreset | None:
+    def preset(
+        self, options: CollaborationOptions, default: str | None, *, has_gate: bool, spelled: bool
+    ) -> BlendPreset | None:
         """The preset that a request names, or that its model has by default.
+
+        Args:
+            has_gate, spelled: see :meth:`usable`.
 
         Raises:
             ApiError: 400, there is none of that name.
@@ -200,7 +205,7 @@ class BlendTable:
         try:
             return self._presets[asked]
         except KeyError:
-            known = ", ".join(sorted(self._presets))
+            known = ", ".join(sorted(self.usable(has_gate=has_gate, spelled=spelled))) or "none for this pair"
             message = f"'{PARAM}': there is no blend {shown(asked)}; there are: {known}."
             raise ApiError(400, message, param=PARAM, code="unknown_blend") from None
 

@@ -125,7 +125,7 @@ class Call(Generic[Body]):
         Raises:
             ApiError: 400, naming the field.
         """
-        texts = self.service.models.prompts(self.body.model, self.body.collaboration, collaboration)
+        texts = self.service.models.prompts(self.body.model, self.body.collaboration, collaboration, self.info)
         found = {}
         for lane, (param, text) in texts.items():
             tokenizer = self.text_of(lane).tokenizer

@@ -8,7 +8,7 @@ from msgspec import UNSET, UnsetType
 
 from engine.strategies.deferral.policies import POLICIES
 from engine.types import BASE, Collaboration, EngineInfo, GateInfo, PolicyName
-from server.blends import BlendTable
+from server.blends import BlendPreset, BlendTable
 from server.errors import ApiError, invalid, shown, unknown_model
 from server.protocol.common import CollaborationOptions
 from server.protocol.responses import CurvePoint, ServedCollaboration
@@ -96,7 +96,7 @@ class ModelTable:
         options = options or CollaborationOptions()
         if self._experts and self._asks_for_characters(name, options, info):
             return characters(options, self.lane_names)
-        preset = self._blends.preset(options, self._blends.served.get(name))
+        preset = self._preset(name, options, info)
         spelled = info.vocabularies == "spelled"
         blend = self._blends.blend(options, preset, has_gate=info.gate is not None, spelled=spelled)
         policy, threshold = options.policy, options.threshold
@@ -120,7 +120,7 @@ class ModelTable:
         )
 
     def prompts(
-        self, name: str, options: CollaborationOptions | None, collaboration: Collaboration
+        self, name: str, options: CollaborationOptions | None, collaboration: Collaboration, info: EngineInfo
     ) -> dict[int, tuple[str, str]]:
         """By lane: the field and the text of prompts that are not the request's own.
 
@@ -132,8 +132,15 @@ class ModelTable:
         """
         if options is None or collaboration.member is not None:
             options = CollaborationOptions()
-        preset = self._blends.preset(options, self._blends.served.get(name))
-        return self._blends.prompts(options, preset, collaboration.blend)
+        return self._blends.prompts(options, self._preset(name, options, info), collaboration.blend)
+
+    def _preset(self, name: str, options: CollaborationOptions, info: EngineInfo) -> BlendPreset | None:
+        return self._blends.preset(
+            options,
+            self._blends.served.get(name),
+            has_gate=info.gate is not None,
+            spelled=info.vocabularies == "spelled",
+        )
 
     def _asks_for_characters(self, name: str, options: CollaborationOptions, info: EngineInfo) -> bool:
         if name in self._blends.served and options.strategy is None:
@@ -182,6 +189,12 @@ class ModelTable:
                     f"collaboration.{field}",
                     "invalid_value",
                 )
+        if options.blend is not None and policy == "never":
+            raise invalid(
+                "'collaboration.blend' means nothing to the policy 'never', which asks no expert.",
+                "collaboration.blend",
+                "invalid_value",
+            )
 
     def _lanes_of(self, experts: list[str] | None) -> tuple[int, ...] | None:
         if experts is None:

@@ -212,6 +212,7 @@ B = "collaboration.blend"
         ({"blend": "cfg", "negative_prompt": "x"}, B, "scheduler.guidance"),
         ({"negative_prompt": "x"}, "collaboration.negative_prompt", "'cfg'"),
         ({"prompts": {"base": "x"}}, "collaboration.prompts", "no expert"),
+        ({"policy": "never", "blend": HALF}, B, "asks no expert"),
         ({"prompts": {"who": "x"}}, "collaboration.prompts", "no expert"),
         ({"prompts": {"codes": ""}}, "collaboration.prompts", ""),
         ({"prompts": {"codes": "x" * 100000}}, "collaboration.prompts", "maximum context"),
@@ -231,6 +232,9 @@ async def test_refused_for_what_is_served(build: Build, house: House) -> None:
     weights = {"kind": "mixture", "weights": "gate"}
     error = check_error(await house.complete(collaboration={"policy": "always", "blend": weights}), 400, B)
     assert "gate" in error["message"]
+    error = check_error(await house.complete(collaboration={"blend": "nothing"}), 400, B)
+    assert "mixture" in error["message"]
+    assert "cfg" not in error["message"], "what this pair cannot have"
     house = await build(experts=[{"name": "codes", "model": "expert", "executor": "ray", **LANE}])
     error = check_error(await house.complete(collaboration={"blend": HALF}), 400, B)
     assert "another machine" in error["message"]

@@ -371,6 +371,13 @@ def test_a_server_that_is_gone_is_told(open_page: Open) -> None:
     eventually(lambda: page.one("#status").text == "not connected")
 
 
+def test_a_server_that_ended_is_noticed_without_a_run(open_page: Open) -> None:
+    with scripted(writes([70])) as address:
+        page = open_page(address)
+        assert page.one("#status").text == "ready"
+    eventually(lambda: page.one("#status").text == "not connected")
+
+
 @pytest.mark.parametrize("width", [320, 390])
 def test_phones_scroll_in_one_direction(demo: LiveServer, open_page: Open, width: int) -> None:
     page = open_page(demo.url, width, 800)
