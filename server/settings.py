@@ -103,9 +103,9 @@ class ServerConfig(BaseModel):
     starts another engine in its place."""
 
     prompt_scores: Literal["base", "joint"] = "base"
-    """Whose log-probabilities of a prompt (echo with logprobs, prompt_logprobs) the joint model and blends return where a
-    request does not say, see collaboration.score. "joint" lets an evaluation harness, which cannot say, measure the pair
-    by multiple choice; what the joint model cannot score is refused then unless a request says "base"."""
+    """Whose log-probabilities of a prompt (echo with logprobs, prompt_logprobs) the joint model and blends return where
+    a request does not say, see collaboration.score. "joint" lets an evaluation harness, which cannot say, measure the
+    pair by multiple choice; what the joint model cannot score is refused then unless a request says "base"."""
 
     special_tokens_in_messages: Literal["text", "token"] = "text"
     """What a special token's name in a chat message is: "text", so that no message can end itself or begin another one;

@@ -50,9 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_argument("--to", metavar="OWNER/NAME", help="where; without it the card alone is written")
             command.add_argument("--private", action="store_true", help="make what is uploaded private")
     commands.add_parser("convert", help="base and gate to and from the reference format")
-    commands.add_parser(
-        "compose", help="compose checkpoints by cross-attention (CALM): collm train compose --help"
-    )
+    commands.add_parser("compose", help="compose checkpoints by cross-attention (CALM): collm train compose --help")
     options = parser.parse_args(given)
     if options.stage == "status":
         return run_command(lambda: _status(options.config, options.set))

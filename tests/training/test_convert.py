@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,9 +106,7 @@ def test_refuses_a_checkpoint_that_is_not_one(tmp_path: Path) -> None:
         convert.from_reference(tied, tmp_path / "b", tmp_path / "g")
 
 
-def test_command_says_errors_in_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_says_errors_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert.main(["to-reference", str(tmp_path), str(tmp_path), str(tmp_path / "out")]) == 1
     written = capsys.readouterr().err
     assert written.startswith("error: ")
