@@ -134,15 +134,19 @@ class DeferralDecoding(SharedText):
         window: drafts, in order; the first one is deferred.
         experts: lanes that may be deferred to.
         expert_tokens: how many of the written tokens are experts'.
+        expert_limit: the request's max_expert_tokens.
+        rate: the request's, for the policies that have one.
         draws: the request's series of policy draws, see :func:`engine.draws.series`.
         uniform_weights: (lane, probability) of each expert where there is no gate to tell.
     """
 
     __slots__ = (
         "draws",
+        "expert_limit",
         "expert_tokens",
         "experts",
         "policy",
+        "rate",
         "shared",
         "threshold",
         "uniform_weights",
@@ -164,6 +168,9 @@ class DeferralDecoding(SharedText):
         self.policy = policy
         self.threshold = threshold
         self.experts = experts
+        collaboration = answer.request.collaboration
+        self.expert_limit = collaboration.max_expert_tokens
+        self.rate = collaboration.rate
         self.window_limit = window_limit
         self.fixed_window = window_limit is not None
         self.draws = draws.series(answer.seed, draws.POLICY_STREAM)
@@ -319,17 +326,15 @@ class DeferralDecoding(SharedText):
             if not 0.0 <= sample.top_probability <= 1.0:
                 raise ValueError("the base's top probability is not finite")
             deferral = 1.0 - sample.top_probability
-        if not self.may_defer:
+        if self.expert_limit is not None and not self.may_defer:
             return BASE, deferral
         draw = draws.uniform_in(self.draws, sample.position) if policy.draws else 0.0
-        rate = self.answer.request.collaboration.rate
-        return policy.decide(Position(deferral, weights, self.threshold, rate, draw)), deferral
+        return policy.decide(Position(deferral, weights, self.threshold, self.rate, draw)), deferral
 
     @property
     def may_defer(self) -> bool:
         """Whether an expert may write the token after the drafts at all."""
-        limit = self.answer.request.collaboration.max_expert_tokens
-        return limit is None or self.expert_tokens + self.deferred < limit
+        return self.expert_limit is None or self.expert_tokens + self.deferred < self.expert_limit
 
     def _on_expert_sample(self, sample: Sample) -> Iterable[Decision]:
         """The expert has decided the next position."""
