@@ -17,3 +17,4 @@ class CpuLaneWorker(LaneWorkerMixin, CPUWorker):
         """Load the model; its LoRA layers, if it has any, are to compute as in :mod:`engine.vllm_hooks.lora_cpu`."""
         type(current_platform).get_punica_wrapper = classmethod(lambda _: lora_cpu.NAME)
         super().load_model(**kwargs)
+        lora_cpu.join_parts(self.model_runner.model)

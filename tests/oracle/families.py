@@ -37,6 +37,9 @@ COMMON: dict[str, Any] = {
 }
 
 
+_RECURRENT = "recurrent state: no run-ahead; no prefix caching on a CPU"
+
+
 class Family(NamedTuple):
     """What transformers calls it, what differs from ``COMMON``, and what is to be known of it."""
 
@@ -112,7 +115,25 @@ FAMILIES = [
         "FalconH1ForCausalLM",
         {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16},
         drafts=False,
-        note="recurrent state: no run-ahead; no prefix caching on a CPU",
+        note=_RECURRENT,
+    ),
+    Family(
+        "Mamba-2",
+        "Mamba2ForCausalLM",
+        {"head_dim": 32, "num_heads": 8, "state_size": 16, "n_groups": 1, "chunk_size": 16}
+        | dict.fromkeys(
+            ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"), ...
+        ),
+        drafts=False,
+        note=_RECURRENT,
+    ),
+    Family(
+        "Granite 4, hybrid",
+        "GraniteMoeHybridForCausalLM",
+        {"layer_types": ["mamba", "attention"], "num_local_experts": 4, "shared_intermediate_size": 64, "head_dim": ...}
+        | {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 16},
+        drafts=False,
+        note=_RECURRENT,
     ),
 ]
 

@@ -82,6 +82,17 @@ def check(served: pairs.Served, prompts: list[list[int]], tokens: int = 40) -> E
                 assert (run_ahead, number, got.tokens, got.sources) == (run_ahead, number, want.tokens, want.sources)
                 assert got.deferrals == pytest.approx(want.deferrals, abs=1e-3)
             assert all(token < families.VOCABULARY for one in found for token in one.tokens)
+        # Longer than three blocks of the prefix cache, twice: the second time there is something to be found in it.
+        long = [
+            [
+                GenerationRequest(f"{turn}-long-{number}", (prompt * 100)[:100], SamplingSpec(0.0, max_tokens=8))
+                for number, prompt in enumerate(prompts[:2])
+            ]
+            for turn in (1, 2)
+        ]
+        once, again = (run(engine, requests, 2) for requests in long)
+        assert [one.error for one in once] == [None, None]
+        assert [one.tokens for one in once] == [one.tokens for one in again]
         hot = engine.generate(
             GenerationRequest(f"hot-{number}", prompts[0], SamplingSpec(temperature=3.0, max_tokens=40))
             for number in range(4)

@@ -22,7 +22,7 @@ def _added(adapters: tuple[int, ...], *, ours: bool) -> tuple[torch.Tensor, torc
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    from engine.vllm_hooks.lora_cpu import GroupedLora
+    from engine.vllm_hooks.lora_cpu import GroupedLora, joined
 
     torch.manual_seed(0)
     a = tuple(torch.randn(SLOTS, 1, RANK, WIDTH) for _ in WIDTHS)
@@ -33,7 +33,7 @@ def _added(adapters: tuple[int, ...], *, ours: bool) -> tuple[torch.Tensor, torc
     # Adapter 7 lies in the first slot, adapter 9 in the second.
     wrapper.update_metadata(mapping, [7, 9], SLOTS, 100)
     after_TO = y_TO.clone()
-    wrapper.add_lora_linear(after_TO, x_TD, a, b, 0.5, WIDTHS)
+    wrapper.add_lora_linear(after_TO, x_TD, *(joined(a, b) if ours else (a, b)), 0.5, WIDTHS)
     expected_TO = torch.zeros_like(y_TO)
     for token, adapter in enumerate(adapters):
         if adapter != NONE:
@@ -54,6 +54,23 @@ def test_each_token_has_its_own_adapter(adapters: tuple[int, ...]) -> None:
     found_TO, expected_TO = _added(adapters, ours=True)
     torch.testing.assert_close(found_TO, expected_TO, atol=1e-5, rtol=1e-4)
     assert not found_TO[[adapter == NONE for adapter in adapters]].any()
+
+
+def test_what_vllm_writes_into_a_part_is_in_the_whole() -> None:
+    from engine.vllm_hooks.lora_cpu import joined
+
+    a, b = joined(
+        tuple(torch.zeros(SLOTS, 1, RANK, WIDTH) for _ in WIDTHS),
+        tuple(torch.zeros(SLOTS, 1, width, RANK) for width in WIDTHS),
+    )
+    # As vLLM's layers do it, with an adapter of a lower rank than there is room for.
+    a[1][1, 0, :2, :WIDTH].copy_(torch.ones(2, WIDTH))
+    b[1][1, 0, : WIDTHS[1], :2].copy_(torch.ones(WIDTHS[1], 2))
+    assert a.whole[1].sum(dim=1).tolist() == [0] * RANK + [WIDTH] * 2 + [0] * 2
+    assert b.whole[1].sum(dim=1).tolist() == [0] * RANK + [WIDTHS[1]] * 2 + [0] * 2
+    assert b.whole[1].sum(dim=0).tolist() == [0] * WIDTHS[0] + [2] * WIDTHS[1]
+    a[1][1] = 0
+    assert not a.whole.any()
 
 
 def test_vllms_own_applies_the_last_adapter_to_tokens_without_one() -> None:
