@@ -20,7 +20,8 @@ from bench.report import Bar, Report, spread, table
 from bench.services import running
 from bench.settings import Settings
 from bench.workload import Deferral
-from engine.types import Delta, EngineStats
+from engine.stats import EngineStats
+from engine.types import Delta
 
 CONTEXTS = (128, 512, 1024, 2048, 4096)
 """Prompt lengths in tokens."""

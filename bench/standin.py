@@ -27,7 +27,8 @@ from engine.lanes.interface import Computed, Lane, LaneReport, LaneRequest, Lane
 from engine.lanes.shelf import Offer, Shelf
 from engine.spelling.mass import Mass
 from engine.spelling.vocabulary import Vocabulary
-from engine.types import NEGATIVE, GateInfo, GenerationRequest, LaneInfo, LaneStats, TokenLogprobs
+from engine.stats import LaneStats
+from engine.types import NEGATIVE, GateInfo, GenerationRequest, LaneInfo, TokenLogprobs
 
 
 def next_token(lane: int, tokens: Sequence[int], vocab_size: int) -> int:
@@ -39,6 +40,11 @@ def gate_values(tokens: Sequence[int], experts: int) -> list[float]:
     """The gate's value for each expert after ``tokens``, spread over about -4 to 4."""
     data = array("I", tokens).tobytes()
     return [(zlib.crc32(data, 1000 + expert) % 8001 - 4000) / 1000.0 for expert in range(experts)]
+
+
+def top_probability(lane: int, tokens: Sequence[int]) -> float:
+    """How sure a lane is of the token after ``tokens``."""
+    return zlib.crc32(array("I", tokens).tobytes(), 99 + lane) % 1001 / 1000.0
 
 
 def distribution(lane: int, tokens: Sequence[int]) -> int:
@@ -295,9 +301,7 @@ class StandinLane:
             position,
             token,
             gate=gate,
-            top_probability=(
-                zlib.crc32(array("I", tokens).tobytes(), 99) % 1001 / 1000.0 if request.wants_top_probability else None
-            ),
+            top_probability=(top_probability(self._number, tokens) if request.wants_top_probability else None),
             logprobs=logprobs if sampling.logprobs is not None else None,
             prompt_logprobs=prompt_logprobs,
             support=of_members,

@@ -35,8 +35,9 @@ from engine.messages import (
     ToEngine,
 )
 from engine.process import BATCHES_SOCKET, REQUESTS_SOCKET
+from engine.stats import EngineStats
 from engine.supervisor import EngineProcess
-from engine.types import Delta, EngineInfo, EngineStats, GenerationRequest
+from engine.types import Delta, EngineInfo, GenerationRequest
 
 logger = logging.getLogger(__name__)
 

@@ -121,6 +121,10 @@ class GateConfig(_Config):
     threshold: float | None = Field(default=None, ge=0, le=1)
     """Default threshold. None: the artifact's."""
 
+    veto: float = Field(default=0.0, ge=0, le=1)
+    """Default of ``collaboration.veto``: an expert whose top probability is below this stands back for the base's own
+    token. 0: none does."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.path is not None and self.in_lm_head:

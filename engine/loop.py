@@ -22,8 +22,9 @@ from typing import Literal
 
 from engine.lanes.interface import Lane, LaneReport, Launched
 from engine.scheduler import Scheduler
+from engine.stats import EngineStats
 from engine.strategies.base import StepPacer
-from engine.types import BASE, EngineStats
+from engine.types import BASE
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ class StepLoop:
             counters.runahead_discarded,
             counters.agreements,
             counters.unaligned_deferrals,
+            counters.vetoed,
         )
 
     def shutdown(self) -> None:

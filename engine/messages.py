@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
-from engine.types import Delta, EngineInfo, EngineStats, GenerationRequest
+from engine.stats import EngineStats
+from engine.types import Delta, EngineInfo, GenerationRequest
 
 
 class Start(msgspec.Struct, tag=True):

@@ -15,7 +15,8 @@ from typing import Any, Self, TypeVar
 from engine.client import EngineClient
 from engine.config import EngineConfig
 from engine.errors import RequestError
-from engine.types import Completion, Delta, EngineInfo, EngineStats, GenerationRequest
+from engine.stats import EngineStats
+from engine.types import Completion, Delta, EngineInfo, GenerationRequest
 
 _T = TypeVar("_T")
 
@@ -109,6 +110,8 @@ class Engine:
                 whole.words,
                 whole.cost,
                 whole.texts,
+                whole.looks,
+                whole.vetoed,
             )
             if on_done is not None:
                 on_done(completion)

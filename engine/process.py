@@ -263,6 +263,7 @@ def build(
         has_gate=gate is not None,
         policy=policy,
         threshold=gate.threshold if gate is not None else 0.5,
+        veto=config.gate.veto,
         expert_failure=config.scheduler.expert_failure,
         run_ahead=config.scheduler.run_ahead,
         drafting=all(lane.info.can_cut for lane in lanes),
@@ -302,6 +303,7 @@ def build(
         strategies.deferral.thresholds,
         loaded.vocabularies,
         tuple(strategies.served),
+        config.gate.veto,
     )
     return scheduler, lanes, info, pacer
 

@@ -11,10 +11,13 @@ from engine.types import (
     ErrorCode,
     FinishReason,
     GenerationRequest,
+    Look,
     Token,
     TokenLogprobs,
     WrittenWord,
 )
+
+NO_LOOK = Look()
 
 
 class Sequence:
@@ -84,6 +87,10 @@ class Sequence:
             delta.texts.append(token.text)
         if token.support is not None:
             delta.support.append((len(delta.tokens) - 1, token.support))
+        if self.request.collaboration.looks:
+            delta.looks.append(token.look or NO_LOOK)
+        if token.vetoed:
+            delta.vetoed.append(len(delta.tokens) - 1)
         if token.word is not None:
             length, logprob = token.word
             delta.words.append(WrittenWord(len(delta.tokens) - 1, length, token.credit, logprob))

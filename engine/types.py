@@ -131,6 +131,9 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
         strategy: how the members write together; None is the engine's default.
         weights: characters: (lane, weight) of the members, not negative, sum 1; empty is equal weights for all.
         average: characters: of the members' distributions.
+        veto: an expert whose top probability is below this stands back: the base's own token is written. 0 is none;
+            None is the engine's default.
+        looks: tell how sure the models were of each token, see :class:`Look`.
     """
 
     member: int | None = None
@@ -145,6 +148,8 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
     strategy: StrategyName | None = None
     weights: tuple[tuple[int, float], ...] = ()
     average: AverageName = "mixture"
+    veto: float | None = None
+    looks: bool = False
 
 
 class GenerationRequest(msgspec.Struct, frozen=True):
@@ -215,6 +220,21 @@ class WrittenWord(msgspec.Struct, frozen=True, array_like=True):
         return msgspec.structs.replace(self, start=self.start + tokens)
 
 
+class Look(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How sure the models were at the position of a token: top probabilities, at temperature 1, before penalties.
+
+    Attributes:
+        base: the base's; None where it was not asked, as within the word of an expert of another vocabulary.
+        expert: the expert's, whether its token was written or stood back; None where no expert was asked, or several
+            members wrote. Of a word the lowest of its tokens'.
+        agreed: whether what others drew in the base's place is the base's own token; None where nobody was asked.
+    """
+
+    base: float | None = None
+    expert: float | None = None
+    agreed: bool | None = None
+
+
 class Token(msgspec.Struct, gc=False):
     """One token that is written.
 
@@ -227,6 +247,8 @@ class Token(msgspec.Struct, gc=False):
         support: of a blended token: its log-probability with each member that took part, in lane order. Of a piece: the
             same; NaN where the member has none of its tokens left that begins like it.
         text: the bytes that it adds, where the text is not written in tokens.
+        look: if the request asked for it.
+        vetoed: it is the base's own, and an expert stood back for it.
     """
 
     id: int
@@ -236,6 +258,8 @@ class Token(msgspec.Struct, gc=False):
     support: list[float] | None = None
     word: tuple[int, float] | None = None
     text: bytes | None = None
+    look: Look | None = None
+    vetoed: bool = False
 
 
 class Cost(msgspec.Struct, array_like=True, gc=False):
@@ -279,6 +303,8 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         cost: what the request has taken up to here; None in those that no engine made. In the engine's process this is
             the request's own account, which goes on changing: a delta is encoded before the next step.
         texts: of a text that is not written in tokens but in pieces: the bytes of each. ``tokens`` then are NO_TOKEN.
+        looks: one entry per token if asked for, else empty.
+        vetoed: index in ``tokens`` of each for which an expert stood back.
     """
 
     request_id: str
@@ -299,6 +325,8 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     cost: Cost | None = None
     texts: list[bytes] = []
     field: str | None = None
+    looks: list[Look] = []
+    vetoed: list[int] = []
 
     def merge(self, later: Delta) -> None:
         """Take in the next delta of the same request."""
@@ -306,6 +334,9 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
             self.words += [word.moved(len(self.tokens)) for word in later.words]
         if later.support:
             self.support += [(index + len(self.tokens), values) for index, values in later.support]
+        if later.vetoed:
+            self.vetoed += [index + len(self.tokens) for index in later.vetoed]
+        self.looks += later.looks
         self.tokens += later.tokens
         self.texts += later.texts
         self.sources += later.sources
@@ -344,6 +375,8 @@ class Completion(msgspec.Struct):
     words: list[WrittenWord] = []
     cost: Cost | None = None
     texts: list[bytes] = []
+    looks: list[Look] = []
+    vetoed: list[int] = []
 
 
 class GateInfo(msgspec.Struct, frozen=True):
@@ -400,6 +433,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         thresholds: for requests that name none, by policy: of those that have one and can be used.
         vocabularies: whether the members share one. If not, what :class:`LaneInfo` says of each counts.
         strategies: that the joint model can be asked for; the first is the default.
+        veto: for requests that name none.
     """
 
     lanes: list[LaneInfo]
@@ -413,6 +447,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     thresholds: dict[PolicyName, float] = {}
     vocabularies: Relation = "same"
     strategies: tuple[StrategyName, ...] = ("deferral",)
+    veto: float = 0.0
 
     def lane_context(self, lane: int) -> int:
         """Most tokens of a lane's prompt and output together: where all count alike, the smallest of all lanes."""
@@ -425,70 +460,3 @@ class EngineInfo(msgspec.Struct, frozen=True):
     def lane_ends(self, lane: int) -> list[int]:
         """Token ids that end a text that starts with a lane."""
         return self.eos_token_ids if self.vocabularies == "same" else self.lanes[lane].eos_token_ids
-
-
-class LaneStats(msgspec.Struct, array_like=True):
-    """Counters (since start) and gauges (now) of one lane. Times in seconds.
-
-    Attributes:
-        steps: forward passes.
-        step_seconds: their duration since the last report, one entry per step.
-        rows: rows that were in the last step; 0 when the lane is idle.
-        computed_tokens: positions computed, prompts included.
-        catchup_tokens: written tokens computed beyond the one that a step needs anyway.
-        requests: requests that hold a place in the lane.
-        kv_usage: used share of the KV blocks, 0 to 1.
-        up: False while a step of the lane is overdue.
-        prompt_tokens: computed positions of prompts.
-        cache_queries: tokens of requests that were looked up in the prefix cache.
-        cache_hits: such tokens that it had.
-        device_seconds: of all steps, what the device computed; the rest of their duration it waited for the host.
-    """
-
-    name: str
-    steps: int = 0
-    step_seconds: list[float] = []
-    rows: int = 0
-    computed_tokens: int = 0
-    catchup_tokens: int = 0
-    preemptions: int = 0
-    requests: int = 0
-    kv_usage: float = 0.0
-    up: bool = True
-    prompt_tokens: int = 0
-    cache_queries: int = 0
-    cache_hits: int = 0
-    device_seconds: float = 0.0
-
-
-class EngineStats(msgspec.Struct, array_like=True):
-    """The engine's own account, sent with each batch of deltas.
-
-    Attributes:
-        running: admitted requests; waiting: those not admitted yet.
-        loop_seconds: wall time since start during which the engine was not idle.
-        step_seconds: the lanes' own step times, summed. In lockstep the difference is the coordination cost.
-        expert_waits: for each deferral since the last report, seconds between parking and the expert's token.
-        gate_errors: requests ended because the gate's value was not finite.
-        integrity_errors: leftovers found in idle lanes; any but 0 is a defect.
-        expert_failures: deferrals whose expert was lost, whatever became of their requests.
-        runahead_accepted: tokens that the base drafted past a deferral and that stand.
-        runahead_discarded: such tokens that do not.
-        agreements: deferred positions at which the expert wrote what the base would have written.
-        unaligned_deferrals: deferred positions that the base wrote, since no word began there for an expert of another
-            vocabulary.
-    """
-
-    lanes: list[LaneStats]
-    running: int = 0
-    waiting: int = 0
-    loop_seconds: float = 0.0
-    step_seconds: float = 0.0
-    expert_waits: list[float] = []
-    gate_errors: int = 0
-    integrity_errors: int = 0
-    expert_failures: int = 0
-    runahead_accepted: int = 0
-    runahead_discarded: int = 0
-    agreements: int = 0
-    unaligned_deferrals: int = 0

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Protocol
 
-from engine.types import Delta, EngineInfo, EngineStats, GenerationRequest
+from engine.stats import EngineStats
+from engine.types import Delta, EngineInfo, GenerationRequest
 
 
 class Engine(Protocol):

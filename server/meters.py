@@ -6,7 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from engine.types import BASE, Collaboration, Cost, LaneStats
+from engine.stats import LaneStats
+from engine.types import BASE, Collaboration, Cost
 
 Metrics = Any
 """``server.metrics.Metrics``, which stands above this module."""

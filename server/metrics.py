@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from engine.types import Delta, EngineInfo, EngineStats
+from engine.stats import EngineStats
+from engine.types import Delta, EngineInfo
 from server import __version__
 from server.meters import ALONE, LaneMeter, ModelMeter
 from server.vllm_names import VllmNames
@@ -143,6 +144,10 @@ class Metrics:
             model,
             registry=r,
         )
+        self.vetoed = Counter(
+            "collm_vetoed_tokens", "Deferred positions that the base wrote, since the expert was not sure enough.",
+            model, registry=r,
+        )  # fmt: skip
         self.integrity_errors = Counter(
             "collm_integrity_errors", "Leftovers found in idle lanes; any is a defect.", model, registry=r
         )
@@ -189,6 +194,7 @@ class Metrics:
                     self.integrity_errors,
                     self.expert_failures,
                     self.unaligned_deferrals,
+                    self.vetoed,
                 )
             ),
             *(self.runahead.labels(self.joint, result) for result in ("accepted", "discarded")),
@@ -237,6 +243,7 @@ class Metrics:
             stats.integrity_errors,
             stats.expert_failures,
             stats.unaligned_deferrals,
+            stats.vetoed,
             stats.runahead_accepted,
             stats.runahead_discarded,
             stats.loop_seconds,

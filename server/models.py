@@ -71,6 +71,7 @@ class ModelTable:
             list(info.strategies),
             info.vocabularies,
             _curve(gate),
+            info.veto or UNSET,
         )
 
     def collaboration(self, name: str, options: CollaborationOptions | None, info: EngineInfo) -> Collaboration:
@@ -92,13 +93,18 @@ class ModelTable:
                             "a member alone takes only 'report'.",
                             f"collaboration.{field}",
                         )
-            return Collaboration(member=member)
+            return Collaboration(member=member, looks=bool(options and options.report))
         options = options or CollaborationOptions()
         if self._experts and self._asks_for_characters(name, options, info):
             return characters(options, self.lane_names)
         preset = self._preset(name, options, info)
         spelled = info.vocabularies == "spelled"
         blend = self._blends.blend(options, preset, has_gate=info.gate is not None, spelled=spelled)
+        if options.veto and blend is not None:
+            raise invalid(
+                "'collaboration.veto' is for an expert's own token; in a blend the members write together.",
+                "collaboration.veto",
+            )
         policy, threshold = options.policy, options.threshold
         if preset is not None and policy is None:
             policy = preset.usual_policy
@@ -117,6 +123,8 @@ class ModelTable:
             experts=self._lanes_of(options.experts),
             run_ahead=options.run_ahead,
             blend=blend,
+            veto=options.veto,
+            looks=bool(options.report),
         )
 
     def prompts(

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
+from engine.second_look import CHECK_BELOW
 from server.blends import BlendPreset, BlendTable
 
 
@@ -66,6 +67,9 @@ class ServerConfig(BaseModel):
     max_queued_tokenize_requests: int = Field(default=32, ge=0)
     """Requests to /tokenize and /detokenize that may wait for the one before them; more are answered 429. Here too
     there is a reserve for the other clients."""
+
+    check_below: float = Field(default=CHECK_BELOW, ge=0, le=1)
+    """Reports mark a token for a second look ("check") where the confidence of who wrote it is below this."""
 
     max_stop_strings: int = Field(default=16, ge=4, le=256)
     """Most stop strings of a request; OpenAI allows 4, evaluation harnesses send more."""

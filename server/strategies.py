@@ -12,7 +12,7 @@ from server.protocol.completions import CompletionRequest
 
 _OF_DEFERRAL = (
     "policy", "threshold", "share", "rate", "max_expert_tokens", "experts", "run_ahead", "blend", "alpha", "beta",
-    "gamma", "negative_prompt",
+    "gamma", "negative_prompt", "veto",
 )  # fmt: skip
 _OF_CHARACTERS = ("weights", "average")
 
@@ -56,7 +56,7 @@ def characters(options: CollaborationOptions, lane_names: tuple[str, ...]) -> Co
     except ValueError as error:
         raise invalid(f"'{param}': {error}.", param) from None
     average: AverageName = options.average or "mixture"
-    return Collaboration(strategy="characters", weights=weights, average=average)
+    return Collaboration(strategy="characters", weights=weights, average=average, looks=bool(options.report))
 
 
 def check_fields(body: GenerationFields, collaboration: Collaboration, info: EngineInfo) -> None:

@@ -38,9 +38,11 @@ class UsageCounter:
         self._written = [0] * len(lane_names)
         self._blended = 0
         self._bytes = 0
+        self._vetoed = 0
 
     def add(self, piece: Piece) -> None:
         """Count a piece."""
+        self._vetoed += len(piece.vetoed)
         self._bytes += sum(end - start for start, end in piece.spans)
         for source in piece.sources:
             if source == BLEND:
@@ -53,7 +55,9 @@ class UsageCounter:
         base = self._written[BASE]
         written = sum(self._written) + self._blended
         expert = written - self._blended - base
-        details = CompletionTokensDetails(base, expert, self._blended or UNSET, self._bytes or UNSET)
+        details = CompletionTokensDetails(
+            base, expert, self._blended or UNSET, self._bytes or UNSET, self._vetoed or UNSET
+        )
         cached = PromptTokensDetails(self._cached_tokens())
         return Usage(self._prompt, written, self._prompt + written, details, cached, self.collaboration())
 

@@ -3,14 +3,18 @@
 The prompt is what the chat template writes of the turns before, the completion what it writes of the turn itself. So
 the loss is on answers only, and each is learned after the prompt that comes when the pair is served, also where a
 template shows earlier turns otherwise than the last one (without their reasoning, for one).
+
+What messages have of special tokens' names is text, as it is when the pair is served (:mod:`engine.spelling.guard`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
+from engine.spelling.guard import GuardedMessages, GuardError, SpecialTokenGuard
 from training.errors import DataError
 
 ASSISTANT, SYSTEM = "assistant", "system"
@@ -52,18 +56,66 @@ class Conversation:
         return text
 
     def prompt_ids(self, tokenizer: Any) -> list[int]:
-        """The prompt's ids. Special tokens at its ends are the template's to write, as when it is served."""
-        return list(tokenizer(self.render(tokenizer), add_special_tokens=False)["input_ids"])
+        """The prompt's ids. Special tokens at its ends are the template's to write, as when it is served.
+
+        Raises:
+            DataError: there is no template, or it refuses the messages.
+        """
+        reader = _Reader(tokenizer, self.messages)
+        return reader.ids(replace(self, messages=tuple(reader.messages)).render(tokenizer))
+
+
+class _Reader:
+    """Reads what a chat template makes of messages, in which special tokens are text.
+
+    Attributes:
+        messages: for the template, with marks in them.
+    """
+
+    def __init__(self, tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> None:
+        self._tokenizer = tokenizer
+        self._guard = _guard(tokenizer, tokenizer.chat_template)
+        self._guarded: GuardedMessages | None = None
+        self.messages: Sequence[Mapping[str, Any]] = messages
+        if self._guard is not None:
+            try:
+                self._guarded = self._guard.guard([dict(message) for message in messages])
+            except GuardError as error:
+                raise DataError(str(error)) from None
+            self.messages = self._guarded.messages
+
+    def plain(self, text: str) -> str:
+        """A text of the template's as it is without marks."""
+        return text if self._guarded is None else self._guarded.unmarked(text)
+
+    def ids(self, text: str) -> list[int]:
+        """A text of the template's, or a part of it, in tokens."""
+        if self._guard is None or self._guarded is None:
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._guard.encode(self._guarded, text)
+
+
+@lru_cache(maxsize=16)
+def _guard(tokenizer: Any, template: Any) -> SpecialTokenGuard | None:
+    """None for a tokenizer that is no ``tokenizers.Tokenizer`` inside, which no server could serve."""
+    inside = getattr(tokenizer, "backend_tokenizer", None)
+    return SpecialTokenGuard(inside, template) if inside is not None and isinstance(template, str) else None
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One of the assistant's turns. ``end``: the token that the template ends it with; None if it is no end."""
+    """One of the assistant's turns.
+
+    Attributes:
+        end: the token that the template ends it with; None if it is no end.
+        ids: the completion's, without its end.
+    """
 
     before: Conversation
     prompt: str
     completion: str
     end: int | None
+    ids: tuple[int, ...]
 
 
 def turns(
@@ -92,19 +144,22 @@ def turns(
     places = [place for place, message in enumerate(given) if message["role"] == ASSISTANT and place > 0]
     if not places:
         raise DataError("no turn of the assistant after another one")
+    reader = _Reader(tokenizer, given)
     for place in places[-1:] if last_only else places:
         before = Conversation(tuple(given[:place]), tuple(tools) if tools else None, variables)
-        prompt, whole = before.render(tokenizer), before.render(tokenizer, given[place])
+        shown = replace(before, messages=tuple(reader.messages[:place]))
+        prompt, whole = shown.render(tokenizer), shown.render(tokenizer, reader.messages[place])
         if not whole.startswith(prompt):
             raise DataError(
                 f"the chat template begins the answer of message {place + 1} otherwise than it asks for one "
-                f"(with {_start_of_answer(prompt)!r}): set what it looks at in data.template, such as "
+                f"(with {_start_of_answer(reader.plain(prompt))!r}): set what it looks at in data.template, such as "
                 "enable_thinking = false"
             )
         completion, end = _cut(whole[len(prompt) :], tokenizer, ends)
         if not completion.strip():
             raise DataError(f"message {place + 1}, of the assistant, is empty")
-        yield Turn(before, prompt, completion, end)
+        ids = tuple(reader.ids(completion))
+        yield Turn(before, reader.plain(prompt), reader.plain(completion), end, ids)
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:

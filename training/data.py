@@ -27,6 +27,7 @@ class Example:
         where: file and line.
         conversation: what the prompt was made of by the base's chat template; None for a prompt that was given.
         end: the token that ends the completion; None is the tokenizer's EOS.
+        completion_ids: of the base's; None where they are the completion's as text.
     """
 
     prompt: str
@@ -36,6 +37,7 @@ class Example:
     where: str = field(default="", compare=False)
     conversation: Conversation | None = None
     end: int | None = None
+    completion_ids: tuple[int, ...] | None = None
 
     def prompt_ids(self, tokenizer: Any) -> list[int]:
         """The prompt's ids as the member with this tokenizer reads it: a conversation by its own chat template.
@@ -112,7 +114,7 @@ def _turns(
             last_only=settings.answers == "last",
             variables=settings.template,
         ):
-            yield Example(turn.prompt, turn.completion, task, complete, where, turn.before, turn.end)
+            yield Example(turn.prompt, turn.completion, task, complete, where, turn.before, turn.end, turn.ids)
     except DataError as error:
         raise DataError(f"{where}: column {settings.messages!r}: {error}") from error
 
@@ -131,7 +133,10 @@ def tokenize(examples: Sequence[Example], tokenizer: Any, max_tokens: int) -> tu
     ids: list[TokenExample] = []
     for example in examples:
         prompt = example.prompt_ids(tokenizer)
-        completion = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
+        if example.completion_ids is not None:
+            completion = list(example.completion_ids)
+        else:
+            completion = list(tokenizer(example.completion, add_special_tokens=False)["input_ids"])
         if not prompt or not completion:
             text = example.completion if prompt else example.prompt
             raise DataError(f"{example.where}: the tokenizer makes no token of {text!r}")

@@ -239,10 +239,20 @@ class Pair:
             # The first steps compile and allocate; they are no part of what is timed.
             self._warm = True
             few = Questions(questions.examples[:2], questions.tokens[:2], questions.room)
-            self._generate(few, collaboration, seed, "warm up")
+            self.complete(few, collaboration, "warm up", seed=seed)
         started = time.monotonic()
-        completions = self._generate(questions, collaboration, seed, label)
-        seconds = time.monotonic() - started
+        completions = self.complete(questions, collaboration, label, seed=seed)
+        return self.result(questions, completions, time.monotonic() - started, member)
+
+    def result(
+        self, questions: Questions, completions: Sequence[Completion], seconds: float, member: int | None = None
+    ) -> Result:
+        """What :meth:`complete` brought, as answers.
+
+        Args:
+            seconds: that they took together.
+            member: the lane alone that wrote them.
+        """
         found = zip(questions.examples, completions, strict=True)
         lanes = [spent for completion in completions if completion.cost for spent in enumerate(completion.cost.seconds)]
         return Result(
@@ -252,12 +262,33 @@ class Pair:
             lane_seconds=sum(spent for _, spent in lanes),
         )
 
-    def _generate(self, questions: Questions, collaboration: Collaboration, seed: int, label: str) -> list[Completion]:
+    def complete(
+        self,
+        questions: Questions,
+        collaboration: Collaboration,
+        label: str,
+        *,
+        seed: int = 0,
+        temperature: float = 0.0,
+        logprobs: int | None = None,
+    ) -> list[Completion]:
+        """The questions' completions, in their order.
+
+        Args:
+            label: of the progress bar.
+            seed: each question draws by one of its own, derived from this.
+            logprobs: as in :class:`~engine.types.SamplingSpec`.
+
+        Raises:
+            TrainingError: the engine fails a request or ends.
+        """
         requests = []
         member = collaboration.member
         for number, (example, tokens) in enumerate(zip(questions.examples, questions.tokens, strict=True)):
             room = len(tokens.completion) + questions.room
-            sampling = SamplingSpec(temperature=0.0, seed=seed * 1_000_003 + number, max_tokens=room)
+            sampling = SamplingSpec(
+                temperature=temperature, seed=seed * 1_000_003 + number, max_tokens=room, logprobs=logprobs
+            )
             prompt = example.prompt_ids(self._own[member]) if member in self._own else tokens.prompt
             if member is None and self._own:
                 prompts = tuple((lane, example.prompt_ids(own)) for lane, own in self._own.items())

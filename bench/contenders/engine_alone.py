@@ -14,7 +14,8 @@ from engine.blends import Blend
 from engine.client import EngineClient
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
 from engine.errors import CollmError
-from engine.types import BASE, Collaboration, Delta, EngineStats, GenerationRequest, RunAhead, SamplingSpec
+from engine.stats import EngineStats
+from engine.types import BASE, Collaboration, Delta, GenerationRequest, RunAhead, SamplingSpec
 
 
 def engine_config(settings: Settings) -> EngineConfig:

@@ -17,7 +17,8 @@ import msgspec
 
 from engine.blends import Blend
 from engine.grammar.worker import Setup
-from engine.types import ErrorCode, GenerationRequest, LaneInfo, LaneStats, SamplingSpec, TokenLogprobs
+from engine.stats import LaneStats
+from engine.types import ErrorCode, GenerationRequest, LaneInfo, SamplingSpec, TokenLogprobs
 
 
 class Part(NamedTuple):

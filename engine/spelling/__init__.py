@@ -12,6 +12,7 @@ The text of an answer is bytes that all members have in common. Each member read
 - :mod:`~engine.spelling.scores`: what a model says of a text in another vocabulary's tokens;
 - :mod:`~engine.spelling.words`: words that a model writes into another one's text;
 - :mod:`~engine.spelling.named`: what requests name of this;
+- :mod:`~engine.spelling.guard`: special tokens in messages stay text;
 - :mod:`~engine.spelling.union`: a step of UniTE, and SAFE's reasons for not taking it;
 - :mod:`~engine.spelling.symbols`, :mod:`~engine.spelling.chorus`: several members write a text character by character.
 

@@ -89,11 +89,19 @@ class Strategies:
         for lane, _ in answer.request.collaboration.prompts:
             if member is not None or not BASE < lane < self._lanes:
                 raise Rejected("prompts are for the experts of the joint model", field="collaboration.prompts")
+        by_characters = (
+            member is None and self._members > 1 and self._strategy(answer.request.collaboration) == "characters"
+        )
+        if answer.request.collaboration.veto and (by_characters or answer.request.collaboration.blend is not None):
+            raise Rejected(
+                "veto: an expert's own token may stand back for the base's; here members write together",
+                field="collaboration.veto",
+            )
         if answer.request.scores:
             if self.words.concerns(self.deferral.experts(answer)):
                 raise Rejected("score: a text cannot be scored by members with vocabularies of their own", field=SCORE)
             return self.scoring.begin(answer)
-        if member is None and self._members > 1 and self._strategy(answer.request.collaboration) == "characters":
+        if by_characters:
             if self._characters is None:
                 raise Rejected("characters: the members' tokens are not known as bytes", field="collaboration.strategy")
             return self._characters.begin(answer)

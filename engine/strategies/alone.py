@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from engine.lanes.interface import Sample
 from engine.sequence import Sequence
 from engine.strategies.base import LOST, Ask, Counters, Decision, End, SharedText
-from engine.types import BASE, Token
+from engine.types import BASE, Look, Token
 
 
 class Alone:
@@ -42,7 +42,12 @@ class AloneDecoding(SharedText):
         """It stands."""
         if fault is not None:
             return (fault,)
-        return (Token(sample.token, lane, None, sample.logprobs), self._ask)
+        return (Token(sample.token, lane, None, sample.logprobs, look=self._look(sample)), self._ask)
+
+    def _look(self, sample: Sample) -> Look | None:
+        if not self.answer.request.collaboration.looks:
+            return None
+        return Look(sample.top_probability) if self.primary_lane == BASE else Look(None, sample.top_probability)
 
     def on_lane_lost(self, lane: int) -> Iterable[Decision]:
         """There is nobody else."""

@@ -77,7 +77,7 @@ class Rejected(Exception):
 
 
 class Counters(msgspec.Struct):
-    """What strategies count; see :class:`~engine.types.EngineStats`."""
+    """What strategies count; see :class:`~engine.stats.EngineStats`."""
 
     gate_errors: int = 0
     expert_failures: int = 0
@@ -85,6 +85,7 @@ class Counters(msgspec.Struct):
     runahead_accepted: int = 0
     runahead_discarded: int = 0
     unaligned_deferrals: int = 0
+    vetoed: int = 0
 
 
 class Decoding(ABC):
@@ -191,8 +192,13 @@ class SharedText(Decoding):
             list(answer.tokens),
             self.sampling(lane),
             final=len(answer.tokens),
+            wants_top_probability=self.wants_top_probability(lane),
             draw_offset=answer.prompt_length - self.prompt_lengths[lane],
         )
+
+    def wants_top_probability(self, lane: int) -> bool:
+        """Whether a lane is to say how sure it is."""
+        return self.answer.request.collaboration.looks
 
     def extend(self, lane: int) -> Extension | None:
         """What is written since."""

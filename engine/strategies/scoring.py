@@ -4,7 +4,8 @@ What is scored is the distribution that the request would write from at each pos
 
 * without a blend, under a policy that asks the gate: the marginal over the gate, ``sum_k P(Z = k) D_k``, which is what
   the method trains (Co-LLM, arXiv 2403.03870, equation 3);
-* without a blend, under another policy: the expert's distribution where the policy defers, the base's elsewhere;
+* without a blend, under another policy: the expert's distribution where the policy defers and the expert does not
+  stand back, the base's elsewhere;
 * with a blend: the blend's where the policy defers, the base's elsewhere.
 
 The text passes through the lanes in windows. All its tokens but the first are told as if they had been written, and
@@ -86,6 +87,12 @@ class Scoring:
                 lanes = sorted(experts)
                 marginal = Blend("mixture", tuple((lane, 0.0) for lane in (BASE, *lanes)), from_gate=True)
                 roles = roles._replace(blend=marginal, chain=tuple(lanes))
+        if collaboration.veto and roles.blend is not None:
+            raise Rejected(
+                "veto: where several members are averaged, and the marginal over the gate is such an average, none of"
+                " them stands back",
+                field="collaboration.veto",
+            )
         return ScoringDecoding(answer, shared, roles, everywhere=collaboration.blend is None, longest=self._window)
 
 
@@ -128,6 +135,8 @@ class ScoringDecoding(DeferralDecoding):
     def __init__(self, answer: Sequence, shared: Deferral, roles: Roles, *, everywhere: bool, longest: int) -> None:
         super().__init__(answer, shared, roles.policy, roles.threshold, roles.experts, 0)
         self.roles = roles
+        if roles.blend is not None:
+            self.veto = 0.0
         self.everywhere = everywhere
         self.longest = longest
         self.text = answer.request.prompt
@@ -177,7 +186,7 @@ class ScoringDecoding(DeferralDecoding):
             self.sampling(lane),
             final=self._final,
             asked=tuple(self.pending),
-            wants_top_probability=lane == BASE and self.policy.needs == "top_probability",
+            wants_top_probability=self.wants_top_probability(lane),
             part=self._part(lane),
             scores=True,
         )
@@ -217,7 +226,11 @@ class ScoringDecoding(DeferralDecoding):
         elif self.roles.blend is None or lane == self.roles.blend.writer:
             if sample.support is not None and any(map(math.isnan, sample.support)):
                 return (End(f"score: {NO_DISTRIBUTION}", ErrorCode.BAD_READING),)
-            self.entries[position - self.first] = sample.logprobs
+            try:
+                if not self._stands_back(sample):
+                    self.entries[position - self.first] = sample.logprobs
+            except ValueError as error:
+                return (End(str(error), ErrorCode.BAD_READING),)
         return () if self.pending else self._on_turn_over(lane)
 
     def on_lane_lost(self, lane: int) -> Iterable[Decision]:

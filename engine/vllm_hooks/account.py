@@ -9,7 +9,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from engine.lanes.interface import Computed
-from engine.types import LaneStats
+from engine.stats import LaneStats
 
 if TYPE_CHECKING:
     from engine.vllm_hooks.guest import GuestLane

@@ -9,7 +9,8 @@ import msgspec
 from vllm.lora.request import LoRARequest
 
 from engine.lanes.interface import LaneReport, LaneWork, Refusal
-from engine.types import GenerationRequest, LaneInfo, LaneStats
+from engine.stats import LaneStats
+from engine.types import GenerationRequest, LaneInfo
 from engine.vllm_hooks.adapters import LaneAdapter
 
 if TYPE_CHECKING:

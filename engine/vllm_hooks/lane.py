@@ -24,11 +24,11 @@ from engine.errors import ConfigError
 from engine.grammar.checker import Templates
 from engine.lanes.interface import Computed, Failure, LaneReport, LaneWork, Launched, Refusal, Sample
 from engine.lanes.shelf import Shelf
+from engine.stats import LaneStats
 from engine.types import (
     ErrorCode,
     GenerationRequest,
     LaneInfo,
-    LaneStats,
     SamplingSpec,
     StructuredOutputs,
 )

@@ -35,11 +35,13 @@ class Token:
         text: may be empty, for the end of the text or a part of a character.
         source: "base" or an expert's name.
         deferral: the gate's probability; None where it was not asked.
+        check: it deserves a second look.
     """
 
     text: str
     source: str
     deferral: float | None
+    check: bool = False
 
 
 @dataclass(slots=True)
@@ -169,6 +171,8 @@ def _piece(choice: dict[str, Any]) -> Piece:
     report = choice.get("collaboration")
     tokens = []
     if report is not None:
-        columns = (report["tokens"], report["sources"], report["deferral_probabilities"])
+        columns = [report["tokens"], report["sources"], report["deferral_probabilities"]]
+        if "check" in report:
+            columns.append(report["check"])
         tokens = [Token(*column) for column in zip(*columns, strict=True)]
     return Piece(text, tokens, choice["finish_reason"], by_characters=report is not None and "pieces" in report)

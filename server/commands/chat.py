@@ -18,6 +18,7 @@ HELP = """\
 /threshold X     defer above X; without X, the server's default
 /share X         in its place: the share of the tokens that experts should write; without X, none
 /policy NAME     who decides; without NAME, the server's default
+/veto X          an expert less sure than X stands back; without X, the server's default
 /blend NAME      what is written where the experts are asked; without NAME, the expert's own token
 /exit            end (also Ctrl+D); Ctrl+C stops an answer"""
 
@@ -120,6 +121,8 @@ class Talk:
             self._choose("threshold", _share_of_one("threshold", argument) if argument else None)
         elif name == "share":
             self._choose("share", _share_of_one("share", argument) if argument else None)
+        elif name == "veto":
+            self._choose("veto", _share_of_one("veto", argument) if argument else None)
         elif name == "blend":
             self._choose("blend", self._blend(argument) if argument else None)
         elif name == "help":
@@ -173,7 +176,8 @@ class Talk:
         else:
             where = f"threshold {in_force.get('threshold', served['thresholds'][policy]):g}"
         blend = f", blend {in_force['blend']}" if "blend" in in_force else ""
-        _confirm(f"policy {policy}, {where}{blend}")
+        veto = f", veto {in_force['veto']:g}" if "veto" in in_force else ""
+        _confirm(f"policy {policy}, {where}{veto}{blend}")
 
 
 def _share_of_one(name: str, text: str) -> float:

@@ -60,6 +60,10 @@ _GENERATION: list[Callable[[Any], Any]] = [
     click.option("--rate", type=click.FloatRange(0, 1), help="Share of tokens that the policy random defers."),
     click.option("--max-expert-tokens", type=click.IntRange(0), help="After so many the base writes alone."),
     click.option(
+        "--veto", type=click.FloatRange(0, 1),
+        help="An expert that is less sure than this stands back for the base.  [default: the server's, usually 0]",
+    ),
+    click.option(
         "--expert", "experts", multiple=True, metavar="NAME",
         help="An expert that may write; may be given several times.  [default: all]",
     ),
@@ -89,7 +93,7 @@ _GENERATION: list[Callable[[Any], Any]] = [
 ]  # fmt: skip
 
 
-COLLABORATION = ("policy", "threshold", "share", "rate", "max_expert_tokens", "experts", "blend", "strategy")
+COLLABORATION = ("policy", "threshold", "share", "rate", "max_expert_tokens", "veto", "experts", "blend", "strategy")
 """Options that are fields of ``collaboration``."""
 
 

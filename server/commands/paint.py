@@ -16,6 +16,9 @@ from server.commands.api import Piece
 STYLES = ("underline yellow", "bold underline green", "italic underline magenta", "reverse cyan")
 """Of experts, in the order in which they first write. No two differ by colour alone."""
 
+CHECK, CHECK_BASE = "underline2", "red"
+"""Of a token that deserves a second look: underlined twice, and the base's, which has no colour of its own, red."""
+
 
 def coloured(color: str) -> bool:
     """Whether to colour, by the option ``--color``."""
@@ -41,6 +44,7 @@ class Painter:
     def paint(self, pieces: Iterable[Piece]) -> str:
         """Write an answer as it comes, then, in colour, who wrote how much; returns its text."""
         counts: Counter[str] = Counter()
+        checks = 0
         written: list[str] = []
         started, first = time.perf_counter(), None
         finish: str | None = None
@@ -51,6 +55,7 @@ class Painter:
                     first = time.perf_counter()
                 written.append(piece.text)
                 counts.update(token.source for token in piece.tokens)
+                checks += sum(token.check for token in piece.tokens)
                 finish = piece.finish_reason or finish
                 unit = "pieces" if piece.by_characters else unit
                 self._show(piece)
@@ -58,7 +63,7 @@ class Painter:
             self._end("".join(written))
         if self.coloured:
             elapsed = time.perf_counter() - started
-            self._sum_up(unit, counts, finish, elapsed, None if first is None else first - started)
+            self._sum_up(unit, counts, finish, elapsed, None if first is None else first - started, checks)
         return "".join(written)
 
     def _show(self, piece: Piece) -> None:
@@ -66,6 +71,8 @@ class Painter:
             for token in piece.tokens:
                 if token.text:
                     style = self._styles.setdefault(token.source, STYLES[(len(self._styles) - 1) % len(STYLES)])
+                    if token.check:
+                        style = f"{style or CHECK_BASE} {CHECK}"
                     self._console.print(Text(visible(token.text), style), end="")
             return
         sys.stdout.write(visible(piece.text) if sys.stdout.isatty() else piece.text)
@@ -77,7 +84,9 @@ class Painter:
             sys.stdout.write("\n")
         sys.stdout.flush()
 
-    def _sum_up(self, unit: str, counts: Counter[str], finish: str | None, seconds: float, first: float | None) -> None:
+    def _sum_up(
+        self, unit: str, counts: Counter[str], finish: str | None, seconds: float, first: float | None, checks: int
+    ) -> None:
         total = counts.total()
         line = Text(style="dim")
         line.append(f"{total} {unit}")
@@ -89,6 +98,8 @@ class Painter:
             line.append(f" · {total / seconds:.0f} {unit}/s")
         if first is not None:
             line.append(f" · first token {first * 1000:.0f} ms")
+        if checks:
+            line.append(" · ").append(f"{checks} to be checked", f"{CHECK} {CHECK_BASE}")
         if finish == "length":
             line.append(" · cut at --max-tokens")
         self._console.print(line)

@@ -162,8 +162,13 @@ class CollaborationOptions(Strict):
     ``echo`` with ``logprobs``): the base's, or those of what would be written after each of them: the gate's mixture of
     base and experts, what the policy chooses, or the blend. Default: "base"."""
 
+    veto: float | None = Field(default=None, ge=0, le=1)
+    """An expert whose top probability (at temperature 1, before penalties) is below this stands back: the base's own
+    token is written. 0 is none. Not with a blend. Default: the server's, usually 0."""
+
     report: bool | None = None
-    """Return each token's text, source and deferral probability in ``choices[].collaboration``."""
+    """Return each token's text, source and deferral probability in ``choices[].collaboration``, how sure the models
+    were of it, and whether it deserves a second look (``check``)."""
 
 
 class StreamOptions(Strict):

@@ -15,6 +15,8 @@ FinishReason = Literal["stop", "length"]
 class CompletionTokensDetails(Struct):
     """Who wrote how much; sums to ``completion_tokens``. ``blended_tokens`` is left out where there are none.
 
+    ``vetoed_tokens`` says of how many of the base's tokens an expert stood back; left out where of none.
+
     Of a text that was written by characters these are pieces, by the member that found each most probable, and
     ``text_bytes`` says how long they are together.
     """
@@ -23,6 +25,7 @@ class CompletionTokensDetails(Struct):
     expert_tokens: int
     blended_tokens: int | UnsetType = UNSET
     text_bytes: int | UnsetType = UNSET
+    vetoed_tokens: int | UnsetType = UNSET
 
 
 class PromptTokensDetails(Struct):
@@ -106,6 +109,11 @@ class CollaborationReport(Struct):
             where nothing was blended.
         pieces: where members write by characters.
         words: where experts with vocabularies of their own have written.
+        base_confidences: the base's top probability at each position; null where it was not asked.
+        expert_confidences: the expert's, whether its token was written or stood back; null where none was asked.
+        agreed: whether the token of who was asked is the base's own; null where nobody was asked.
+        check: whether a token deserves a second look: who wrote it was not sure, or an expert stood back.
+        vetoed: whether an expert stood back; left out where none did.
     """
 
     tokens: list[str]
@@ -114,6 +122,11 @@ class CollaborationReport(Struct):
     support: list[dict[str, float] | None] | UnsetType = UNSET
     pieces: list[WrittenPiece] | UnsetType = UNSET
     words: list[ReportedWord] | UnsetType = UNSET
+    base_confidences: list[float | None] | UnsetType = UNSET
+    expert_confidences: list[float | None] | UnsetType = UNSET
+    agreed: list[bool | None] | UnsetType = UNSET
+    check: list[bool] | UnsetType = UNSET
+    vetoed: list[bool] | UnsetType = UNSET
 
 
 class LegacyLogprobs(Struct):
@@ -263,7 +276,8 @@ class ServedCollaboration(Struct):
     ``policies`` are those that this pair can use (some need a gate), ``thresholds`` the default of each that has one.
     The first of ``strategies`` is the default. ``vocabularies`` are the "same", or "spelled": each member has its own.
     ``curve``: by rising threshold, the share of the tokens that experts wrote at it when the gate was calibrated; left
-    out where that is not known. ``collaboration.share`` goes by it.
+    out where that is not known. ``collaboration.share`` goes by it. ``veto`` is the default of ``collaboration.veto``,
+    left out where that is none.
     """
 
     policy: PolicyName
@@ -275,6 +289,7 @@ class ServedCollaboration(Struct):
     strategies: list[StrategyName]
     vocabularies: Relation
     curve: list[CurvePoint] | UnsetType = UNSET
+    veto: float | UnsetType = UNSET
 
 
 class ModelCard(Struct):

@@ -30,6 +30,7 @@ class ChatRenderer:
 
     Args:
         prompt_ids: token ids of the rendered conversation.
+        check_below: see :func:`~server.rendering.common.report`.
     """
 
     def __init__(
@@ -40,7 +41,9 @@ class ChatRenderer:
         *,
         head: Head,
         prompt_ids: list[int],
+        check_below: float,
     ) -> None:
+        self._check_below = check_below
         self._body = body
         self._tokenizer = tokenizer
         self._shown = TokenNames(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
@@ -58,7 +61,7 @@ class ChatRenderer:
             role = ChatChunkChoice(choice.index, ChatDelta("assistant", ""), None, None)
             if self._body.report:
                 # Empty, so that clients may count on it in every chunk.
-                role.collaboration = report(Piece(), self._lane_names, asked_of(choice))
+                role.collaboration = report(Piece(), self._lane_names, asked_of(choice), check_below=self._check_below)
             chunks.append(self._chunk([role], shown))
             if self._body.return_token_ids and not self._begun:
                 chunks[0].prompt_token_ids = self._prompt_ids
@@ -97,7 +100,7 @@ class ChatRenderer:
 
     def _add_extras(self, rendered: ChatChoice | ChatChunkChoice, choice: Choice, piece: Piece) -> None:
         if self._body.report:
-            rendered.collaboration = report(piece, self._lane_names, asked_of(choice))
+            rendered.collaboration = report(piece, self._lane_names, asked_of(choice), check_below=self._check_below)
         if self._body.return_token_ids:
             rendered.token_ids = piece.tokens
 

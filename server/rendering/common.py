@@ -9,6 +9,7 @@ from typing import Protocol
 
 import msgspec
 
+from engine.second_look import CHECK_BELOW, deserves_check
 from engine.strategies.characters.requests import members
 from engine.types import BLEND, NEGATIVE, Collaboration, TokenLogprobs
 from server.choice import Choice
@@ -59,11 +60,14 @@ class Renderer(Protocol):
         ...
 
 
-def report(piece: Piece, lane_names: Sequence[str], asked: Collaboration | None = None) -> CollaborationReport:
+def report(
+    piece: Piece, lane_names: Sequence[str], asked: Collaboration | None = None, *, check_below: float = CHECK_BELOW
+) -> CollaborationReport:
     """A piece's tokens with their sources and deferral probabilities.
 
     Args:
         asked: by the request; says whose support a token has that several members wrote.
+        check_below: see :func:`~engine.second_look.deserves_check`.
     """
     sources = ["blend" if source == BLEND else lane_names[source] for source in piece.sources]
     whole = CollaborationReport(piece.token_texts, sources, piece.deferrals)
@@ -85,6 +89,17 @@ def report(piece: Piece, lane_names: Sequence[str], asked: Collaboration | None 
         for number, values in piece.support:
             support[number] = {name: finite(value) for name, value in zip(taking_part, values, strict=True)}
         whole.support = support
+    if asked is not None and asked.looks and len(piece.looks) == len(piece.tokens):
+        whole.base_confidences = [look.base for look in piece.looks]
+        whole.expert_confidences = [look.expert for look in piece.looks]
+        whole.agreed = [look.agreed for look in piece.looks]
+        supports, vetoed = dict(piece.support), set(piece.vetoed)
+        whole.check = [
+            deserves_check(source, look, supports.get(number), vetoed=number in vetoed, below=check_below)
+            for number, (source, look) in enumerate(zip(piece.sources, piece.looks, strict=True))
+        ]
+    if piece.vetoed:
+        whole.vetoed = [number in set(piece.vetoed) for number in range(len(piece.tokens))]
     if piece.words:
         whole.words = [
             ReportedWord(word.start, word.length, lane_names[word.source], finite(word.logprob)) for word in piece.words

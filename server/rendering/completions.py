@@ -31,6 +31,7 @@ class CompletionRenderer:
     Args:
         prompt_ids: token ids of the prompts.
         prompts: the prompts to be echoed, or None.
+        check_below: see :func:`~server.rendering.common.report`.
     """
 
     def __init__(
@@ -42,7 +43,9 @@ class CompletionRenderer:
         head: Head,
         prompt_ids: Sequence[list[int]],
         prompts: Sequence[EchoedPrompt] | None,
+        check_below: float,
     ) -> None:
+        self._check_below = check_below
         self._body = body
         self._tokenizer = tokenizer
         self._shown = TokenNames(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
@@ -96,7 +99,7 @@ class CompletionRenderer:
             piece.finish_reason,
         )
         if body.report:
-            rendered.collaboration = report(piece, self._lane_names, asked_of(choice))
+            rendered.collaboration = report(piece, self._lane_names, asked_of(choice), check_below=self._check_below)
         if body.return_token_ids:
             rendered.token_ids = piece.tokens
             if first:

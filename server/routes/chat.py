@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from engine.spelling.guard import GuardError, SpecialTokenGuard
 from engine.types import BASE
 from server.admission import Places
 from server.call import Call, read_call
@@ -23,7 +24,6 @@ from server.sampling import bad_words_of, for_choice, sampling_of
 from server.serve import Prepared, serve
 from server.strategies import check_fields
 from server.text.chat_template import ChatTemplate, ChatTemplateError
-from server.text.guard import GuardError, SpecialTokenGuard
 
 router = APIRouter(tags=["generation"])
 
@@ -76,7 +76,14 @@ async def _prepare(call: Call[ChatRequest], places: Places) -> Prepared:
     for index in range(body.n or 1):
         generation = call.generation(index, prompt, for_choice(sampling, index, limit), collaboration)
         choices.append(call.choice(index, prompt, generation, places, scores=scores))
-    renderer = ChatRenderer(body, tokenizer, service.models.lane_names, head=call.head(), prompt_ids=prompt)
+    renderer = ChatRenderer(
+        body,
+        tokenizer,
+        service.models.lane_names,
+        head=call.head(),
+        prompt_ids=prompt,
+        check_below=service.settings.server.check_below,
+    )
     return Prepared(choices, renderer, len(prompt))
 
 

@@ -104,6 +104,7 @@ async def _prepare(call: Call[CompletionRequest], places: Places) -> Prepared:
         head=call.head(),
         prompt_ids=prompts,
         prompts=await _echoed(tokenizer, body, prompts) if body.echo else None,
+        check_below=service.settings.server.check_below,
     )
     return Prepared(choices, renderer, sum(map(len, prompts)))
 

@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from server.text.tokenizer import TextTokenizer, TokenizerError
 
 _ESCAPED_MARK = re.compile(r"(\\\\)|\\u(fd[de][0-9a-f])")
-"""A mark of :mod:`server.text.guard` that JSON has escaped; a backslash before another is one of the text's own."""
+"""A mark of :mod:`engine.spelling.guard` that JSON has escaped; a backslash before another is one of the text's own."""
 
 _RESERVED = frozenset({"messages", "add_generation_prompt", "continue_final_message", "tools", "documents"})
 _END = "\ue000END OF THE LAST MESSAGE\ue000 "

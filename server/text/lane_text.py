@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from engine.spelling.guard import SpecialTokenGuard
 from server.text.chat_template import ChatTemplate
-from server.text.guard import SpecialTokenGuard
 from server.text.tokenizer import TextTokenizer
 
 

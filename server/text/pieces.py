@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.types import Delta, TokenLogprobs, WrittenWord
+from engine.types import Delta, Look, TokenLogprobs, WrittenWord
 from server.text.detokenize import Detokenizer
 from server.text.stop import StopMatcher
 
@@ -25,6 +25,8 @@ class Piece:
         support: (number of the token in this piece, log-probability with each member) of blended tokens.
         words: those that experts of other vocabularies wrote and that begin in this piece; ``start`` is the number of
             the token in this piece.
+        looks: how sure the models were of each token, if the request asked; else empty.
+        vetoed: numbers of tokens in this piece for which an expert stood back.
         spans: of a text that is not written in tokens: where each of its pieces lies in the answer, in bytes.
         prompt_logprobs: with the first piece if asked for, one entry for each prompt token but the first.
     """
@@ -41,11 +43,15 @@ class Piece:
     support: list[tuple[int, list[float]]] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
     words: list[WrittenWord] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
+    vetoed: list[int] = field(default_factory=list)
 
     def extend(self, other: Piece) -> None:
         """Append the piece that follows."""
         self.support += [(number + len(self.tokens), values) for number, values in other.support]
         self.spans += other.spans
+        self.vetoed += [number + len(self.tokens) for number in other.vetoed]
+        self.looks += other.looks
         self.words += [word.moved(len(self.tokens)) for word in other.words]
         self.text += other.text
         self.token_texts += other.token_texts
@@ -123,6 +129,8 @@ class PieceBuilder:
             before = len(pending.tokens)
             pending.support += [(number + before, values) for number, values in delta.support if number < used]
         pending.words += [word.moved(len(pending.tokens)) for word in delta.words if word.start < used]
+        pending.vetoed += [number + len(pending.tokens) for number in delta.vetoed if number < used]
+        pending.looks += delta.looks[:used]
         pending.tokens += delta.tokens[:used]
         pending.sources += delta.sources[:used]
         pending.deferrals += delta.deferrals[:used]
@@ -200,6 +208,8 @@ def _split(piece: Piece, count: int) -> tuple[Piece, Piece]:
             support=[(number, values) for number, values in piece.support if number < count],
             spans=piece.spans[:count],
             words=[word for word in piece.words if word.start < count],
+            looks=piece.looks[:count],
+            vetoed=[number for number in piece.vetoed if number < count],
         ),
         Piece(
             "",
@@ -212,5 +222,7 @@ def _split(piece: Piece, count: int) -> tuple[Piece, Piece]:
             support=[(number - count, values) for number, values in piece.support if number >= count],
             spans=piece.spans[count:],
             words=[word.moved(-count) for word in piece.words if word.start >= count],
+            looks=piece.looks[count:],
+            vetoed=[number - count for number in piece.vetoed if number >= count],
         ),
     )

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from engine.checkpoints import tokenizer_folder
 from engine.errors import CheckpointError
 from engine.spelling.decoding import Decoding, decoding_of, token_bytes
+from engine.spelling.guard import SpecialTokenGuard
 from server.text.detokenize import CONTEXT, Detokenizer, TableDetokenizer, WindowDetokenizer
-from server.text.guard import SpecialTokenGuard
 
 _FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -133,7 +133,7 @@ class TextTokenizer:
         )
 
     def guard(self, chat_template: str) -> SpecialTokenGuard:
-        """What keeps special tokens out of messages; see :mod:`server.text.guard`."""
+        """What keeps special tokens out of messages; see :mod:`engine.spelling.guard`."""
         return SpecialTokenGuard(self._tokenizer, chat_template)
 
     def is_special(self, token: int) -> bool:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from engine.types import EngineInfo, EngineStats, LaneInfo, LaneStats
+from engine.stats import EngineStats, LaneStats
+from engine.types import EngineInfo, LaneInfo
 from server.metrics import Metrics
 from tests.packaging.sources import ROOT
 

@@ -72,6 +72,8 @@ def mixed_requests(count: int, pair: Pair, seed: int = 0) -> list[GenerationRequ
             experts=maybe(tuple(dice.sample(range(1, pair.lanes), dice.randrange(pair.lanes)))),
             run_ahead=dice.choice((None, "auto", "off", 1, 3, 9)),
             blend=maybe(blend()),
+            veto=maybe(dice.choice((0.0, 0.4)), 0.2),
+            looks=dice.random() < 0.3,
         )
 
     return [one(number) for number in range(count)]

@@ -7,17 +7,15 @@ the draws.
 from __future__ import annotations
 
 import math
-import zlib
-from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 
-from bench.standin import combination, distribution, gate_values, next_token, support
+from bench.standin import combination, distribution, gate_values, next_token, support, top_probability
 from engine import draws
 from engine.blends import Blend
-from engine.types import BASE, BLEND, Completion, Delta, GenerationRequest, PolicyName, TokenLogprobs, WrittenWord
+from engine.types import BASE, BLEND, Completion, Delta, GenerationRequest, Look, PolicyName, TokenLogprobs, WrittenWord
 
 NEEDS_GATE = ("threshold", "sample")
 
@@ -54,6 +52,8 @@ class Written:
     prompt_logprobs: list[TokenLogprobs] | None = None
     support: list[tuple[int, list[float]]] = field(default_factory=list)
     words: list[WrittenWord] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
+    vetoed: list[int] = field(default_factory=list)
 
 
 class Ledger:
@@ -71,6 +71,9 @@ class Ledger:
             assert len(delta.tokens) == len(delta.sources) == len(delta.deferrals)
             whole.support += [(len(whole.tokens) + index, values) for index, values in delta.support]
             whole.words += [word.moved(len(whole.tokens)) for word in delta.words]
+            assert len(delta.looks) in (0, len(delta.tokens))
+            whole.looks += delta.looks
+            whole.vetoed += [len(whole.tokens) + index for index in delta.vetoed]
             whole.tokens += delta.tokens
             whole.sources += delta.sources
             whole.deferrals += delta.deferrals
@@ -139,10 +142,16 @@ def refused(request: GenerationRequest, pair: Pair) -> bool:
         or bool(own and (member is not None or not all(1 <= lane < pair.lanes for lane in own)))
         or request.sampling.max_tokens < 1
         or (request.scores and (len(request.prompt) < 2 or member is not None or bool(own)))
+        or bool(request.collaboration.veto and (blend is not None or (request.scores and averages(request, pair))))
         or not 0 <= (member or 0) < pair.lanes
         or any(not 1 <= lane < pair.lanes for lane in experts)
         or (bool(experts) and not pair.has_gate and (request.collaboration.policy or pair.policy) in NEEDS_GATE)
     )
+
+
+def averages(request: GenerationRequest, pair: Pair) -> bool:
+    """Whether a text is scored by the marginal over the gate."""
+    return bool(allowed_experts(request, pair)) and (request.collaboration.policy or pair.policy) in NEEDS_GATE
 
 
 def look(request: GenerationRequest, pair: Pair, prefix: list[int], expert_tokens: int) -> tuple[int, float | None]:
@@ -162,7 +171,7 @@ def look(request: GenerationRequest, pair: Pair, prefix: list[int], expert_token
         odds = {lane: math.exp(values[lane - 1]) for lane in experts}
         deferral = sum(odds.values()) / (1.0 + sum(odds.values()))
     if policy == "confidence":
-        deferral = 1.0 - zlib.crc32(array("I", prefix).tobytes(), 99) % 1001 / 1000.0
+        deferral = 1.0 - top_probability(BASE, prefix)
     if collaboration.max_expert_tokens is not None and expert_tokens >= collaboration.max_expert_tokens:
         return BASE, deferral
     likeliest = next(lane for lane in experts if odds[lane] == max(odds.values()))
@@ -204,12 +213,25 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
         writer, deferral = look(request, pair, prefix, expert_tokens)
         token = next_token(writer, prefixes[writer], pair.vocab_size)
         blend = request.collaboration.blend
+        base_token = next_token(BASE, prefix, pair.vocab_size)
+        sure = [top_probability(lane, prefixes[lane]) for lane in range(pair.lanes)]
+        seen = Look(sure[BASE])
+        if writer != BASE:
+            seen = Look(sure[BASE], sure[writer], token == base_token)
+            if request.collaboration.member is not None:
+                seen = Look(None, sure[writer])
+            elif sure[writer] < (request.collaboration.veto or 0.0):
+                whole.vetoed.append(len(whole.tokens))
+                writer, token = BASE, base_token
         if writer != BASE and blend is not None and not own_distribution(blend):
             said = [distribution(lane, prefixes[lane]) for lane, _ in members(blend)]
             combined = msgspec.structs.replace(blend, weights=tuple(members(blend)))
             gate = gate_values(prefix, pair.experts) if blend.from_gate else None
             token, writer = combination(combined, said, gate) % pair.vocab_size, BLEND
             whole.support.append((len(whole.tokens), [support(of, token) for of in said]))
+            seen = Look(sure[BASE], None, token == base_token)
+        if request.collaboration.looks:
+            whole.looks.append(seen)
         whole.tokens.append(token)
         whole.sources.append(writer)
         whole.deferrals.append(deferral)
@@ -230,6 +252,8 @@ def scored(request: GenerationRequest, pair: Pair, position: int) -> TokenLogpro
     )
     writer, _ = look(unlimited, pair, prefix, 0)
     policy, blend, experts = collaboration.policy or pair.policy, collaboration.blend, allowed_experts(request, pair)
+    if writer != BASE and top_probability(writer, prefix) < (collaboration.veto or 0.0):
+        writer = BASE
     said = distribution(writer, prefix)
     if blend is None and policy in NEEDS_GATE and experts:
         marginal = Blend("mixture", tuple((lane, 0.0) for lane in (BASE, *sorted(experts))), from_gate=True)
@@ -266,6 +290,8 @@ def check(
     assert got.sources == expected.sources[:count]
     assert got.support == [item for item in expected.support if item[0] < count]
     assert got.words == [word for word in expected.words if word.start < count]
+    assert got.looks == expected.looks[:count]
+    assert got.vetoed == [index for index in expected.vetoed if index < count]
     assert all(map(_same_probability, got.deferrals, expected.deferrals))
     assert len(got.deferrals) == count
     if isinstance(got, Written):

@@ -70,6 +70,18 @@ def test_a_top_probability_that_is_none_ends_its_request(bad: float) -> None:
     assert it.counters.gate_errors == 1
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.5, 1.5])
+def test_an_expert_that_does_not_say_how_sure_it_is_ends_a_request_with_a_veto(bad: float) -> None:
+    it = scheduler()
+    it.add(request("a", policy="always", veto=0.5))
+    it.plan(0)
+    it.land(0, [sample(gate=0.0)])
+    it.plan(1)
+    it.land(1, [sample(top_probability=bad)])
+    delta = only(it.take_deltas())
+    assert (delta.finish_reason, delta.error) == ("error", "the expert's top probability is not finite")
+
+
 def test_nobody_looks_at_the_gate_of_a_member_alone() -> None:
     it = scheduler()
     it.add(request("a", member=0))

@@ -16,7 +16,8 @@ import pytest_asyncio
 
 from engine.client import EngineClient
 from engine.errors import EngineDeadError, EngineStartupError, RequestError
-from engine.types import Delta, EngineStats, GenerationRequest, SamplingSpec
+from engine.stats import EngineStats
+from engine.types import Delta, GenerationRequest, SamplingSpec
 from tests.engine.builders import mixed_requests, request, standin_config
 from tests.engine.oracle import Ledger, Pair, check
 

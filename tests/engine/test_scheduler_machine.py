@@ -93,6 +93,8 @@ def requests(draw: st.DrawFn, request_id: str, pair: Pair, *, focus: Focus = "al
         blend=None if plain else draw(st.none() | st.none() | blends(pair)),
         prompts=() if plain else tuple(draw(st.just({}) | st.just({}) | own).items()),
         scores=draw(st.sampled_from(SCORES[focus])),
+        veto=draw(st.sampled_from((None, 0.0, 0.3, 0.7))),
+        looks=draw(st.booleans()),
     )
 
 
@@ -223,6 +225,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         lane, sample = self.landed[-1 if newest else choice % len(self.landed)]
         if not newest and self.requests[sample.request_id].collaboration.run_ahead not in (None, "off"):
             return  # what followed drafts that were cut may come true at the same position, and differ
+        if self.requests[sample.request_id].scores:
+            return  # what is drawn behind a window lies where the next one is scored
         self.inject(lane, sample)
 
     @precondition(lambda self: self.requests)
@@ -446,6 +450,10 @@ SABOTAGED_SCHEDULERS = (
 )  # fmt: skip
 SABOTAGED_LANES = (LosesTokenWhenPreempted, NeverComesBack)
 PATCHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "no expert stands back": lambda patch: patch.setattr(DeferralDecoding, "_stands_back", lambda *_: False),
+    "drafts go on where a veto makes room": lambda patch: patch.setattr(
+        DeferralDecoding, "_hangs_on_a_veto", property(lambda _: False)
+    ),
     "deferrals are lost": lambda patch: patch.setattr(Sequence, "write", loses_deferrals),
     "max_expert_tokens is not looked at": lambda patch: patch.setattr(DeferralDecoding, "may_defer", True),
     "draws are advanced": lambda patch: patch.setattr(DeferralDecoding, "_decide", advances_draws),

@@ -94,6 +94,19 @@ def test_a_word_is_the_experts_tokens_up_to_the_next_words_first() -> None:
     assert hand.got().words[1] == WrittenWord(2, 3, 1, -0.5)
 
 
+def test_a_word_stands_back_at_its_first_unsure_token() -> None:
+    """Not at the one that closes it, which is the next word's first."""
+    hand = Hand()
+    hand.add(veto=0.6)
+    hand.says(0, b"a")
+    hand.says(1, b"ba")  # half sure, as all that the hand says
+    assert hand.text == b"a"
+    assert hand.got().sources == [0]
+    assert hand.got().vetoed == [0]
+    assert hand.scheduler.counters.vetoed == 1
+    assert hand.held[1] != spell(1, b"ba")
+
+
 def test_within_a_word_of_the_bases_the_base_writes() -> None:
     hand = Hand()
     hand.add(experts=(1,), max_expert_tokens=5, policy="random", rate=1.0)

@@ -54,6 +54,8 @@ def requests(draw: st.DrawFn, request_id: str, pair: Pair, *, plain: bool = Fals
         max_expert_tokens=draw(st.none() | st.integers(0, 6)),
         experts=None if plain else draw(st.none() | st.lists(st.integers(1, pair.experts), unique=True).map(tuple)),
         run_ahead=draw(st.sampled_from((None, "off", "auto", 1, 7))),
+        veto=draw(st.sampled_from((None, None, 0.2, 0.5))),
+        looks=draw(st.booleans()),
         prompts=tuple((lane, draw(prompts_of(lane))) for lane in range(1, pair.lanes)),
     )
 
@@ -166,6 +168,7 @@ PATCHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
         Strand, "follow", follows_without_its_own_tokens
     ),
     "others' text is not spelled anew": lambda patch: patch.setattr(Strand, "_respell", spells_only_what_is_new),
+    "no expert stands back": lambda patch: patch.setattr(WordsDecoding, "_stands_back", lambda *_: False),
     "max_expert_tokens is not looked at": lambda patch: patch.setattr(WordsDecoding, "may_defer", ALWAYS),
 }
 

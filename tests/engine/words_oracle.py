@@ -6,8 +6,8 @@ nothing with the engine but the stand-ins' draws.
 
 from __future__ import annotations
 
-from bench.standin import next_token
-from engine.types import BASE, GenerationRequest, WrittenWord
+from bench.standin import next_token, top_probability
+from engine.types import BASE, GenerationRequest, Look, WrittenWord
 from tests.engine import toys
 from tests.engine.oracle import Pair, Written, look, refused
 
@@ -110,20 +110,27 @@ def aligned(lane: int, pieces: list[Piece], upcoming: bytes) -> bool:
     return at == len(text) or len(text) in [at + end for end in ends_of(lane, spell(lane, (text + upcoming)[at:]))]
 
 
-def word_of(lane: int, prompt: list[int], pieces: list[Piece], context: int) -> tuple[bytes, list[int], bool]:
-    """What an expert writes behind a text: its bytes, its tokens, and whether it would end the text instead."""
+def word_of(
+    lane: int, prompt: list[int], pieces: list[Piece], context: int
+) -> tuple[bytes, list[int], bool, list[float]]:
+    """What an expert writes behind a text: its bytes, its tokens, whether it would end the text instead, and how sure
+    it is of each of them.
+    """
     text = b"".join(piece for piece, _ in pieces)
     word, own, before = b"", [], [*prompt, *strand(lane, pieces)]
+    sure: list[float] = []
     while len(before) + len(own) < context:
         token = next_token(lane, [*before, *own], toys.size(lane))
         part = bytes_of(lane, token)
+        confidence = top_probability(lane, [*before, *own])
         if part is None:
-            return word, own, token == toys.end(lane) and not own
+            ended = token == toys.end(lane) and not own
+            return word, own, ended, [confidence] if ended else sure
         too_long = len(word) + len(part) > MOST and not word.endswith(b"\xc3")
         if word and (too_long or begins(lane, text + word, part)):
             break
-        word, own = word + part, [*own, token]
-    return word, own, False
+        word, own, sure = word + part, [*own, token], [*sure, confidence]
+    return word, own, False, sure
 
 
 def complete(request: GenerationRequest, pair: Pair) -> Written:
@@ -150,11 +157,16 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
         upcoming = bytes_of(BASE, own) or b""
         writer, deferral = look(request, pair, prefix, expert_tokens)
         tokens, logprob, piece = [own], None, (upcoming, {BASE: [own]})
+        seen = Look(top_probability(BASE, prefix))
         prompt = prompts.get(writer, request.prompt)
         room = writer != BASE and len(prompt) + len(strand(writer, pieces)) < pair.max_model_len
         if room and aligned(writer, pieces, upcoming):
-            word, said, ended = word_of(writer, prompt, pieces, pair.max_model_len)
-            if said:
+            word, said, ended, sure = word_of(writer, prompt, pieces, pair.max_model_len)
+            seen = Look(seen.base, min(sure, default=None))
+            if sure and min(sure) < (collaboration.veto or 0.0):
+                whole.vetoed.append(len(whole.tokens))
+                writer = BASE
+            elif said:
                 tokens = spell(BASE, word)[: None if limit is None else limit - expert_tokens]
                 tokens = tokens[: most - len(whole.tokens)]
                 stops = [n for n, token in enumerate(tokens, 1) if ends(token, len(whole.tokens) + n)]
@@ -167,6 +179,10 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
         else:
             writer = BASE
         pieces.append(piece)
+        if writer != BASE:
+            seen = Look(seen.base, seen.expert, tokens[0] == own)
+        if collaboration.looks:
+            whole.looks += [seen, *[Look(None, seen.expert)] * (len(tokens) - 1)]
         if logprob is not None:
             whole.words.append(WrittenWord(len(whole.tokens), len(tokens), writer, logprob))
         whole.tokens += tokens

@@ -10,7 +10,8 @@ import torch
 from scipy.stats import chisquare
 
 from engine.offline import Engine
-from engine.types import Completion, EngineStats, GenerationRequest
+from engine.stats import EngineStats
+from engine.types import Completion, GenerationRequest
 from tests.oracle.reference import Written
 from tests.waiting import eventually
 

@@ -31,6 +31,9 @@ class Written:
     sources: list[int] = field(default_factory=list)
     deferrals: list[float] = field(default_factory=list)
     finish_reason: str = "length"
+    vetoed: list[int] = field(default_factory=list)
+    confidences: list[tuple[float, float | None]] = field(default_factory=list)
+    """The base's top probability and, where one was asked, the expert's."""
 
 
 def hidden_and_logits(model: Any, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,6 +104,7 @@ def greedy(
     logit_bias: dict[int, float] | None = None,
     allowed_token_ids: tuple[int, ...] | None = None,
     bad_words: tuple[tuple[int, ...], ...] = (),
+    veto: float = 0.0,
 ) -> Written:
     """Decode one prompt, token by token."""
     out = Written()
@@ -109,6 +113,7 @@ def greedy(
         hidden, logits = hidden_and_logits(pair.base, tokens)
         share = probabilities(pair, hidden)
         deferral = 1.0 - share[0]
+        base_sure, expert_sure = float(torch.softmax(logits, -1).max()), None
         if policy == "confidence":
             deferral = 1.0 - float(torch.softmax(logits, -1).max())
         defer = {"threshold": deferral > threshold, "confidence": deferral > threshold}.get(policy, policy == "always")
@@ -117,7 +122,13 @@ def greedy(
         source = 0
         if defer:
             source = max(range(1, len(share)), key=lambda k: share[k])
-            _, logits = hidden_and_logits(pair.experts[source - 1], tokens)
+            _, own = hidden_and_logits(pair.experts[source - 1], tokens)
+            expert_sure = float(torch.softmax(own, -1).max())
+            if expert_sure < veto:
+                out.vetoed.append(len(out.tokens))
+                source = 0
+            else:
+                logits = own
         logits = adjusted(
             logits,
             prompt,
@@ -135,6 +146,7 @@ def greedy(
         out.tokens.append(token)
         out.sources.append(source)
         out.deferrals.append(deferral)
+        out.confidences.append((base_sure, expert_sure))
         if len(out.tokens) >= min_tokens and (token in stop_token_ids or (token == pair.eos and not ignore_eos)):
             out.finish_reason = "stop"
             break

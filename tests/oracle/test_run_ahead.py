@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from engine.offline import Engine
-from engine.types import Collaboration, Completion, EngineStats, GenerationRequest, SamplingSpec
+from engine.stats import EngineStats
+from engine.types import Collaboration, Completion, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
 from tests.oracle.checks import assert_empty, assert_same, frequencies_pvalue, run
 from tests.oracle.pairs import CHUNKED, OVERLAPPED, TIGHT

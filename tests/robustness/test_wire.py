@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.messages import Abort, Batch, Dead, FromEngine, Progress, Ready, Shutdown, Start, Submit, ToEngine
-from engine.types import Delta, EngineStats, GenerationRequest, LaneStats, TokenLogprobs
+from engine.stats import EngineStats, LaneStats
+from engine.types import Delta, GenerationRequest, TokenLogprobs
 
 MESSAGES: list[Any] = [
     Start('{"base": {}}'),

@@ -12,15 +12,14 @@ import msgspec
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from engine.errors import EngineDeadError
+from engine.stats import EngineStats, LaneStats
 from engine.types import (
     Collaboration,
     Delta,
     EngineInfo,
-    EngineStats,
     GateInfo,
     GenerationRequest,
     LaneInfo,
-    LaneStats,
     PolicyName,
     TokenLogprobs,
 )

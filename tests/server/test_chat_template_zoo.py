@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from engine.spelling.guard import GuardError, SpecialTokenGuard
 from server.text.chat_template import ChatTemplate, ChatTemplateError
-from server.text.guard import GuardError, SpecialTokenGuard
 from server.text.tokenizer import TextTokenizer
 from tests.server.conftest import Build
 from tests.server.fakes import check_error

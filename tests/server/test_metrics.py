@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Iterable
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.types import Cost, Delta, EngineStats, GenerationRequest, LaneStats
+from engine.stats import EngineStats, LaneStats
+from engine.types import Cost, Delta, GenerationRequest
 from server import __version__
 from tests.server.conftest import Build, House
 from tests.server.fakes import deltas_of, letters, waits_forever
@@ -31,7 +32,7 @@ PROMISED = {
             "virtual_memory_bytes", "resident_memory_bytes", "start_time_seconds", "cpu_seconds", "open_fds", "max_fds",
         )
     ),
-    "collm_unaligned_deferrals", "collm_lane_device_seconds",
+    "collm_unaligned_deferrals", "collm_vetoed_tokens", "collm_lane_device_seconds",
 }  # fmt: skip
 JOINT = {"model_name": "collm-demo"}
 
@@ -164,6 +165,7 @@ async def test_the_engine_s_account(house: House) -> None:
         [LaneStats("base"), LaneStats("codes", 3, [0.01, 0.02], 5, 100, 7, 2, 3, 0.5)],
         expert_waits=[0.1, 0.2],
         unaligned_deferrals=4,
+        vetoed=6,
     )
     stats.lanes[1].device_seconds = 0.02
     house.engine.batch(stats)
@@ -188,6 +190,7 @@ async def test_the_engine_s_account(house: House) -> None:
     assert await house.metric("collm_engine_lane_seconds_total", **JOINT) == 2.0
     assert await house.metric("collm_expert_wait_seconds_count", **JOINT) == 2
     assert await house.metric("collm_unaligned_deferrals_total", **JOINT) == 4
+    assert await house.metric("collm_vetoed_tokens_total", **JOINT) == 6
     assert await house.metric("collm_lane_up", **lane) == 1
 
 

@@ -66,6 +66,23 @@ def test_each_answer_is_an_example_after_the_prompt_that_comes_when_served(tmp_p
     assert tokens[1].prompt == tokenizer(served, add_special_tokens=False)["input_ids"]
 
 
+def test_a_special_token_in_a_message_is_text(tmp_path: Path, tokenizer: Any) -> None:
+    """As it is served: neither a question nor an answer ends before its turn does."""
+    talk = [{"role": "user", "content": f"say {END} now"}, {"role": "assistant", "content": f"a {END} b"}]
+    examples = read(tmp_path, tokenizer, [{"messages": talk}])
+    assert [(e.prompt, e.completion) for e in examples] == [(f"[user]say {END} now\n[assistant]", f"a {END} b")]
+    _, ((prompt, completion),) = tokenize_as_pairs(examples, tokenizer)
+    end = tokenizer.convert_tokens_to_ids(END)
+    assert end not in prompt
+    assert completion.index(end) == len(completion) - 1
+    assert tokenizer.decode(completion[:-1]) == f"a {END} b"
+
+
+def tokenize_as_pairs(examples: Sequence[Example], tokenizer: Any) -> tuple[list[Example], list[tuple[Any, Any]]]:
+    kept, ids = tokenize(examples, tokenizer, 1000)
+    return kept, [(each.prompt, each.completion) for each in ids]
+
+
 def test_an_end_of_turn_that_does_not_end_a_served_text_is_none(tmp_path: Path, tokenizer: Any) -> None:
     (example,) = read(tmp_path, tokenizer, [{"messages": TALK[:2]}], ends=[EOS])
     assert example.completion == "1<|end|>\n"

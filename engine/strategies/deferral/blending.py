@@ -20,7 +20,7 @@ from engine.strategies.deferral.pacing import Agreement
 from engine.strategies.deferral.policies import POLICIES, Policy
 from engine.strategies.deferral.strategy import Deferral, DeferralDecoding
 from engine.strategies.deferral.window import Draft
-from engine.types import BASE, BLEND, ErrorCode, Token
+from engine.types import BASE, BLEND, ErrorCode, Look, Token
 
 NO_DISTRIBUTION = "a member's logits are not finite, or rule out every token"
 
@@ -158,6 +158,10 @@ class BlendDecoding(DeferralDecoding):
 
     def _expert_token(self, draft: Draft, sample: Sample) -> Token:
         return Token(sample.token, BLEND, draft.deferral, sample.logprobs, sample.support)
+
+    def _look_of(self, draft: Draft, sample: Sample, *, agreed: bool) -> Look | None:
+        # What its last member has read is that member's own distribution, not the combination.
+        return Look(draft.confidence, None, agreed) if self.answer.request.collaboration.looks else None
 
     @property
     def agreement(self) -> Agreement:

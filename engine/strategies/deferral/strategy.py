@@ -24,7 +24,7 @@ from engine.strategies.base import LOST, Ask, Counters, Decision, End, Rejected,
 from engine.strategies.deferral.pacing import Agreement
 from engine.strategies.deferral.policies import NOT_FINITE, POLICIES, Policy, Position, read_gate
 from engine.strategies.deferral.window import LONGEST_WINDOW, Draft, window_limit
-from engine.types import BASE, Collaboration, ErrorCode, PolicyName, RunAhead, SamplingSpec, Token
+from engine.types import BASE, Collaboration, ErrorCode, Look, PolicyName, RunAhead, SamplingSpec, Token
 
 CONFIDENCE_THRESHOLD = 0.5
 """Default threshold of the ``confidence`` policy; a gate artifact's threshold is on another scale."""
@@ -45,6 +45,7 @@ class Deferral:
         drafting: whether anybody may draft at all; a lane may be unable to take tokens back.
         draft_pays: whether a draft that stands with this probability pays; asked where run-ahead is "auto".
         shelf_has_room: whether members of blends may lay down more than the next position needs.
+        veto: for requests that name none, see :class:`~engine.types.Collaboration`.
 
     Attributes:
         agreement: per lane, how often it writes what the base drafted.
@@ -65,7 +66,9 @@ class Deferral:
         drafting: bool = True,
         draft_pays: Callable[[float], bool] = lambda probability: probability >= 0.5,
         shelf_has_room: Callable[[], bool] = lambda: True,
+        veto: float = 0.0,
     ) -> None:
+        self.veto = veto
         self.lanes = lanes
         self.members = members
         self.counters = counters
@@ -138,6 +141,8 @@ class DeferralDecoding(SharedText):
         rate: the request's, for the policies that have one.
         draws: the request's series of policy draws, see :func:`engine.draws.series`.
         uniform_weights: (lane, probability) of each expert where there is no gate to tell.
+        veto: an expert that is less sure than this stands back. Whether it does follows from the text before alone, not
+            from what was drawn: the base's token stands there as it was drawn, with the base's own probability.
     """
 
     __slots__ = (
@@ -150,6 +155,7 @@ class DeferralDecoding(SharedText):
         "shared",
         "threshold",
         "uniform_weights",
+        "veto",
         "window",
         "window_limit",
     )
@@ -177,6 +183,9 @@ class DeferralDecoding(SharedText):
         self.uniform_weights = [(lane, 1.0 / len(experts)) for lane in experts]
         self.window: list[Draft] = []
         self.expert_tokens = 0
+        asked = answer.request.collaboration
+        # Where several members write together, nobody's token stands back.
+        self.veto = 0.0 if asked.blend is not None else shared.veto if asked.veto is None else asked.veto
 
     def in_force(self) -> Collaboration:
         """The policy, the experts, and the threshold where the policy has one."""
@@ -185,6 +194,7 @@ class DeferralDecoding(SharedText):
             policy=self.policy.name,
             threshold=self.threshold if self.policy.has_threshold else None,
             experts=self.experts,
+            veto=self.veto,
         )
 
     # -- lanes ------------------------------------------------------------------------------------------------
@@ -227,9 +237,14 @@ class DeferralDecoding(SharedText):
             self.sampling(lane),
             final=len(self.answer.tokens),
             asked=probes,
-            wants_top_probability=lane == BASE and self.policy.needs == "top_probability",
+            wants_top_probability=self.wants_top_probability(lane),
             draw_offset=self.answer.prompt_length - self.prompt_lengths[lane],
         )
+
+    def wants_top_probability(self, lane: int) -> bool:
+        """The base for the policy, an expert for its veto."""
+        needed = self.policy.needs == "top_probability" if lane == BASE else self.veto > 0
+        return needed or super().wants_top_probability(lane)
 
     def extend(self, lane: int) -> Extension | None:
         """With the drafts, as far as the lane has to know them."""
@@ -282,8 +297,9 @@ class DeferralDecoding(SharedText):
         writer, deferral, fault = self._look(sample, fault)
         if not self.window and writer == BASE and fault is None:
             # Nobody questions it: by far the most tokens never are drafts.
-            return (Token(sample.token, BASE, deferral, sample.logprobs), self.shared.asks[BASE])
-        self.window.append(Draft(sample.token, writer, deferral, sample.logprobs, fault))
+            look = Look(sample.top_probability) if self.answer.request.collaboration.looks else None
+            return (Token(sample.token, BASE, deferral, sample.logprobs, look=look), self.shared.asks[BASE])
+        self.window.append(Draft(sample.token, writer, deferral, sample.logprobs, fault, sample.top_probability))
         if writer != BASE and len(self.window) == 1:
             shared = self.shared
             return (shared.waits[writer], shared.asks[BASE]) if self._drafts_on() else (shared.waits[writer],)
@@ -342,23 +358,59 @@ class DeferralDecoding(SharedText):
         draft = self.window[0]
         agreed = draft.token == sample.token
         token = self._expert_token(draft, sample)
-        self.agreement.observe(agreed)
-        counters.agreements += agreed
-        if agreed:
+        try:
+            if self._stands_back(sample):
+                token = self._own_token(draft, vetoed=True)
+        except ValueError as error:
+            return (End(str(error), ErrorCode.BAD_READING),)
+        look = self._look_of(draft, sample, agreed=agreed)
+        if look is not None:
+            token.look = look
+        stands = agreed or token.vetoed
+        self.agreement.observe(stands)
+        if token.vetoed:
+            counters.vetoed += 1
+        else:
+            counters.agreements += agreed
+            self.expert_tokens += 1
+        if stands:
             self._pop()
         else:
             counters.runahead_discarded += len(self.window) - 1
             self._cut()
-        self.expert_tokens += 1
         if self.window:
             return self._write_and_commit(token)
         if self.known[BASE] > len(self.answer.tokens):
             return (token,)  # the base is already looking at the next position
         return (token, self.shared.asks[BASE])
 
+    def _stands_back(self, sample: Sample) -> bool:
+        """Whether an expert is not sure enough of what it says.
+
+        Raises:
+            ValueError: it does not say how sure it is.
+        """
+        if self.veto == 0:
+            return False
+        assert sample.top_probability is not None
+        if not 0.0 <= sample.top_probability <= 1.0:
+            raise ValueError("the expert's top probability is not finite")
+        return sample.top_probability < self.veto
+
     def _expert_token(self, draft: Draft, sample: Sample) -> Token:
         """What the lane that has the word writes in a draft's place."""
         return Token(sample.token, draft.writer, draft.deferral, sample.logprobs)
+
+    def _own_token(self, draft: Draft, *, vetoed: bool = False) -> Token:
+        """The base's own, which stands."""
+        look = Look(draft.confidence) if self.answer.request.collaboration.looks else None
+        return Token(draft.token, BASE, draft.deferral, draft.logprobs, look=look, vetoed=vetoed)
+
+    def _look_of(self, draft: Draft, sample: Sample, *, agreed: bool) -> Look | None:
+        """What is told of a position at which others than the base have spoken, if that is asked for."""
+        if not self.answer.request.collaboration.looks:
+            return None
+        return Look(draft.confidence, sample.top_probability, agreed)
 
     @property
     def agreement(self) -> Agreement:
@@ -375,8 +427,7 @@ class DeferralDecoding(SharedText):
         if self.shared.expert_failure == "error":
             yield LOST
             return
-        draft = self._pop()
-        yield from self._write_and_commit(Token(draft.token, BASE, draft.deferral, draft.logprobs))
+        yield from self._write_and_commit(self._own_token(self._pop()))
 
     # -- the window -------------------------------------------------------------------------------------------
 
@@ -397,11 +448,17 @@ class DeferralDecoding(SharedText):
             len(answer.tokens) < answer.request.sampling.min_tokens
             or len(answer.tokens) + ahead >= answer.max_output
             or last.token in answer.stop_token_ids
+            or self._hangs_on_a_veto
         ):
             return False
         if limit is not None:
             return ahead <= limit
         return ahead < LONGEST_WINDOW and self.shared.draft_pays(self.expected_gain())
+
+    @property
+    def _hangs_on_a_veto(self) -> bool:
+        """Whether an expert may write the token after the drafts if one of those asked before it stands back."""
+        return self.veto > 0 and self.deferred > 0 and not self.may_defer
 
     def _commit_drafts(self) -> Iterator[Decision]:
         """Write the drafts that nobody questions any more, up to the next one that waits for an expert."""
@@ -410,7 +467,7 @@ class DeferralDecoding(SharedText):
             if draft.fault is not None:
                 yield draft.fault
                 return
-            yield Token(draft.token, BASE, draft.deferral, draft.logprobs)
+            yield self._own_token(draft)
         if self.window:
             yield self.shared.waits[self.window[0].writer]
         elif self.known[BASE] < len(self.answer.tokens):

@@ -19,6 +19,7 @@ class Draft(msgspec.Struct, gc=False):
             word.
         deferral: the deferral probability at this position, as the policy saw it.
         fault: why the request ends here, if the text comes this far.
+        confidence: the base's top probability; None if it was not read.
     """
 
     token: int
@@ -26,6 +27,7 @@ class Draft(msgspec.Struct, gc=False):
     deferral: float | None = None
     logprobs: TokenLogprobs | None = None
     fault: End | None = None
+    confidence: float | None = None
 
 
 def window_limit(request: GenerationRequest, default: RunAhead) -> int | None:

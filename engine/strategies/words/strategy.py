@@ -29,7 +29,7 @@ from engine.strategies.deferral import Deferral
 from engine.strategies.deferral.policies import Policy
 from engine.strategies.deferral.strategy import DeferralDecoding
 from engine.strategies.words.side import Side
-from engine.types import BASE, SamplingSpec, Token
+from engine.types import BASE, ErrorCode, Look, SamplingSpec, Token
 
 _LOOK_BACK = 8
 """Bytes of the text that tell whether a word begins after them."""
@@ -98,6 +98,8 @@ class _Question(NamedTuple):
         token: what the base would write.
         word: as far as the expert has written it; None if it shares the base's vocabulary.
         logprobs: of the expert's tokens so far.
+        confidence: the base's top probability; None if it was not read.
+        confidences: of the expert's tokens so far, where they are read.
     """
 
     writer: int
@@ -105,6 +107,12 @@ class _Question(NamedTuple):
     deferral: float | None
     word: Word | None
     logprobs: list[float]
+    confidence: float | None
+    confidences: list[float]
+
+    def look(self, *, agreed: bool) -> Look:
+        """How sure base and expert were."""
+        return Look(self.confidence, min(self.confidences, default=None), agreed)
 
 
 class WordsDecoding(DeferralDecoding):
@@ -168,6 +176,7 @@ class WordsDecoding(DeferralDecoding):
             list(side.strand.tokens),
             self.sampling(lane),
             final=side.final,
+            wants_top_probability=self.wants_top_probability(lane),
         )
 
     def extend(self, lane: int) -> Extension | None:
@@ -193,25 +202,45 @@ class WordsDecoding(DeferralDecoding):
             return self._on_word(self.question, side)
         question = self.question
         if question is not None:
-            self.question = None
-            self.expert_tokens += 1
-            self.words.counters.agreements += sample.token == question.token
-            return self._write(Token(sample.token, lane, question.deferral))
+            return self._on_token(question, lane, sample)
         writer, deferral, fault = self._look(sample, fault)
         if fault is not None:
             return (fault,)
         if writer != BASE:
             side = self.sides.get(writer)
             if side is None:
-                self.question = _Question(writer, sample.token, deferral, None, [])
+                self.question = _Question(writer, sample.token, deferral, None, [], sample.top_probability, [])
                 return (self.shared.waits[writer],)
             if self._word_begins(side, sample.token):
                 side.begin_word()
                 word = Word(side.strand.speller, bytes(self.text[-_LOOK_BACK:]))
-                self.question = _Question(writer, sample.token, deferral, word, [])
+                self.question = _Question(writer, sample.token, deferral, word, [], sample.top_probability, [])
                 return self._on_word(self.question, side)
             self.words.counters.unaligned_deferrals += 1
-        return self._write(Token(sample.token, BASE, deferral))
+        return self._write(Token(sample.token, BASE, deferral, look=Look(sample.top_probability)))
+
+    def _on_token(self, question: _Question, lane: int, sample: Sample) -> Iterable[Decision]:
+        """An expert that shares the base's vocabulary has spoken."""
+        refused = self._heed(question, None, sample)
+        if refused is not None:
+            return refused
+        self.question = None
+        self.expert_tokens += 1
+        agreed = sample.token == question.token
+        self.words.counters.agreements += agreed
+        return self._write(Token(sample.token, lane, question.deferral, look=question.look(agreed=agreed)))
+
+    def _heed(self, question: _Question, side: Side | None, sample: Sample) -> Iterable[Decision] | None:
+        """Take in how sure an expert is of its token; what follows if it stands back."""
+        if sample.top_probability is not None:
+            question.confidences.append(sample.top_probability)
+        try:
+            if not self._stands_back(sample):
+                return None
+        except ValueError as error:
+            return (End(str(error), ErrorCode.BAD_READING),)
+        self.words.counters.vetoed += 1
+        return self._let_base_write(question, side, vetoed=True)
 
     def _word_begins(self, side: Side, token: int) -> bool:
         """Whether an expert can write where the base would write ``token``."""
@@ -236,7 +265,13 @@ class WordsDecoding(DeferralDecoding):
         assert said is not None
         assert said.logprobs is not None
         begin = len(word.text)
-        if not word.add(said.token):
+        goes_on = word.add(said.token)
+        if goes_on or (word.ended and not word.tokens):
+            # A token that begins the next word says nothing of this one.
+            refused = self._heed(question, side, said)
+            if refused is not None:
+                return refused
+        if not goes_on:
             if word.ended and not word.tokens:
                 question.logprobs.append(said.logprobs.logprobs[0])
             return self._close(question, side)
@@ -252,10 +287,14 @@ class WordsDecoding(DeferralDecoding):
         if not tokens:
             return self._let_base_write(question, side)
         self.question = None
-        self.words.counters.agreements += tokens[0] == question.token
+        agreed = tokens[0] == question.token
+        self.words.counters.agreements += agreed
         self.expert_tokens += len(tokens)
-        first = Token(tokens[0], question.writer, question.deferral, word=(len(tokens), sum(question.logprobs)))
-        return self._write(first, *(Token(token, question.writer) for token in tokens[1:]))
+        look = question.look(agreed=agreed)
+        word_of = len(tokens), sum(question.logprobs)
+        first = Token(tokens[0], question.writer, question.deferral, word=word_of, look=look)
+        further = Look(None, look.expert)
+        return self._write(first, *(Token(token, question.writer, look=further) for token in tokens[1:]))
 
     def _spelled(self, word: Word) -> list[int]:
         """The base tokens of a word, up to where the request ends or its experts have written enough.
@@ -282,12 +321,13 @@ class WordsDecoding(DeferralDecoding):
                 return tokens[:count]
         return tokens[:most]
 
-    def _let_base_write(self, question: _Question, side: Side | None) -> Iterable[Decision]:
+    def _let_base_write(self, question: _Question, side: Side | None, *, vetoed: bool = False) -> Iterable[Decision]:
         """What was deferred is the base's after all."""
         self.question = None
         if side is not None:
             side.strand.cut(len(self.text))
-        return self._write(Token(question.token, BASE, question.deferral))
+        look = Look(question.confidence, min(question.confidences, default=None))
+        return self._write(Token(question.token, BASE, question.deferral, look=look, vetoed=vetoed))
 
     def _write(self, *tokens: Token) -> Iterator[Decision]:
         """Write tokens, then ask the base."""

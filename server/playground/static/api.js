@@ -112,11 +112,13 @@ export async function complete(body, key, signal) {
 
 /**
  * @typedef {{text: string, source: string, p: number|null, id: number|undefined, logprob: number|null,
- *   support: Object<string, number>|null}} Token
+ *   support: Object<string, number>|null, check: boolean|null, sure: {base: number|null, expert: number|null},
+ *   vetoed: boolean}} Token `check`: it deserves a second look; null where the server does not say
  * @returns {Token[]}
  */
 export function tokensOf(choice) {
-  const { tokens, sources, deferral_probabilities: values, support } = choice.collaboration;
+  const report = choice.collaboration;
+  const { tokens, sources, deferral_probabilities: values, support } = report;
   const logprobs = choice.logprobs?.token_logprobs ?? choice.logprobs?.content?.map((each) => each.logprob);
   return tokens.map((text, i) => ({
     text,
@@ -125,6 +127,9 @@ export function tokensOf(choice) {
     id: choice.token_ids?.[i],
     logprob: logprobs?.[i] ?? null,
     support: support?.[i] ?? null,
+    check: report.check?.[i] ?? null,
+    sure: { base: report.base_confidences?.[i] ?? null, expert: report.expert_confidences?.[i] ?? null },
+    vetoed: report.vetoed?.[i] ?? false,
   }));
 }
 

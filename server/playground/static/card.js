@@ -6,7 +6,7 @@ import { shown } from "./odds.js";
 import { letterOf, quoted, styleOf } from "./sources.js";
 import { Trace } from "./trace.js";
 
-const UNSURE = Math.log(0.5); // a token whose writer gave it less than even odds is marked
+const UNSURE = Math.log(0.5); // where the server does not say what deserves a second look: less than even odds
 
 /** What the value of a token is called, by policy; of the others it is the gate's where there is one. */
 const VALUES = { confidence: "doubt" };
@@ -269,11 +269,12 @@ export class Card {
   }
 
   #span(number) {
-    const { text, source, logprob, support } = this.tokens[number];
+    const { text, source, logprob, support, check } = this.tokens[number];
+    const unsure = check ?? (logprob !== null && logprob < UNSURE);
     const style = styleOf(source, this.experts);
     const blank = text.trim() === "" && text.includes("\n");
     const span = el("span", {
-      class: `token ${style}${blank ? " newline" : ""}${logprob !== null && logprob < UNSURE ? " unsure" : ""}`,
+      class: `token ${style}${blank ? " newline" : ""}${unsure ? " unsure" : ""}`,
       // The block of a line ends with it; a line break of its own would be a second one where text is selected and copied.
       textContent: text.endsWith("\n") ? text.slice(0, -1) : text,
       "data-source": source,
@@ -391,11 +392,16 @@ export class Card {
   }
 
   #describe(number) {
-    const { text, source, p, logprob, support } = this.tokens[number];
+    const { text, source, p, logprob, support, check, sure: looks, vetoed } = this.tokens[number];
     const end = number === this.tokens.length - 1 && this.finish === "stop";
     const words = text === "" ? (end ? "end of text" : "part of a character") : quoted(text);
     const value = p === null ? "the gate was not asked" : `${this.#valueName()} ${shown(p)}`;
-    const sure = logprob === null ? null : `written with probability ${shown(Math.exp(logprob))}`;
+    const sure = [
+      logprob === null ? null : `written with probability ${shown(Math.exp(logprob))}`,
+      ...Object.entries(looks ?? {}).map(([name, each]) => (each === null ? null : `${name} ${shown(each)} sure`)),
+      vetoed ? "an expert stood back" : null,
+      check ? "deserves a second look" : null,
+    ].filter(Boolean).join(", ") || null;
     const members = Object.entries(support ?? {}).map(([name, each]) => `${name} ${shown(Math.exp(each))}`).join(", ");
     return { words, source: members ? `${source} (${members})` : source, value, sure };
   }

@@ -97,7 +97,7 @@ def test_terminal_colours_the_experts_tokens(url: str, terminal: type[Terminal])
     report = response.json()["choices"][0]["collaboration"]
     expected = [(visible(text), source) for text, source in zip(report["tokens"], report["sources"], strict=True)]
     assert SPAN.sub("", text) == "".join(token for token, _ in expected)
-    in_style = re.findall(r"\x1b\[4;33m(.*?)\x1b\[0m", text, re.S)
+    in_style = re.findall(r"\x1b\[4(?:;21)?;33m(.*?)\x1b\[0m", text, re.S)
     assert in_style == [token for token, source in expected if source == "codes" and token]
     counts = {source: report["sources"].count(source) for source in ("base", "codes")}
     for source, count in counts.items():
@@ -255,6 +255,9 @@ def test_chat_confirms_settings_and_refuses_wrong_ones_at_once(url: str, termina
         ("/share 2", "a share is between 0 and 1, not 2"),
         ("/share 0.2", "policy threshold, share 0.2"),
         ("/threshold", "policy threshold, threshold 0.5"),
+        ("/veto 2", "a veto is between 0 and 1, not 2"),
+        ("/veto 0.4", "policy threshold, threshold 0.5, veto 0.4"),
+        ("/veto", "policy threshold, threshold 0.5"),
         ("/blend half", "this model has no blend 'half'; it has mixture, "),
         ("/blend union", "policy threshold, threshold 0.5, blend union"),
         ("/blend", "policy threshold, threshold 0.5"),

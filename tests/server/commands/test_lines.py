@@ -20,6 +20,7 @@ class Answering(BaseHTTPRequestHandler):
     """Streams TOKENS, byte by byte, in JSON that escapes no more than it must."""
 
     asked: ClassVar[list[dict[str, object]]] = []
+    sure: ClassVar[list[str] | None] = None
 
     def do_GET(self) -> None:
         self._send("application/json", b'{"data": [{"id": "m", "max_model_len": 8}]}')
@@ -29,6 +30,8 @@ class Answering(BaseHTTPRequestHandler):
         chunks = []
         for token in TOKENS:
             report = {"tokens": [token], "sources": ["codes"], "deferral_probabilities": [0.9]}
+            if self.sure is not None:
+                report["check"] = [token not in self.sure]
             answer = {"delta": {"content": token}} if "chat" in self.path else {"text": token}
             chunks.append({"choices": [{**answer, "finish_reason": None, "collaboration": report}]})
         events = [json.dumps(chunk, ensure_ascii=False) for chunk in chunks]
@@ -50,6 +53,7 @@ class Answering(BaseHTTPRequestHandler):
 @pytest.fixture
 def answering() -> Iterator[str]:
     Answering.asked.clear()
+    Answering.sure = None
     with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -80,3 +84,11 @@ def test_in_a_terminal(answering: str, terminal: type[Terminal]) -> None:
     result = terminal(["complete", "x"], answering, NO_COLOR="1").end()
     assert result.status == 0
     assert "one\u2028two\u2029three\ufffdfour␋␌␜␝␞five" in result.out
+
+
+def test_tokens_that_deserve_a_second_look(answering: str, terminal: type[Terminal]) -> None:
+    Answering.sure = TOKENS[:-1]
+    result = terminal(["complete", "x", "--veto", "0.25"], answering).end()
+    assert Answering.asked[0]["collaboration"] == {"veto": 0.25, "report": True}
+    assert "\x1b[4;21;33m 日\x1b[0m" in result.out
+    assert "1 to be checked" in result.out

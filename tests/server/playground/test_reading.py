@@ -178,11 +178,12 @@ def test_unsure_tokens_are_marked(demo: LiveServer, open_page: Open) -> None:
     page = open_page(demo.url)
     page.ask(PROMPT)
     page.run()
-    body = {"model": f"{MODEL}/base", "prompt": PROMPT, "max_tokens": 64, "temperature": 0, "logprobs": 0}
-    found = httpx.post(f"{demo.url}/v1/completions", json=body).json()["choices"][0]["logprobs"]["token_logprobs"]
+    body: dict[str, object] = {"model": f"{MODEL}/base", "prompt": PROMPT, "max_tokens": 64, "temperature": 0}
+    body["collaboration"] = {"report": True}
+    report = httpx.post(f"{demo.url}/v1/completions", json=body).json()["choices"][0]["collaboration"]
     marked = page.js("return [...document.querySelectorAll(`[data-model='${arguments[0]}'] .token`)].map((t) =>"
                      " t.classList.contains('unsure'))", f"{MODEL}/base")  # fmt: skip
-    assert marked == [value < -0.6931 for value in found]
+    assert marked == report["check"] == [sure < 0.7 for sure in report["base_confidences"]]
     assert any(marked)
 
 
