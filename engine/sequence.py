@@ -43,6 +43,7 @@ class Sequence:
 
     __slots__ = (
         "_delta",
+        "_looks",
         "cost",
         "max_output",
         "min_tokens",
@@ -74,6 +75,7 @@ class Sequence:
         self.queued_at = 0.0
         self.cost = Cost(prompt_tokens=[0] * lanes, seconds=[0.0] * lanes)
         self.timeline: list[float] | None = [] if request.timeline else None
+        self._looks = request.collaboration.looks
         self._delta = Delta(request.request_id)
 
     def write(self, token: Token) -> None:
@@ -87,7 +89,7 @@ class Sequence:
             delta.texts.append(token.text)
         if token.support is not None:
             delta.support.append((len(delta.tokens) - 1, token.support))
-        if self.request.collaboration.looks:
+        if self._looks:
             delta.looks.append(token.look or NO_LOOK)
         if token.vetoed:
             delta.vetoed.append(len(delta.tokens) - 1)

@@ -226,7 +226,7 @@ class Look(msgspec.Struct, frozen=True, array_like=True, gc=False):
     Attributes:
         base: the base's; None where it was not asked, as within the word of an expert of another vocabulary.
         expert: the expert's, whether its token was written or stood back; None where no expert was asked, or several
-            members wrote. Of a word the lowest of its tokens'.
+            members wrote. Of a word the lowest of its tokens', up to the one at which it stood back.
         agreed: whether what others drew in the base's place is the base's own token; None where nobody was asked.
     """
 

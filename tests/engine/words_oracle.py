@@ -163,7 +163,10 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
         if room and aligned(writer, pieces, upcoming):
             word, said, ended, sure = word_of(writer, prompt, pieces, pair.max_model_len)
             seen = Look(seen.base, min(sure, default=None))
-            if sure and min(sure) < (collaboration.veto or 0.0):
+            doubts = [value for value in sure if value < (collaboration.veto or 0.0)]
+            if doubts:
+                # The expert is not asked any further.
+                seen = Look(seen.base, doubts[0])
                 whole.vetoed.append(len(whole.tokens))
                 writer = BASE
             elif said:

@@ -262,7 +262,7 @@ async def test_collaboration_reaches_the_engine(house: House, given: object, exp
 @pytest.mark.parametrize(("name", "lane", "details"), [("base", 0, (4, 0)), ("codes", 1, (0, 4))])
 async def test_a_member_alone(house: House, name: str, lane: int, details: tuple[int, int]) -> None:
     body = (await house.complete(model=f"collm-demo/{name}", max_tokens=4, collaboration={"report": True})).json()
-    assert house.engine.seen[0].collaboration == Collaboration(member=lane)
+    assert house.engine.seen[0].collaboration == Collaboration(member=lane, looks=True)
     assert body["choices"][0]["collaboration"]["sources"] == [name] * 4
     assert body["choices"][0]["collaboration"]["deferral_probabilities"] == [None] * 4
     usage = body["usage"]["completion_tokens_details"]

@@ -161,7 +161,7 @@ class BlendDecoding(DeferralDecoding):
 
     def _look_of(self, draft: Draft, sample: Sample, *, agreed: bool) -> Look | None:
         # What its last member has read is that member's own distribution, not the combination.
-        return Look(draft.confidence, None, agreed) if self.answer.request.collaboration.looks else None
+        return Look(draft.confidence, None, agreed) if self.looks else None
 
     @property
     def agreement(self) -> Agreement:

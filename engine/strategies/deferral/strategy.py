@@ -139,6 +139,7 @@ class DeferralDecoding(SharedText):
         expert_tokens: how many of the written tokens are experts'.
         expert_limit: the request's max_expert_tokens.
         rate: the request's, for the policies that have one.
+        looks: whether the request asks how sure the models are.
         draws: the request's series of policy draws, see :func:`engine.draws.series`.
         uniform_weights: (lane, probability) of each expert where there is no gate to tell.
         veto: an expert that is less sure than this stands back. Whether it does follows from the text before alone, not
@@ -150,6 +151,7 @@ class DeferralDecoding(SharedText):
         "expert_limit",
         "expert_tokens",
         "experts",
+        "looks",
         "policy",
         "rate",
         "shared",
@@ -183,9 +185,10 @@ class DeferralDecoding(SharedText):
         self.uniform_weights = [(lane, 1.0 / len(experts)) for lane in experts]
         self.window: list[Draft] = []
         self.expert_tokens = 0
-        asked = answer.request.collaboration
+        self.looks = collaboration.looks
         # Where several members write together, nobody's token stands back.
-        self.veto = 0.0 if asked.blend is not None else shared.veto if asked.veto is None else asked.veto
+        own = collaboration.veto
+        self.veto = 0.0 if collaboration.blend is not None else shared.veto if own is None else own
 
     def in_force(self) -> Collaboration:
         """The policy, the experts, and the threshold where the policy has one."""
@@ -297,7 +300,7 @@ class DeferralDecoding(SharedText):
         writer, deferral, fault = self._look(sample, fault)
         if not self.window and writer == BASE and fault is None:
             # Nobody questions it: by far the most tokens never are drafts.
-            look = Look(sample.top_probability) if self.answer.request.collaboration.looks else None
+            look = Look(sample.top_probability) if self.looks else None
             return (Token(sample.token, BASE, deferral, sample.logprobs, look=look), self.shared.asks[BASE])
         self.window.append(Draft(sample.token, writer, deferral, sample.logprobs, fault, sample.top_probability))
         if writer != BASE and len(self.window) == 1:
@@ -403,12 +406,12 @@ class DeferralDecoding(SharedText):
 
     def _own_token(self, draft: Draft, *, vetoed: bool = False) -> Token:
         """The base's own, which stands."""
-        look = Look(draft.confidence) if self.answer.request.collaboration.looks else None
+        look = Look(draft.confidence) if self.looks else None
         return Token(draft.token, BASE, draft.deferral, draft.logprobs, look=look, vetoed=vetoed)
 
     def _look_of(self, draft: Draft, sample: Sample, *, agreed: bool) -> Look | None:
         """What is told of a position at which others than the base have spoken, if that is asked for."""
-        if not self.answer.request.collaboration.looks:
+        if not self.looks:
             return None
         return Look(draft.confidence, sample.top_probability, agreed)
 
