@@ -119,10 +119,16 @@ def test_pipeline(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
     random = Composition.load(runs / "random-0" / "model")
     assert random.augmenting[0].path == runs / "random-0" / "random-facts"
+    unlearned = load_causal(random.augmenting[0].path).state_dict()
+    assert not any(
+        torch.equal(unlearned[key], state) for key, state in members["facts"].items() if "proj.weight" in key
+    )
     assert (runs / "lora-0" / "model" / "model.safetensors").is_file()
     parameters = {
         name: json.loads((runs / f"{name}-0" / "done.json").read_text())["parameters"] for name in ("composed", "lora")
     }
+    # Nothing else has learned: f, W_Q, W_K, W_V and W_O of two connections, all of the members' width.
+    assert parameters["composed"] == 2 * 5 * 64 * 64
     assert parameters["lora"] == pytest.approx(parameters["composed"], rel=0.5)
     rows = json.loads((project.parent / "out" / "evaluate" / "table.json").read_text())
     assert set(rows) == {"composed", "random", "lora", "anchor alone", "facts alone", "either member alone"}
