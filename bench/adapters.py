@@ -8,22 +8,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import processes
-from bench.account import Account
 from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
 from bench.coordination import account_record
-from bench.load import Outcome, drive
-from bench.progress import Progress
 from bench.report import Bar, Report, spread, table
-from bench.services import running
+from bench.rounds import CPU, SPEED, Found, in_turn, ratios
 from bench.settings import Settings
 from bench.shapes import Member, Pair
-from bench.workload import Cell, make_jobs
+from bench.workload import Cell
 from engine.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from engine.config import EngineConfig, ExpertConfig
 from engine.types import BASE
@@ -39,29 +34,6 @@ GUEST, OWN_LANE, ALONE = "adapter", "merged copy", "base alone"
 
 OWN_LANE_BAR = 1.2
 """Adapter against merged copy, tokens/s, smaller shapes, deferral 0.3."""
-
-_WARM_UP_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """One way's work in one round; ``cpu_seconds`` is the engine's processor time, which other work changes least."""
-
-    outcome: Outcome
-    account: Account
-    cpu_seconds: float
-
-
-def _speed(measured: _Measured) -> float:
-    return measured.outcome.tokens_per_second
-
-
-def _cpu_per_token(measured: _Measured) -> float:
-    return measured.cpu_seconds / measured.account.tokens
-
-
-def _ratios(ones: list[_Measured], others: list[_Measured], of: Callable[[_Measured], float]) -> list[float]:
-    return [of(one) / of(other) for one, other in zip(ones, others, strict=True)]
 
 
 async def measure(
@@ -79,40 +51,18 @@ async def measure(
     lanes = EngineService(engine_config(copied))
     guest = EngineService(_guest(engine_config(copied), adapter))
     ways = [
-        (guest, EngineAlone(guest, GUEST)),
-        (lanes, EngineAlone(lanes, OWN_LANE)),
-        (lanes, EngineAlone(lanes, ALONE, member=BASE)),
+        EngineAlone(guest, GUEST),
+        EngineAlone(lanes, OWN_LANE),
+        EngineAlone(lanes, ALONE, member=BASE),
     ]
-    found: dict[tuple[Cell, str], list[_Measured]] = {}
-    resident: dict[str, int] = {}
-    with Progress((1 + rounds) * len(cells) * len(ways), f"adapters {settings.pair.name}") as progress:
-        async with running([guest, lanes], lambda name: progress.say(f"starting {name}")):
-            for round_number in range(-1, rounds):
-                for cell in cells:
-                    for number, (service, way) in enumerate(ways):
-                        progress.say(f"round {round_number + 1}: {way.name}, {cell}")
-                        processes.thaw(service.pid)
-                        draw = round_number * len(ways) + number
-                        warm_up = make_jobs(settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, draw)
-                        await drive(way, warm_up, cell.concurrency)
-                        if round_number >= 0:
-                            jobs = make_jobs(settings.pair, cell, cell.concurrency * requests, max_tokens, seed, draw)
-                            before, cpu = way.account(), processes.cpu_seconds(service.pid)
-                            outcome = await drive(way, jobs, cell.concurrency)
-                            cpu = processes.cpu_seconds(service.pid) - cpu
-                            found.setdefault((cell, way.name), []).append(
-                                _Measured(outcome, way.account().since(before), cpu)
-                            )
-                        processes.freeze(service.pid)
-                        progress.step()
-            for service, way in ways[:2]:
-                processes.thaw(service.pid)
-                resident[way.name] = processes.rss_bytes(service.pid)
+    found = await in_turn(
+        "adapters", ways, cells, settings, rounds=rounds, requests=requests, max_tokens=max_tokens, seed=seed
+    )
     weights = {
         GUEST: settings.pair.base.weights + adapter.weights,
         OWN_LANE: settings.pair.base.weights + merged.weights,
     }
-    return _report(settings, cells, found, resident, weights, max_tokens)
+    return _report(settings, cells, found, weights, max_tokens)
 
 
 def _guest(config: EngineConfig, adapter: Member) -> EngineConfig:
@@ -167,8 +117,7 @@ def _shapes(weight: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
 def _report(
     settings: Settings,
     cells: list[Cell],
-    found: dict[tuple[Cell, str], list[_Measured]],
-    resident: dict[str, int],
+    found: Found,
     weights: dict[str, int],
     max_tokens: int,
 ) -> Report:
@@ -176,18 +125,17 @@ def _report(
     rows, records, bars = [], [], []
     for cell in cells:
         measured = {name: found[cell, name] for name in (GUEST, OWN_LANE, ALONE)}
-
         guest, lanes, alone = measured.values()
-        to_lanes = _ratios(guest, lanes, _speed)
+        to_lanes = ratios(guest, lanes, SPEED)
         rows.append(
             [
                 str(cell),
-                *(spread([_speed(one) for one in ones]) for ones in measured.values()),
+                *(spread([one.speed for one in ones]) for ones in measured.values()),
                 spread(to_lanes, 2),
-                spread(_ratios(guest, alone, _speed), 2),
-                *(spread([1e6 * _cpu_per_token(one) for one in ones]) for ones in measured.values()),
-                spread(_ratios(guest, lanes, _cpu_per_token), 2),
-                spread(_ratios(guest, alone, _cpu_per_token), 2),
+                spread(ratios(guest, alone, SPEED), 2),
+                *(spread([1e6 * one.cpu_per_token for one in ones]) for ones in measured.values()),
+                spread(ratios(guest, lanes, CPU), 2),
+                spread(ratios(guest, alone, CPU), 2),
             ]
         )
         records.append(
@@ -195,7 +143,7 @@ def _report(
                 "concurrency": cell.concurrency,
                 "deferral": cell.deferral,
                 "prompt": cell.prompt,
-                "tokens_per_second": {name: [_speed(one) for one in ones] for name, ones in measured.items()},
+                "tokens_per_second": {name: [one.speed for one in ones] for name, ones in measured.items()},
                 "cpu_seconds": {name: [one.cpu_seconds for one in ones] for name, ones in measured.items()},
                 "accounts": {name: [account_record(one.account) for one in ones] for name, ones in measured.items()},
             }
@@ -203,6 +151,10 @@ def _report(
         if cell.deferral == 0.3:
             limit = 1.0 if shape in ("S", "1B-8B") else OWN_LANE_BAR
             bars.append(Bar(f"{shape}: adapter / merged copy, tokens/s, {cell}", limit, tuple(to_lanes)))
+    resident = {
+        name: max(one.resident_bytes for (_, way), ones in found.items() if way == name for one in ones)
+        for name in (GUEST, OWN_LANE)
+    }
     ways = (GUEST, OWN_LANE, ALONE)
     headers = ["", *ways, "/ merged copy", "/ base alone"]
     headers += [*(f"{name}: CPU us/token" for name in ways), "CPU / merged copy", "CPU / base alone"]

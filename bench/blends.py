@@ -9,19 +9,14 @@ wait for each other by spinning take time too.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
-from bench import processes
-from bench.account import Account
 from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
 from bench.coordination import account_record
-from bench.load import Outcome, drive
 from bench.pacing import LOCKSTEP
-from bench.progress import Progress
 from bench.report import Bar, Report, spread, table
-from bench.services import running
+from bench.rounds import Found, Measured, in_turn, ratios
 from bench.settings import Settings
-from bench.workload import Cell, make_jobs
+from bench.workload import Cell
 from engine.blends import Blend
 
 HALF = ((0, 0.5), (1, 0.5))
@@ -38,30 +33,15 @@ rows."""
 VISITS_BAR = 1.3
 """Expert steps per token without drafts to those with them, where base and expert are related."""
 
-_WARM_UP_TOKENS = 8
+
+def _steps_per_token(measured: Measured) -> float:
+    """Processor seconds of the lanes' steps alone: without what the account says is coordination."""
+    return measured.cpu_per_token * (1 - measured.account.share)
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """One way's work in one round; ``cpu_seconds`` is the engine's processor time."""
-
-    outcome: Outcome
-    account: Account
-    cpu_seconds: float
-
-    @property
-    def cpu_per_token(self) -> float:
-        return self.cpu_seconds / self.account.tokens
-
-    @property
-    def steps_per_token(self) -> float:
-        """Processor seconds of the lanes' steps alone: without what the account says is coordination."""
-        return self.cpu_per_token * (1 - self.account.share)
-
-    @property
-    def visits(self) -> float:
-        """Expert steps per token."""
-        return self.account.steps[1] / self.account.tokens
+def _visits(measured: Measured) -> float:
+    """Expert steps per token."""
+    return measured.account.steps[1] / measured.account.tokens
 
 
 async def measure(
@@ -79,25 +59,9 @@ async def measure(
     ways += [EngineAlone(service, name, "off", blend=blend) for name, blend in KINDS.items()]
     ways += [EngineAlone(service, PLAIN + DRAFTS, "auto")]
     ways += [EngineAlone(service, name + DRAFTS, "auto", blend=blend) for name, blend in KINDS.items()]
-    found: dict[tuple[Cell, str], list[_Measured]] = {}
-    with Progress((1 + rounds) * len(cells) * len(ways), f"blends {settings.pair.name}") as progress:
-        async with running([service], lambda name: progress.say(f"starting {name}")):
-            processes.thaw(service.pid)
-            for round_number in range(-1, rounds):
-                for cell in cells:
-                    for number, way in enumerate(ways):
-                        progress.say(f"round {round_number + 1}: {way.name}, {cell}")
-                        draw = round_number * len(ways) + number
-                        warm_up = make_jobs(settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, draw)
-                        await drive(way, warm_up, cell.concurrency)
-                        if round_number >= 0:
-                            jobs = make_jobs(settings.pair, cell, cell.concurrency * requests, max_tokens, seed, draw)
-                            before, cpu = way.account(), processes.cpu_seconds(service.pid)
-                            outcome = await drive(way, jobs, cell.concurrency)
-                            cpu = processes.cpu_seconds(service.pid) - cpu
-                            measured = _Measured(outcome, way.account().since(before), cpu)
-                            found.setdefault((cell, way.name), []).append(measured)
-                        progress.step()
+    found = await in_turn(
+        "blends", ways, cells, settings, rounds=rounds, requests=requests, max_tokens=max_tokens, seed=seed
+    )
     return _report(settings, cells, [way.name for way in ways], found, max_tokens)
 
 
@@ -105,7 +69,7 @@ def _report(
     settings: Settings,
     cells: list[Cell],
     names: list[str],
-    found: dict[tuple[Cell, str], list[_Measured]],
+    found: Found,
     max_tokens: int,
 ) -> Report:
     shape = settings.pair.name
@@ -115,17 +79,17 @@ def _report(
         for name in names:
             measured, stepwise = found[cell, name], found[cell, name.removesuffix(DRAFTS)]
             accounts = [one.account for one in measured]
-            over = [one.cpu_per_token / other.steps_per_token for one, other in zip(measured, plain, strict=True)]
-            fewer = [one.visits / other.visits for one, other in zip(stepwise, measured, strict=True)]
+            over = [one.cpu_per_token / _steps_per_token(other) for one, other in zip(measured, plain, strict=True)]
+            fewer = ratios(stepwise, measured, _visits)
             rows.append(
                 [
                     f"{cell}: {name}",
-                    spread([one.outcome.tokens_per_second for one in measured]),
+                    spread([one.speed for one in measured]),
                     spread(over, 2),
                     spread([account.share for account in accounts], 1, 100, " %"),
                     *(spread([account.lane_step_seconds[lane] for account in accounts], 2, 1000) for lane in (0, 1)),
                     spread([1e6 * one.cpu_per_token for one in measured]),
-                    spread([one.visits for one in measured], 3),
+                    spread([_visits(one) for one in measured], 3),
                     spread(fewer, 2),
                 ]
             )
@@ -133,7 +97,7 @@ def _report(
                 {
                     "concurrency": cell.concurrency,
                     "way": name,
-                    "tokens_per_second": [one.outcome.tokens_per_second for one in measured],
+                    "tokens_per_second": [one.speed for one in measured],
                     "cpu_seconds": [one.cpu_seconds for one in measured],
                     "over_steps": over,
                     "accounts": [account_record(account) for account in accounts],

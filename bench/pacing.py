@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from bench import processes
 from bench.account import Account
 from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
 from bench.coordination import account_record
-from bench.load import Outcome, drive
-from bench.progress import Progress
 from bench.report import Bar, Report, percentile, spread, table
-from bench.services import running
+from bench.rounds import SPEED, Found, in_turn, ratios
 from bench.settings import Settings
 from bench.shapes import DEMO
-from bench.workload import Cell, make_jobs
+from bench.workload import Cell
 
 LOCKSTEP = {"coordination": "lockstep", "gather": "off", "run_ahead": "off"}
 """Engine settings of lockstep as it is: base step, expert step, repeat."""
@@ -31,8 +28,6 @@ GATHER_BAR = 1.3
 """Gather against lockstep, tokens/s, shape S, deferral 0.1, concurrency 32."""
 VISITS_BAR = 1.5
 """Lockstep's expert steps for each deferred token against those with run-ahead, demo pair, concurrency 8."""
-
-_WARM_UP_TOKENS = 8
 
 
 async def measure(
@@ -47,32 +42,16 @@ async def measure(
     at_once = EngineService(engine_config(dataclasses.replace(settings, scheduler=settings.scheduler | LOCKSTEP)))
     gathers = EngineService(engine_config(dataclasses.replace(settings, scheduler=LOCKSTEP | waiting)))
     ways = [
-        (at_once, EngineAlone(at_once, PLAIN, "off")),
-        (at_once, EngineAlone(at_once, AHEAD, "auto")),
-        (at_once, EngineAlone(at_once, AHEAD_4, 4)),
-        (gathers, EngineAlone(gathers, GATHER, "off")),
-        (gathers, EngineAlone(gathers, BOTH, "auto")),
+        EngineAlone(at_once, PLAIN, "off"),
+        EngineAlone(at_once, AHEAD, "auto"),
+        EngineAlone(at_once, AHEAD_4, 4),
+        EngineAlone(gathers, GATHER, "off"),
+        EngineAlone(gathers, BOTH, "auto"),
     ]
-    found: dict[tuple[Cell, str], list[tuple[Outcome, Account]]] = {}
-    with Progress((1 + rounds) * len(cells) * len(ways), f"pacing {settings.pair.name}") as progress:
-        async with running([at_once, gathers], lambda name: progress.say(f"starting {name}")):
-            for round_number in range(-1, rounds):
-                for cell in cells:
-                    for number, (service, way) in enumerate(ways):
-                        progress.say(f"round {round_number + 1}: {way.name}, {cell}")
-                        processes.thaw(service.pid)
-                        # Every way has jobs of its own: one engine serves several, and knows the prompts it has seen.
-                        draw = round_number * len(ways) + number
-                        warm_up = make_jobs(settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, draw)
-                        await drive(way, warm_up, cell.concurrency)
-                        jobs = make_jobs(settings.pair, cell, cell.concurrency * requests, max_tokens, seed, draw)
-                        before = way.account()
-                        outcome = await drive(way, jobs, cell.concurrency)
-                        if round_number >= 0:
-                            found.setdefault((cell, way.name), []).append((outcome, way.account().since(before)))
-                        processes.freeze(service.pid)
-                        progress.step()
-    return _report(settings, cells, [way.name for _, way in ways], found, max_tokens)
+    found = await in_turn(
+        "pacing", ways, cells, settings, rounds=rounds, requests=requests, max_tokens=max_tokens, seed=seed
+    )
+    return _report(settings, cells, [way.name for way in ways], found, max_tokens)
 
 
 def _visits(account: Account) -> float:
@@ -83,7 +62,7 @@ def _report(
     settings: Settings,
     cells: list[Cell],
     names: list[str],
-    found: dict[tuple[Cell, str], list[tuple[Outcome, Account]]],
+    found: Found,
     max_tokens: int,
 ) -> Report:
     shape = settings.pair.name
@@ -92,13 +71,10 @@ def _report(
         plain = found[cell, PLAIN]
         for name in names:
             measured = found[cell, name]
-            outcomes = [outcome for outcome, _ in measured]
-            accounts = [account for _, account in measured]
-            faster = [
-                outcome.tokens_per_second / other.tokens_per_second
-                for outcome, (other, _) in zip(outcomes, plain, strict=True)
-            ]
-            fewer = [_visits(other) / _visits(account) for account, (_, other) in zip(accounts, plain, strict=True)]
+            outcomes = [one.outcome for one in measured]
+            accounts = [one.account for one in measured]
+            faster = ratios(measured, plain, SPEED)
+            fewer = ratios(plain, measured, lambda one: _visits(one.account))
             rows.append(
                 [
                     f"{cell}: {name}",
