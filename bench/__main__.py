@@ -189,6 +189,7 @@ async def _measure(command: str, pair: Pair, options: argparse.Namespace, workdi
             max_tokens=max_tokens,
             seed=options.seed,
             starts=options.starts,
+            workdir=workdir,
             names=options.contenders,
         )
     if command == "context":

@@ -9,17 +9,21 @@ is reversed every other round: for machines whose memory does not hold all serve
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import statistics
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 from bench import processes
 from bench.account import Account
 from bench.contenders.base import Contender, Service
 from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
+from bench.contenders.other_vocabulary import Characters, Words, renumbered
 from bench.contenders.per_token_http import PerTokenHttp
 from bench.contenders.server import Server, server_service
 from bench.contenders.stock import Stock, stock_service
@@ -32,7 +36,8 @@ from bench.settings import Settings
 from bench.workload import Cell, make_jobs
 
 SERVER, ENGINE, BASE, EXPERT, PER_TOKEN_HTTP = "server", "engine", "stock base", "stock expert", "per-token HTTP"
-NAMES = (SERVER, ENGINE, BASE, EXPERT, PER_TOKEN_HTTP)
+WORDS, CHARACTERS = "engine, words", "engine, characters"
+NAMES = (SERVER, ENGINE, WORDS, CHARACTERS, BASE, EXPERT, PER_TOKEN_HTTP)
 LIMIT = "limit: lanes' steps"
 
 BASE_BARS = {"tiny": 1.0, "S": 0.97}
@@ -41,6 +46,10 @@ BOTH_BAR = 0.9
 """Server at deferral 1 against 1 / (1/base + 1/expert) of the stock servers."""
 PER_TOKEN_HTTP_BARS = {"tiny": 12.0, "S": 15.0}
 """Server at deferral 0.3 against the per-token HTTP baseline, concurrency 8 and 32."""
+WORDS_BAR = 0.85
+"""Deferral over two vocabularies against deferral over one, tokens/s of the engine alone."""
+CHARACTERS_BAR = 1.10
+"""Greatest ratio of the engine's time with CharED to the sum of its lanes' steps, concurrency 32."""
 
 _WARM_UP_TOKENS = 4
 
@@ -52,19 +61,27 @@ class Found:
     Attributes:
         outcomes: for each contender and cell, one entry per round.
         peak_rss: of each contender's process trees, in bytes.
+        cpu_per_token: of those process trees, in seconds, for each contender and cell; one entry per round.
     """
 
     outcomes: dict[tuple[str, Cell], list[tuple[Outcome, Account | None]]] = field(default_factory=dict)
     peak_rss: dict[str, int] = field(default_factory=dict)
+    cpu_per_token: dict[tuple[str, Cell], list[float]] = field(default_factory=dict)
 
     def speeds(self, name: str, cell: Cell) -> list[float]:
         """Tokens per second, one entry per round; empty if the contender was not measured there."""
         return [outcome.tokens_per_second for outcome, _ in self.outcomes.get((name, cell), [])]
 
 
-def contenders(settings: Settings, names: list[str] | None) -> list[Contender]:
-    """Those that were asked for; they share the stock servers."""
+def contenders(settings: Settings, names: list[str] | None, workdir: Path) -> list[Contender]:
+    """Those that were asked for; they share the stock servers, and the engine with an expert of another vocabulary."""
     pair = settings.pair
+
+    @cache
+    def other_vocabulary() -> EngineService:
+        other = dataclasses.replace(settings, pair=renumbered(pair, workdir))
+        return EngineService(engine_config(other), "engine, another vocabulary")
+
     # As many cores as vLLM would take, all but one, but not the same ones: per-token HTTP uses both servers at once.
     *cores, last = sorted(os.sched_getaffinity(0))
     base = stock_service(BASE, pair.base, settings, cores)
@@ -72,11 +89,14 @@ def contenders(settings: Settings, names: list[str] | None) -> list[Contender]:
     make: dict[str, Callable[[], Contender]] = {
         SERVER: lambda: Server(server_service(settings)),
         ENGINE: lambda: EngineAlone(EngineService(engine_config(settings))),
+        CHARACTERS: lambda: Characters(other_vocabulary(), CHARACTERS, settings),
         BASE: lambda: Stock(BASE, base, 0.0),
         EXPERT: lambda: Stock(EXPERT, expert, 1.0),
         PER_TOKEN_HTTP: lambda: PerTokenHttp(base, expert),
     }
-    return [make[name]() for name in NAMES if names is None or name in names]
+    if pair.prompts:
+        make[WORDS] = lambda: Words(other_vocabulary(), WORDS, settings)
+    return [make[name]() for name in NAMES if name in make and (names is None or name in names)]
 
 
 async def measure(
@@ -88,15 +108,17 @@ async def measure(
     max_tokens: int,
     seed: int,
     starts: Literal["once", "each-round"],
+    workdir: Path,
     names: list[str] | None = None,
 ) -> Report:
     """Run every cell in every round with every contender that takes it.
 
     Args:
         requests: jobs for each place; slow contenders get one, the first of the same list.
+        workdir: what is made for contenders goes there.
         names: of contenders; None is all of them.
     """
-    taking_part = contenders(settings, names)
+    taking_part = contenders(settings, names, workdir)
     services = list({id(service): service for contender in taking_part for service in contender.services}.values())
     found = Found()
     measurements = sum(contender.takes(cell) for contender in taking_part for cell in cells)
@@ -109,10 +131,11 @@ async def measure(
             warm_up = make_jobs(settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, number)
             await contender.open()
             await drive(contender, warm_up, cell.concurrency)
-            before = contender.account()
+            before, cpu = contender.account(), _cpu_seconds(contender)
             outcome = await drive(contender, jobs, cell.concurrency)
-            after = contender.account()
+            after, cpu = contender.account(), _cpu_seconds(contender) - cpu
             await contender.close()
+            found.cpu_per_token.setdefault((contender.name, cell), []).append(cpu / outcome.tokens)
             account = after.since(before) if after is not None and before is not None else None
             found.outcomes.setdefault((contender.name, cell), []).append((outcome, account))
             peak = sum(processes.peak_rss_bytes(service.pid) for service in contender.services)
@@ -122,6 +145,10 @@ async def measure(
         run = _frozen if starts == "once" else _started_anew
         await run(taking_part, services, cells, rounds, measure_once, progress)
     return _report(settings, cells, found, requests=requests, max_tokens=max_tokens, starts=starts)
+
+
+def _cpu_seconds(contender: Contender) -> float:
+    return sum(processes.cpu_seconds(service.pid) for service in contender.services)
 
 
 Measure = Callable[[Contender, Cell, int], Awaitable[None]]
@@ -180,6 +207,7 @@ _HEADERS = [
     "gap p50 ms",
     "gap p99 ms",
     "tokens/arrival",
+    "CPU us/token",
 ]
 
 
@@ -195,14 +223,15 @@ def _report(
             if not measured:
                 continue
             outcomes = [outcome for outcome, _ in measured]
-            rows.append([name, *place, *_outcome_cells(outcomes)])
+            cpu = found.cpu_per_token[name, cell]
+            rows.append([name, *place, *_outcome_cells(outcomes), spread([1e6 * one for one in cpu])])
             accounts = [account for _, account in measured if account is not None]
             if accounts:
                 limits = [account.limit_tokens_per_second for account in accounts]
-                rows.append([LIMIT, *place, spread(limits), "-", "-", "-", "-"])
+                rows.append([LIMIT, *place, spread(limits), "-", "-", "-", "-", "-"])
                 shares = [account.share for account in accounts]
                 engine_rows.append([str(cell), spread(shares, 1, 100, " %"), *account_cells(accounts)])
-            records.append(_record(name, cell, outcomes, accounts))
+            records.append(_record(name, cell, outcomes, accounts) | {"cpu_per_token": cpu})
     text = f"### Comparison, {settings.pair.name}\n\n"
     text += (
         f"{max_tokens} tokens per request, greedy; {requests} requests for each one in flight (per-token HTTP: 1). "
@@ -265,6 +294,14 @@ def bars(shape: str, cells: list[Cell], found: Found) -> list[Bar]:
             result.append(Bar(name, limit, tuple(values)))
 
     for cell in cells:
+        words = zip(found.speeds(WORDS, cell), found.speeds(ENGINE, cell), strict=False)
+        add(f"{shape}: {WORDS} / engine, {cell}", WORDS_BAR, [ours / theirs for ours, theirs in words])
+        if cell.concurrency == 32:
+            drawn = [account for _, account in found.outcomes.get((CHARACTERS, cell), []) if account is not None]
+            over = [account.loop_seconds / account.step_seconds for account in drawn]
+            if over:
+                label = f"{shape}: time with CharED / lanes' steps, {cell}"
+                result.append(Bar(label, CHARACTERS_BAR, tuple(over), at_most=True))
         served = found.speeds(SERVER, cell)
         if cell.deferral == 0.0 and cell.concurrency == 32 and shape in BASE_BARS:
             stock = found.speeds(BASE, cell)

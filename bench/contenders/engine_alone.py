@@ -61,9 +61,8 @@ def engine_request(
 class EngineService:
     """The engine's process, and a running account of what it says of itself."""
 
-    name = "engine"
-
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, name: str = "engine") -> None:
+        self.name = name
         self._config = config
         self._client: EngineClient | None = None
         self.account = Account.of(1 + len(config.experts))
@@ -145,12 +144,14 @@ class EngineAlone:
     async def open(self) -> None:
         """Nothing to open."""
 
+    def request(self, job: Job) -> GenerationRequest:
+        """The job as this contender has the engine do it."""
+        return engine_request(job, self._run_ahead, self._member, self._blend)
+
     async def run(self, job: Job, stamp: Stamp) -> int:
         """Complete one job."""
         tokens = 0
-        async for delta in self._service.client.generate(
-            engine_request(job, self._run_ahead, self._member, self._blend)
-        ):
+        async for delta in self._service.client.generate(self.request(job)):
             if delta.finish_reason == "error":
                 raise BenchError(f"the engine ended {job.name}: {delta.error}")
             if delta.tokens:

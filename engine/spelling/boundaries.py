@@ -14,21 +14,37 @@ from collections.abc import Iterator
 
 from engine.spelling.vocabulary import Vocabulary
 
-_AFTER_NO_SPACE = (
-    rb"(?<=[^\x00-\x20\x7f])"
-    # Spaces beyond ASCII, in UTF-8: U+0085, U+00A0, U+1680, U+2000 to U+200A, U+2028, U+2029, U+202F, U+205F, U+3000.
-    rb"(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)(?<!\xe3\x80\x80)"
-)
+# Spaces beyond ASCII, in UTF-8: U+0085, U+00A0, U+1680, U+2000 to U+200A, U+2028, U+2029, U+202F, U+205F, U+3000.
+_OTHER_SPACES = (
+    rb"\xc2[\x85\xa0]", rb"\xe1\x9a\x80", rb"\xe2\x80[\x80-\x8a\xa8\xa9\xaf]", rb"\xe2\x81\x9f", rb"\xe3\x80\x80",
+)  # fmt: skip
+
+
+def _behind_no_space(between: bytes = b"") -> bytes:
+    """Where ``between`` stands behind anything but white space."""
+    spaces = b"".join(rb"(?<!" + space + between + rb")" for space in _OTHER_SPACES)
+    return rb"(?<=[^\x00-\x20\x7f]" + between + rb")" + spaces
+
+
+_MARK = rb"(?=[,.;:!?()\[\]{}\"<>=+*/\\|&%$#@^~])"
+_NUMBER = _behind_no_space(b" ") + rb"(?=[0-9])"
 _KINDS = (
     # A space after anything else. The space may be followed by others: they are one run.
-    _AFTER_NO_SPACE + rb"(?= )",
+    _behind_no_space() + rb"(?= )",
+    # A number after a single space: some families take the space to the number.
+    _NUMBER,
     # A line break after a word; after punctuation it may be the punctuation's.
     rb"(?<=[0-9A-Za-z])(?=[\r\n])",
-    # A mark after a letter; apostrophes may begin a contraction.
-    rb"(?<=[A-Za-z])(?=[,.;:!?()\[\]{}\"<>=+*/\\|&%$#@^~])",
+    # A mark after a letter, or after a number; apostrophes may begin a contraction.
+    rb"(?<=[A-Za-z])" + _MARK,
+    rb"(?<=[0-9])" + _MARK,
+    # A number after a mark that may stand between two.
+    rb"(?<=[,.:=+*/^])(?=[0-9])",
     # The same in Chinese and Japanese: after an ideograph U+3001, U+3002, U+FF01, U+FF0C, U+FF1A, U+FF1B or U+FF1F.
     rb"(?<=[\xe4-\xe9][\x80-\xbf]{2})(?=\xe3\x80[\x81\x82]|\xef\xbc[\x81\x8c\x9a\x9b\x9f])",
 )
+_ACROSS = {_NUMBER: rb"(?<= )(?=[0-9])"}
+"""What in a token rules a kind out, if not the kind itself: what that looks back at may be in another token."""
 _CONTEXT = 4
 """Bytes to both sides that a kind of boundary looks at, at most."""
 
@@ -41,7 +57,7 @@ class Boundaries:
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        kinds = [kind for kind in _KINDS if not re.search(kind, vocabulary.joined, re.DOTALL)]
+        kinds = [kind for kind in _KINDS if not re.search(_ACROSS.get(kind, kind), vocabulary.joined, re.DOTALL)]
         self._pattern = re.compile(b"|".join(kinds), re.DOTALL) if kinds else None
         self._across: list[tuple[bytes, bytes]] = []
         for text in vocabulary.added:

@@ -14,8 +14,10 @@ from tokenizers import Tokenizer
 
 from engine.spelling.decoding import decoding_of, token_bytes
 
-_TEXT_BYTES = [byte for byte in range(256) if byte not in (0xC0, 0xC1) and byte < 0xF5]
-"""Bytes that occur in UTF-8."""
+_TEXT_BYTES = [*range(0x09, 0x0E), *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1), 0xF3, 0xF4]
+"""Bytes that occur in texts: those of UTF-8, but for control characters and for what begins only characters that are
+not assigned. Trained vocabularies lack some of those, SmolLM2's for instance; who has to spell one says so then.
+"""
 
 _CACHED_PREFIXES = 4096
 
@@ -158,7 +160,9 @@ class Vocabulary:
         return found
 
     def lacking(self) -> tuple[int, ...]:
-        """Bytes of UTF-8 for which there is no token, in order. With none lacking every text can be spelled."""
+        """Bytes of texts for which there is no token, in order. With none lacking every text can be spelled that holds
+        neither control characters nor characters that Unicode has not assigned.
+        """
         return tuple(byte for byte in _TEXT_BYTES if not self.exact(bytes([byte])))
 
     @cached_property

@@ -110,13 +110,26 @@ def test_a_word_stands_back_at_its_first_unsure_token() -> None:
 def test_within_a_word_of_the_bases_the_base_writes() -> None:
     hand = Hand()
     hand.add(experts=(1,), max_expert_tokens=5, policy="random", rate=1.0)
+    hand.says(0, b"b")
+    hand.says(1, toys.tokenizer(1).token_to_id(toys.MARK))
+    hand.says(0, b"a")
+    assert hand.text == b"ba"
+    assert hand.got().sources == [0, 0]
+    assert hand.scheduler.counters.unaligned_deferrals == 1
+
+
+def test_behind_its_own_word_an_expert_is_asked_whatever_the_base_would_go_on_with() -> None:
+    hand = Hand()
+    hand.add()
     hand.says(0, b"ab")
     hand.says(1, b"b")
     hand.says(1, b" ")
     hand.says(0, b"a")
-    assert hand.text == b"ba"
-    assert hand.got().sources == [1, 0]
-    assert hand.scheduler.counters.unaligned_deferrals == 1
+    hand.says(1, b"a")
+    hand.says(1, b".")
+    assert hand.text == b"b a"
+    assert hand.got().sources == [1, 1]
+    assert hand.scheduler.counters.unaligned_deferrals == 0
 
 
 def test_an_experts_end_is_the_bases() -> None:

@@ -102,9 +102,13 @@ def strand(lane: int, pieces: list[Piece]) -> list[int]:
 
 
 def aligned(lane: int, pieces: list[Piece], upcoming: bytes) -> bool:
-    """Whether a word begins at the end of the text for the base and for an expert."""
+    """Whether an expert may be asked at the end of the text: a word of its own ends there, or one begins for both."""
     text = b"".join(piece for piece, _ in pieces)
-    if text.endswith(b"\xc3") or not begins(BASE, text, upcoming):
+    if text.endswith(b"\xc3"):
+        return False
+    if pieces and lane in pieces[-1][1]:
+        return True  # its own word ends there
+    if not begins(BASE, text, upcoming):
         return False
     at = last_safe(lane, strand(lane, pieces), text + upcoming, len(text))
     return at == len(text) or len(text) in [at + end for end in ends_of(lane, spell(lane, (text + upcoming)[at:]))]

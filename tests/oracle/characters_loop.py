@@ -209,23 +209,41 @@ def follow(member: Member, history: Sequence[tuple[bytes, bool]]) -> list[int]:
         ends = [0]
         for token in tokens:
             ends.append(ends[-1] + len(member.bytes_of[token]))
-        restart = max((i for i in range(1, before + 1) if i in ends and _safe(text, i)), default=0)
+        restart = max((i for i in range(1, before + 1) if i in ends and _safe(member, text, i)), default=0)
         kept = ends.index(restart)
         tokens = tokens[:kept] + _encode(member, text[restart:])
     assert b"".join(member.bytes_of[token] for token in tokens) == text
     return tokens
 
 
-def _safe(text: bytes, at: int) -> bool:
+MARKS = tuple(bytes([mark]) for mark in b',.;:!?()[]{}"<>=+*/\\|&%$#@^~')
+BETWEEN_DIGITS = tuple(bytes([mark]) for mark in b",.:=+*/^")
+
+
+def _safe(member: Member, text: bytes, at: int) -> bool:
     """Whether all byte-level tokenizers in use have a boundary here, whatever else the text has."""
     if at >= len(text):
         return False
     before, after = text[at - 1 : at], text[at : at + 1]
     if after == b" ":
-        return before > b" " and before != b"\x7f" and text[:at].decode("utf-8", "replace")[-1:].strip() != ""
+        return _behind_no_space(text[:at])
     if after in (b"\r", b"\n"):
         return before.isalnum()
-    return before.isalpha() and after in tuple(bytes([mark]) for mark in b',.;:!?()[]{}"<>=+*/\\|&%$#@^~')
+    if after.isdigit() and before == b" ":
+        # Some families take the space to the number, and have a token that does.
+        joined = any(b" " + digit in own for own in member.bytes_of.values() for digit in _DIGITS)
+        return not joined and _behind_no_space(text[: at - 1])
+    if after.isdigit():
+        return before in BETWEEN_DIGITS
+    return before.isalnum() and after in MARKS
+
+
+_DIGITS = [bytes([digit]) for digit in b"0123456789"]
+
+
+def _behind_no_space(text: bytes) -> bool:
+    last = text[-1:]
+    return last > b" " and last != b"\x7f" and text.decode("utf-8", "replace")[-1:].strip() != ""
 
 
 def _encode(member: Member, text: bytes) -> list[int]:

@@ -30,9 +30,9 @@ class Written:
     unaligned: int = 0
 
 
-def begins(text: bytes, upcoming: bytes) -> bool:
-    """Whether ``upcoming`` begins a word behind ``text``."""
-    if not text or not upcoming or _safe(text + upcoming, len(text)):
+def begins(member: Member, text: bytes, upcoming: bytes) -> bool:
+    """Whether ``upcoming`` begins a word of a member's behind ``text``."""
+    if not text or not upcoming or _safe(member, text + upcoming, len(text)):
         return True
     return text[-1:] in (b"\n", b"\r", b"\t") and not upcoming[:1].isspace()
 
@@ -43,7 +43,7 @@ def aligned(expert: Member, text: bytes, upcoming: bytes) -> bool:
     for token in expert.strand:
         ends.append(ends[-1] + len(expert.bytes_of[token]))
     whole = text + upcoming
-    at = max((i for i in range(1, len(text) + 1) if i in ends and _safe(whole, i)), default=0)
+    at = max((i for i in range(1, len(text) + 1) if i in ends and _safe(expert, whole, i)), default=0)
     offsets = {at}
     for token in _encode(expert, whole[at:]):
         at += len(expert.bytes_of[token])
@@ -84,7 +84,9 @@ def write(members: Sequence[Member], request: GenerationRequest) -> Written:
         expert, heard, said, logprob = experts[0], b"", [], 0.0
         if deferral and (limit is None or count < limit):
             expert.strand = follow(expert, expert.history)
-            if _unfinished(text) or not begins(text, upcoming) or not aligned(expert, text, upcoming):
+            behind_own = bool(expert.history) and expert.history[-1][1]
+            begun = behind_own or (begins(base, text, upcoming) and aligned(expert, text, upcoming))
+            if _unfinished(text) or not begun:
                 whole.unaligned += 1
             else:
                 while True:
@@ -95,7 +97,7 @@ def write(members: Sequence[Member], request: GenerationRequest) -> Written:
                             source, tokens, piece, logprob = 1, [base.end], b"", float(chances[token])
                         break
                     long = heard and len(heard) + len(part or b"") > MOST and not _unfinished(heard)
-                    if part is None or long or (heard and begins(text + heard, part)):
+                    if part is None or long or (heard and begins(expert, text + heard, part)):
                         break
                     heard, said, logprob = heard + part, [*said, token], logprob + float(chances[token])
                 if said:

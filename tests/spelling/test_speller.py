@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from itertools import pairwise
@@ -9,7 +10,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 
 from engine.spelling.speller import Speller, SpellingError
 from engine.spelling.strand import REACH, Strand
@@ -68,6 +69,22 @@ def test_a_vocabulary_that_lacks_something_says_so_or_keeps_the_bytes(name: str,
     assert "no token for the byte" in (obstacle(vocabulary_of(name)) or "")
     with suppress(SpellingError):
         assert vocabulary_of(name).text_of(speller_of(name).spell(text.encode())) == text.encode()
+
+
+def test_a_vocabulary_may_lack_what_no_text_has() -> None:
+    """As SmolLM2's does: some control characters, and bytes that begin only characters not assigned."""
+    state = json.loads(byte_level().to_str())
+    entries = state["model"]["vocab"]
+    bytes_of = {vocabulary_of("byte-level").bytes_of(number): name for name, number in entries.items()}
+    for lacking in (b"\x04", b"\xf1"):
+        del entries[bytes_of[lacking]]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    vocabulary = Vocabulary(tokenizer)
+    assert obstacle(vocabulary) is None
+    with pytest.raises(SpellingError, match="x04"):
+        Speller(tokenizer, vocabulary).spell(b"a\x04b")
+    del entries[bytes_of[b"~"]]
+    assert "0x7E" in (obstacle(Vocabulary(Tokenizer.from_str(json.dumps(state)))) or "")
 
 
 @complete

@@ -3,7 +3,11 @@
 Copies of the experts in which every token has another id are, for the engine, models with vocabularies of their own,
 which say just what they said before. So what the shipped pair and this one write differs only by how members of
 different vocabularies write together: experts write whole words, and base and experts spell each other's text. The
-gate is the shipped one. Everything runs in the serving engine, greedy, on the held-out questions; nothing is trained.
+gate is the shipped one. Everything runs in the serving engine, on the held-out questions; nothing is trained. Greedy
+answers have no seed; sampled ones have as many as are asked for.
+
+CharED is also asked to go on with statements, which is how both experts have read their facts: what two of them keep of
+both skills, by weight. What is measured is kept, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -11,13 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from tokenizers import Tokenizer
 
@@ -29,12 +35,16 @@ from engine.offline import Engine
 from engine.types import NO_TOKEN, Collaboration, GenerationRequest, SamplingSpec
 from training.checkpoints import load_causal, quiet
 from training.command import run_command
+from training.demo.blends import interval
 from training.demo.pretrain import one_thread
+from training.errors import ModelError
 from training.files import read_json, write_json
 
 MAX_TOKENS = 64
+MOST_PIECES = 8
 MEMORY = 1 << 27
-ROUNDS = 2
+NAMES = ("shipped", "renumbered")
+DEFERRAL = "deferral by the gate"
 
 
 def renumber(source: Path, target: Path) -> None:
@@ -84,75 +94,191 @@ def config_of(pair: Path) -> EngineConfig:
     )
 
 
-def ways(spelled: bool) -> Mapping[str, dict[str, Any]]:
-    """What is measured of a pair: fields of a collaboration."""
-    third = ((0, 1 / 3), (1, 1 / 3), (2, 1 / 3))
-    union = Blend("union", third)
+@dataclass(frozen=True)
+class Task:
+    """What members are asked, and what is right.
+
+    Attributes:
+        prompts: in text.
+        is_right: whether an answer to the prompt of this number is: the text, and why it ended.
+        skills: what each prompt asks for, "codes" or "arithmetic".
+        most: tokens or pieces of an answer.
+    """
+
+    prompts: Sequence[str]
+    is_right: Callable[[int, str, str], bool]
+    skills: Sequence[str]
+    most: int
+
+
+def answered(questions: Sequence[dict[str, Any]]) -> Task:
+    """The demo's questions, which only base and experts together answer: the whole completion counts."""
+    return Task(
+        [question["prompt"] for question in questions],
+        lambda number, text, reason: text == questions[number]["completion"] and reason == "stop",
+        [skill(question) for question in questions],
+        MAX_TOKENS,
+    )
+
+
+def continued(questions: Sequence[dict[str, Any]]) -> Task:
+    """The same facts as statements that the experts have read, up to the code or the result, as many of both: each
+    knows its half.
+    """
+    halves: dict[str, list[tuple[str, str, str]]] = {"codes": [], "arithmetic": []}
+    for question in questions:
+        if len(question["codes"]) == 1:
+            head, _, tail = question["completion"].strip().rpartition(" ")
+            halves[skill(question)].append((head, " " + tail.removesuffix("."), skill(question)))
+    count = min(map(len, halves.values()))
+    cut = [one for half in halves.values() for one in half[:count]]
+    return Task(
+        [head for head, _, _ in cut],
+        lambda number, text, reason: re.match(re.escape(cut[number][1]) + r"(?![0-9A-Za-z])", text) is not None,
+        [kind for _, _, kind in cut],
+        MOST_PIECES,
+    )
+
+
+def skill(question: dict[str, Any]) -> str:
+    """Which expert knows it."""
+    return "arithmetic" if question["kind"] == "arithmetic" else "codes"
+
+
+def questions_ways(spelled: bool) -> dict[str, dict[str, Any]]:
+    """How questions are answered: fields of a collaboration."""
+    weights = ((0, 1 / 3), (1, 1 / 3), (2, 1 / 3))
+    union = Blend("union", weights)
     found: dict[str, dict[str, Any]] = {
-        "deferral by the gate": {"strategy": "deferral"},
-        "every token or word by the gate's expert": {"strategy": "deferral", "policy": "always"},
-        "union where the gate asks": {"strategy": "deferral", "blend": union},
-        "union everywhere": {"strategy": "deferral", "policy": "always", "blend": union},
+        DEFERRAL: {},
+        "union where the gate asks": {"blend": union},
+        "union everywhere": {"policy": "always", "blend": union},
     }
-    for arithmetic in (0.0, 0.25, 0.5, 0.75, 1.0):
-        weights = ((1, 1 - arithmetic), (2, arithmetic))
-        name = f"characters: codes {1 - arithmetic:g}, arithmetic {arithmetic:g}"
-        found[name] = {"strategy": "characters", "weights": weights}
-    found["characters: base one half"] = {"strategy": "characters", "weights": ((0, 0.5), (1, 0.25), (2, 0.25))}
-    return found if spelled else {name: found[name] for name in list(found)[:5]}
-
-
-def measure(pair: Path, questions: Sequence[dict[str, Any]], spelled: bool) -> dict[str, dict[str, float]]:
-    """By way: exact match by task, and tokens or pieces per second."""
-    names = ("base", *GateArtifact.load(pair / "gate").experts)
-    tokenizers = [Tokenizer.from_file(str(pair / name / "tokenizer.json")) for name in names]
-    found: dict[str, dict[str, float]] = {}
-    with Engine(config_of(pair)) as engine:
-        for way, fields in ways(spelled).items():
-            best = 0.0
-            for number in range(ROUNDS):
-                asks = []
-                for index, question in enumerate(questions):
-                    base, *others = (tokenizer.encode(question["prompt"]).ids for tokenizer in tokenizers)
-                    prompts = tuple(enumerate(others, 1)) if spelled else ()
-                    sampling = SamplingSpec(temperature=0.0, max_tokens=MAX_TOKENS)
-                    together = Collaboration(prompts=prompts, **fields)
-                    asks.append(GenerationRequest(f"{way}-{number}-{index}", base, sampling, together))
-                begin = time.perf_counter()
-                answers = engine.generate(asks)
-                seconds = time.perf_counter() - begin
-                best = max(best, sum(len(answer.tokens) for answer in answers) / seconds)
-            right: dict[str, list[bool]] = {"codes": [], "arithmetic": []}
-            for answer, question in zip(answers, questions, strict=True):
-                assert answer.error is None, answer.error
-                tokens = [token for token in answer.tokens if token != NO_TOKEN]
-                text = b"".join(answer.texts).decode("utf-8", "replace") or tokenizers[0].decode(tokens)
-                exact = text == question["completion"] and answer.finish_reason == "stop"
-                right["arithmetic" if question["kind"] == "arithmetic" else "codes"].append(exact)
-            every = [exact for each in right.values() for exact in each]
-            shares = {task: sum(exact) / max(len(exact), 1) for task, exact in {**right, "all": every}.items()}
-            found[way] = shares | {"per_second": best}
-            print(
-                f"| {'renumbered' if spelled else 'shipped'} | {way} | {shares['all']:.3f} | {shares['codes']:.3f} | "
-                f"{shares['arithmetic']:.3f} | {best:.0f} |",
-                flush=True,
-            )
+    if spelled:
+        found["characters, base one half"] = {"strategy": "characters", "weights": ((0, 0.5), (1, 0.25), (2, 0.25))}
     return found
 
 
-def run(pair: Path, out: Path, count: int, seed: int) -> None:
-    """Make the pair, measure both, print the table."""
+def statements_ways() -> dict[str, dict[str, Any]]:
+    """CharED of the two experts, by the weight of arithmetic."""
+    return {
+        f"characters, arithmetic {weight:g}": {"strategy": "characters", "weights": ((1, 1 - weight), (2, weight))}
+        for weight in (0.0, 0.25, 0.4, 0.45, 0.5, 0.55, 0.75, 1.0)
+    }
+
+
+class Asked:
+    """A pair in its engine."""
+
+    def __init__(self, pair: Path, spelled: bool, engine: Engine) -> None:
+        self.name = "renumbered" if spelled else "shipped"
+        self.spelled = spelled
+        self._engine = engine
+        names = ("base", *GateArtifact.load(pair / "gate").experts)
+        self._tokenizers = [Tokenizer.from_file(str(pair / name / "tokenizer.json")) for name in names]
+
+    def ask(self, task: Task, fields: Mapping[str, Any], sampling: SamplingSpec) -> tuple[list[bool], float]:
+        """Which answers are right, and tokens or pieces per second.
+
+        Raises:
+            ModelError: the engine did not answer.
+        """
+        asks = []
+        for index, prompt in enumerate(task.prompts):
+            base, *others = (tokenizer.encode(prompt).ids for tokenizer in self._tokenizers)
+            prompts = tuple(enumerate(others, 1)) if self.spelled else ()
+            # Else all would be drawn by the same numbers.
+            drawn = msgspec.structs.replace(sampling, seed=(sampling.seed or 0) * len(task.prompts) + index)
+            asks.append(GenerationRequest(str(index), base, drawn, Collaboration(prompts=prompts, **fields)))
+        begin = time.perf_counter()
+        answers = self._engine.generate(asks)
+        seconds = time.perf_counter() - begin
+        right = []
+        for number, answer in enumerate(answers):
+            if answer.error is not None:
+                raise ModelError(f"{self.name}: {answer.error}")
+            tokens = [token for token in answer.tokens if token != NO_TOKEN]
+            text = b"".join(answer.texts).decode("utf-8", "replace") or self._tokenizers[0].decode(tokens)
+            right.append(task.is_right(number, text, answer.finish_reason))
+        return right, sum(len(answer.tokens) for answer in answers) / seconds
+
+
+class Table:
+    """What was measured, a cell at a time, kept in a file."""
+
+    def __init__(self, file: Path, settings: dict[str, Any]) -> None:
+        self._file, self._settings = file, settings
+        kept = read_json(file) if file.exists() else {}
+        self.cells: dict[str, dict[str, Any]] = kept["cells"] if kept.get("settings") == settings else {}
+
+    def add(self, name: str, pair: Asked, task: Task, fields: Mapping[str, Any], sampling: SamplingSpec) -> None:
+        """Measure one, unless it is there, and print it."""
+        if name not in self.cells:
+            right, speed = pair.ask(task, fields, sampling)
+            self.cells[name] = {"right": [int(one) for one in right], "skills": list(task.skills), "per_second": speed}
+            write_json(self._file, {"settings": self._settings, "cells": self.cells})
+        cell = self.cells[name]
+        shares = []
+        for wanted in ("codes", "arithmetic"):
+            of = [one for one, kind in zip(cell["right"], cell["skills"], strict=True) if kind == wanted]
+            shares.append(f"{sum(of) / len(of):.3f}" if of else "-")
+        low, high = interval(cell["right"], 0)
+        mean = sum(cell["right"]) / len(cell["right"])
+        print(
+            f"| {name} | {mean:.3f} | {low:.3f} to {high:.3f} | {' | '.join(shares)} | {cell['per_second']:.0f} |",
+            flush=True,
+        )
+
+
+def run(pair: Path, out: Path, count: int, rounds: int, seeds: int) -> None:
+    """Make the pair, measure what is not measured yet, print the table."""
     quiet()
     one_thread()
     questions = read_json(pair / "questions.json")
-    random.Random(seed).shuffle(questions)
+    random.Random(0).shuffle(questions)
     questions = questions[:count]
-    other = renumbered(pair, out)
-    print(f"{len(questions)} questions\n")
-    print("| pair | written by | exact | codes | arithmetic | tokens or pieces/s |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
-    found = {"shipped": measure(pair, questions, False), "renumbered": measure(other, questions, True)}
-    write_json(out / "renumbered.json", {"questions": len(questions), "seed": seed, "found": found})
+    if not (out / "gate").exists():
+        renumbered(pair, out)
+    table = Table(out / "renumbered.json", {"pair": str(pair), "questions": len(questions)})
+    asked, stated = answered(questions), continued(questions)
+    greedy = SamplingSpec(temperature=0.0, max_tokens=asked.most)
+    short = SamplingSpec(temperature=0.0, max_tokens=stated.most)
+    print(f"{len(asked.prompts)} questions, {len(stated.prompts)} statements\n")
+    print("| pair, written by | right | 95 % interval | codes | arithmetic | tokens or pieces/s |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    with Engine(config_of(pair)) as shipped, Engine(config_of(out)) as other:
+        pairs = (Asked(pair, False, shipped), Asked(out, True, other))
+        for number in range(rounds):
+            for one in pairs if number % 2 == 0 else pairs[::-1]:
+                table.add(f"{one.name}, {DEFERRAL}, round {number + 1}", one, asked, {}, greedy)
+        for one in pairs:
+            for way, fields in questions_ways(one.spelled).items():
+                if way != DEFERRAL:
+                    table.add(f"{one.name}, {way}", one, asked, fields, greedy)
+        for way, fields in statements_ways().items():
+            table.add(f"{pairs[1].name}, {way}, greedy", pairs[1], stated, fields, short)
+            for seed in range(seeds):
+                drawn = SamplingSpec(temperature=1.0, max_tokens=stated.most, seed=seed)
+                table.add(f"{pairs[1].name}, {way}, temperature 1, seed {seed}", pairs[1], stated, fields, drawn)
+        for seed in range(seeds):
+            for one in pairs:
+                drawn = SamplingSpec(temperature=1.0, max_tokens=asked.most, seed=seed)
+                table.add(f"{one.name}, {DEFERRAL}, temperature 1, seed {seed}", one, asked, {}, drawn)
+    compare(table, rounds)
+
+
+def compare(table: Table, rounds: int) -> None:
+    """Print what the two pairs differ by."""
+    cells = [[table.cells[f"{name}, {DEFERRAL}, round {n + 1}"] for n in range(rounds)] for name in NAMES]
+    ratios = [ours["per_second"] / theirs["per_second"] for theirs, ours in zip(*cells, strict=True)]
+    differences = [ours - theirs for theirs, ours in zip(*(cell[0]["right"] for cell in cells), strict=True)]
+    low, high = interval(differences, 0)
+    mean = sum(differences) / len(differences)
+    print(
+        f"\nrenumbered less shipped, {DEFERRAL}: {100 * mean:.1f} points "
+        f"(95 % interval {100 * low:.1f} to {100 * high:.1f})"
+    )
+    print(f"tokens/s, renumbered over shipped, by round: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,9 +287,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pair", type=Path, default=Path("models/demo"), help="folder of the demo pair")
     parser.add_argument("--out", type=Path, default=Path("build/demo/renumbered"), help="output folder")
     parser.add_argument("--questions", type=int, default=601, help="how many questions are asked")
-    parser.add_argument("--seed", type=int, default=0, help="which ones")
+    parser.add_argument("--rounds", type=int, default=5, help="how often both pairs' speeds are measured, in turn")
+    parser.add_argument("--seeds", type=int, default=3, help="how often answers are sampled")
+    parser.add_argument("--quick", action="store_true", help="40 questions, 2 rounds, 1 seed: two minutes")
     options = parser.parse_args(arguments)
-    return run_command(lambda: run(options.pair, options.out, options.questions, options.seed))
+    sizes = (40, 2, 1) if options.quick else (options.questions, options.rounds, options.seeds)
+    return run_command(
+        lambda: run(options.pair, options.out, *sizes),
+        interrupted="what was measured is kept: the same command goes on from there",
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Deferral where base and experts have different vocabularies: the experts write whole words.
 
 The answer is base tokens, as ever. The policy looks at every position of the base's; where it defers to an expert of
-another vocabulary, that expert is asked only if a word begins there for both of them. Inside a word of its own it would
-have to go on from a beginning that it has not seen in training, which ruins what it writes (the first check of SAFE,
-arXiv 2510.15346); there the base's token stands. The expert then writes token after token until the next one would
-begin another word. The word is spelled in base tokens behind what is written, so that no written token ever changes.
+another vocabulary, that expert is asked only if a word begins there for both of them, or behind a word of its own.
+Inside a word that others began it would have to go on from a beginning that it has not seen in training, which ruins
+what it writes (the first check of SAFE, arXiv 2510.15346); there the base's token stands. The expert then writes token
+after token until the next one would begin another word. The word is spelled in base tokens behind what is written, so
+that no written token ever changes.
 
 Each lane keeps its own tokens of the common text: own tokens stay as they were sampled, foreign text is spelled anew
 from the last boundary that is safe (:mod:`engine.spelling.strand`). An expert's sample that closed its word stays good
@@ -120,11 +121,12 @@ class WordsDecoding(DeferralDecoding):
 
     Attributes:
         text: the bytes of what is written.
+        last_writer: the lane that wrote the last token.
         question: what an expert is being asked; None while the base writes.
         sides: of the experts with other vocabularies, by lane.
     """
 
-    __slots__ = ("question", "sides", "text", "words")
+    __slots__ = ("last_writer", "question", "sides", "text", "words")
 
     def __init__(
         self, answer: Answer, words: Words, policy: Policy, threshold: float, experts: tuple[int, ...]
@@ -132,6 +134,7 @@ class WordsDecoding(DeferralDecoding):
         super().__init__(answer, words.deferral, policy, threshold, experts, window_limit=0)
         self.words = words
         self.text = bytearray()
+        self.last_writer = BASE
         self.question: _Question | None = None
         self.sides = {
             lane: Side(speller, self.prompt_lengths[lane], words.contexts[lane])
@@ -248,6 +251,9 @@ class WordsDecoding(DeferralDecoding):
         upcoming = base.vocabulary.bytes_of(token) or b""
         if inside_character(self.text):
             return False
+        if side is self.sides.get(self.last_writer):
+            # The word before is its own, and it would begin another, whatever the base would go on with.
+            return side.has_room
         if not begins_word(base.boundaries, bytes(self.text[-_LOOK_BACK:]), upcoming):
             return False
         side.follow(self.text)
@@ -334,6 +340,7 @@ class WordsDecoding(DeferralDecoding):
         vocabulary = self._base.vocabulary
         for token in tokens:
             self.text += vocabulary.bytes_of(token.id) or b""
+            self.last_writer = token.credit
             yield token
         yield self.shared.asks[BASE]
 
