@@ -81,9 +81,14 @@ class Word:
             self.ended = token in vocabulary.stops
             self.closed = True
             return False
-        if self.text and (
-            (len(self.text) + len(part) > self._most_bytes and not inside_character(self.text))
-            or begins_word(self._speller.boundaries, self._before + self.text, part)
+        if (
+            self.text
+            and (
+                (len(self.text) + len(part) > self._most_bytes and not inside_character(self.text))
+                or begins_word(self._speller.boundaries, self._before + self.text, part)
+                # Behind a mark a line break may be the mark's, in some vocabularies, but the sentence is over.
+                or (part.startswith((b"\r", b"\n")) and self.text[-1:] not in _SPACE)
+            )
         ):
             self.closed = True
             return False

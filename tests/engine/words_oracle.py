@@ -131,7 +131,8 @@ def word_of(
             ended = token == toys.end(lane) and not own
             return word, own, ended, [confidence] if ended else sure
         too_long = len(word) + len(part) > MOST and not word.endswith(b"\xc3")
-        if word and (too_long or begins(lane, text + word, part)):
+        line_ends = part.startswith(b"\n") and word[-1:] not in (b" ", b"\n")
+        if word and (too_long or line_ends or begins(lane, text + word, part)):
             break
         word, own, sure = word + part, [*own, token], [*sure, confidence]
     return word, own, False, sure

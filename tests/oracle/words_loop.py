@@ -97,7 +97,8 @@ def write(members: Sequence[Member], request: GenerationRequest) -> Written:
                             source, tokens, piece, logprob = 1, [base.end], b"", float(chances[token])
                         break
                     long = heard and len(heard) + len(part or b"") > MOST and not _unfinished(heard)
-                    if part is None or long or (heard and begins(expert, text + heard, part)):
+                    line_ends = part is not None and part[:1] in (b"\r", b"\n") and not heard[-1:].isspace()
+                    if part is None or long or (heard and (line_ends or begins(expert, text + heard, part))):
                         break
                     heard, said, logprob = heard + part, [*said, token], logprob + float(chances[token])
                 if said:

@@ -34,7 +34,7 @@ def words_of(name: str, text: str) -> list[bytes]:
     [
         ("It is so.", ["It", " is", " so", "."]),
         (" one two", [" one", " two"]),
-        ("end.\n\nNext one", ["end", ".\n\n", "Next", " one"]),
+        ("end.\n\nNext one", ["end", ".", "\n\n", "Next", " one"]),
         ("a=1234 b", ["a", "=", "1234", " b"]),
         ("it's fine", ["it's", " fine"]),
     ],
