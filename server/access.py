@@ -63,6 +63,8 @@ def log_response(scope: Scope, status: str, seconds: float) -> None:
             fields["prompt_tokens"] = usage.prompt_tokens
             fields["completion_tokens"] = usage.completion_tokens
             fields["expert_tokens"] = details.expert_tokens
+            if details.blended_tokens is not msgspec.UNSET:
+                fields["blended_tokens"] = details.blended_tokens
             fields["queue_seconds"] = round(usage.collaboration.queue_seconds, 4)
         if account.error is not None:
             fields["error"] = account.error

@@ -14,6 +14,7 @@ from server.auth import ApiKeys
 from server.context import RequestContext
 from server.cors import Cors
 from server.errors import ApiError, from_status
+from server.example import example_question
 from server.limits import RequestLimits
 from server.openapi import document
 from server.playground import mount_playground
@@ -34,7 +35,7 @@ def create_app(service: Service, traces: Traces | None = None) -> FastAPI:
     """
     app = FastAPI(title="Co-LLM", version=__version__, redirect_slashes=False, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.openapi = lambda: document(app, service.models.name)  # type: ignore[method-assign]
+    app.openapi = lambda: document(app, service.models.name, example_question(service))  # type: ignore[method-assign]
     for router in (completions.router, chat.router, tokenize.router, models.router, ops.router):
         app.include_router(router)
     config = service.settings.server

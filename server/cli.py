@@ -109,7 +109,8 @@ def _serve(settings: Settings, sock: socket.socket) -> int:
     from server.text.tokenizer import TextTokenizer, TokenizerError
 
     try:
-        tokenizer = TextTokenizer.load(settings.tokenizer_location, settings.server.tokenizer_threads)
+        setting = "base.model" if settings.tokenizer is None else "tokenizer"
+        tokenizer = TextTokenizer.load(settings.tokenizer_location, settings.server.tokenizer_threads, setting=setting)
         service = Service(settings, tokenizer)
     except TokenizerError as error:
         print_error(str(error))

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 from typing import Any
 
 from server.service import Service
+from server.text.chat_template import ChatTemplateError
 
 GENERAL_PROMPT = "The three most important things to remember are"
 GENERAL_MESSAGE = "What do you know best?"
+
+
+def example_question(service: Service) -> dict[str, Any]:
+    """The pair's own question as ``messages``, and as ``prompt``: what its chat template makes of it, if it has one."""
+    question = service.settings.example_prompt
+    if question is None:
+        return {}
+    messages = [{"role": "user", "content": question}]
+    prompt = question
+    if service.chat_template is not None:
+        with contextlib.suppress(ChatTemplateError):  # it is for requests to say what is wrong with a template
+            prompt = service.chat_template.render(messages)
+    return {"prompt": prompt, "messages": messages}
 
 
 def example_command(service: Service, url: str) -> str:

@@ -80,11 +80,12 @@ def operation(
     return described
 
 
-def document(app: FastAPI, model_name: str) -> dict[str, Any]:
+def document(app: FastAPI, model_name: str, question: dict[str, Any]) -> dict[str, Any]:
     """The whole document; made once.
 
     Args:
         model_name: what is served, for the examples.
+        question: fields of a body that ask what the pair answers well, in the place of the examples' own.
     """
     if app.openapi_schema is None:
         schema = get_openapi(
@@ -109,7 +110,10 @@ def document(app: FastAPI, model_name: str) -> dict[str, Any]:
                 described["responses"].pop("422", None)
                 if "requestBody" in described:
                     content = described["requestBody"]["content"]["application/json"]
-                    content["example"] = {"model": model_name, **content["example"]}
+                    content["example"] = {
+                        "model": model_name,
+                        **{field: question.get(field, value) for field, value in content["example"].items()},
+                    }
                 for parameter in described.get("parameters", ()):
                     if parameter["name"] == "id":
                         parameter["example"] = model_name

@@ -12,13 +12,11 @@ from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
-from engine.checkpoints import tokenizer_folder
+from engine.checkpoints import locate, tokenizer_folder
 from engine.errors import CheckpointError
 from engine.spelling.decoding import Decoding, decoding_of, token_bytes
 from engine.spelling.guard import SpecialTokenGuard
 from server.text.detokenize import CONTEXT, Detokenizer, TableDetokenizer, WindowDetokenizer
-
-_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 _ROUGHLY = Decoding(spell=lambda text: text.replace("▁", " "), byte_fallback=True)
 """How tokens are shown one by one where the decoder does not treat them so."""
@@ -62,21 +60,27 @@ class TextTokenizer:
         self.folder = folder
 
     @classmethod
-    def load(cls, location: str, threads: int = 2) -> TextTokenizer:
+    def load(cls, location: str, threads: int = 2, *, setting: str = "tokenizer") -> TextTokenizer:
         """Load from a folder, from a ``tokenizer.json``, or from a name on a hub.
+
+        Args:
+            setting: that gives the location, for messages.
 
         Raises:
             TokenizerError: nothing usable is there.
         """
         path = Path(location).expanduser()
         if not path.exists():
-            path = _from_hub(location)
+            try:
+                path = locate(location)
+            except CheckpointError as error:
+                raise TokenizerError(f"{setting}: {error}") from None
         if path.is_dir():
             try:
                 # Converted if need be: the same one that the engine reads.
                 folder = tokenizer_folder(path)
             except CheckpointError as error:
-                raise TokenizerError(f"tokenizer: {error}") from None
+                raise TokenizerError(f"{setting}: {error}") from None
             file = folder / "tokenizer.json"
         else:
             folder, file = path.parent, path
@@ -179,13 +183,3 @@ class TextTokenizer:
             return b""
         decoding = self._decoding or _ROUGHLY
         return token_bytes(decoding, content, added=token in self._added, first=first)
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
-    except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise TokenizerError(f"tokenizer: {name!r} is neither a folder nor to be had from a hub: {reason}") from None

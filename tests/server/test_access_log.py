@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.types import Delta, GenerationRequest
+from engine.types import BLEND, Delta, GenerationRequest
 from server.access import JsonFormatter
 from tests.live import announced_address
 from tests.packaging.sources import ROOT
@@ -46,6 +46,15 @@ async def test_an_answer_is_logged_with_its_tokens(build: Build, lines: Lines) -
         "model": "collm-demo", "prompt_tokens": prompt, "completion_tokens": 4, "expert_tokens": 2,
         "queue_seconds": 0.0,
     }  # fmt: skip
+
+
+async def test_what_a_blend_wrote_is_logged_as_that(build: Build, lines: Lines) -> None:
+    house = await build(
+        lambda request: [Delta(request.request_id, letters("ab"), [BLEND, 0], [None, None], finish_reason="stop")]
+    )
+    await house.complete(max_tokens=4)
+    [line] = lines()
+    assert (line["completion_tokens"], line["expert_tokens"], line["blended_tokens"]) == (2, 0, 1)
 
 
 async def test_a_stream_is_logged_at_its_end(build: Build, lines: Lines) -> None:

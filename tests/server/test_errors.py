@@ -152,6 +152,19 @@ async def test_request_ids(house: House) -> None:
     assert bad.headers["x-request-id"] != "x" * 200
 
 
+async def test_the_reference_s_examples_ask_the_pair_s_own_question(build: Build) -> None:
+    house = await build(example_prompt="What is the code of asthma?")
+    paths = (await house.http.get("/openapi.json")).json()["paths"]
+    examples = [
+        paths[f"/v1/{route}"]["post"]["requestBody"]["content"]["application/json"]["example"]
+        for route in ("completions", "chat/completions")
+    ]
+    assert examples[1]["messages"] == [{"role": "user", "content": "What is the code of asthma?"}]
+    assert house.service.chat_template is not None
+    assert examples[0]["prompt"] == house.service.chat_template.render(examples[1]["messages"])
+    assert all(example["collaboration"] == {"report": True} for example in examples)
+
+
 async def test_the_openapi_document(house: House) -> None:
     document = (await house.http.get("/openapi.json")).json()
     assert (await house.http.get("/docs")).status_code == 200

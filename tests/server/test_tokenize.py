@@ -10,6 +10,8 @@ import httpx
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 
+from engine.checkpoints import locate
+from engine.errors import CheckpointError
 from server.protocol.tokenize import MAX_TEXT_LENGTH, MAX_TOKENS
 from server.text.detokenize import TableDetokenizer
 from server.text.tokenizer import TextTokenizer, TokenizerError
@@ -211,6 +213,19 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, damage: str, monkeypa
         TextTokenizer.load(str(location))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("tokenizer: ")
+
+
+@pytest.mark.parametrize("location", ["nowhere/at/all", "nowhere"])
+def test_a_base_that_is_nowhere_is_told_as_check_tells_it(
+    tmp_path: Path, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = tmp_path / location if "/" in location else location
+    with pytest.raises(CheckpointError) as checked:
+        locate(model)
+    with pytest.raises(TokenizerError) as started:
+        TextTokenizer.load(str(model), setting="base.model")
+    assert str(started.value) == f"base.model: {checked.value}"
 
 
 def sentencepiece_like() -> Tokenizer:

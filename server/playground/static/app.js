@@ -4,7 +4,7 @@ import * as api from "./api.js";
 import { Card } from "./card.js";
 import { LANGUAGES, showCode } from "./code.js";
 import { byId, copyFrom, el } from "./dom.js";
-import { examplesFor } from "./examples.js";
+import { examplesFor, kindFor } from "./examples.js";
 import { History } from "./history.js";
 import { cameBack, keep, kept } from "./kept.js";
 import { savedKey, saveKey } from "./key.js";
@@ -107,7 +107,7 @@ function show(served) {
     ),
   );
   settings.serve(served);
-  ui.form.elements.kind.value ||= "text";
+  if (first) ui.form.elements.kind.value = kindFor(served);
   ui.examples.replaceChildren(
     ...examplesFor(served).map((example) =>
       el("button", { type: "button", class: "chip", onclick: () => choose(example) }, example.chat),

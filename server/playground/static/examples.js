@@ -24,6 +24,14 @@ export function examplesFor({ joint, example }) {
   return [...(example ? [{ text: example, chat: example }] : []), ...ANY.map(both)];
 }
 
+/**
+ * How a question is put at first: by chat where there is a template, as in the command that the server prints. The demo's
+ * texts show what its pair was trained on.
+ */
+export function kindFor({ joint, chat }) {
+  return chat && joint !== "collm-demo" ? "chat" : "text";
+}
+
 function both(text) {
   return { text, chat: text.replace(/^Question: /, "").replace(/\nAnswer:$/, "") };
 }
