@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.errors import ConfigError
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
+
+
+COMPUTED_WRONG = ("lfm2", "lfm2_moe")
+"""Families that vLLM 0.32 computes otherwise on a CPU than transformers does, so that they write other texts."""
 
 
 def vector_units() -> str:
@@ -40,7 +46,15 @@ def suited(name: str, arguments: Mapping[str, Any], model: ModelConfig) -> tuple
     Args:
         name: the lane's.
         model: as vLLM reads it with these arguments.
+
+    Raises:
+        ConfigError: the model would write wrong texts.
     """
+    family = model.hf_text_config.model_type
+    if family in COMPUTED_WRONG:
+        raise ConfigError(
+            f"{name}.model: vLLM computes models of the family {family} wrongly on a CPU; they need a GPU"
+        )
     changes: dict[str, Any] = {}
     notes = []
     if model.has_inner_state and arguments["enable_prefix_caching"]:

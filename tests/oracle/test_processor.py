@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 from vllm.platforms import current_platform
 
 from engine.config import EngineConfig
+from engine.errors import ConfigError
 from engine.offline import Engine
-from engine.vllm_hooks.processor import is_slow, vector_units
+from engine.vllm_hooks.processor import COMPUTED_WRONG, is_slow, suited, vector_units
 from tests.oracle.pairs import DEMO
 
 X86 = ("x86_64", "AMD64")
@@ -32,6 +34,13 @@ def test_half_precision_is_slow_without_avx512(
     assert vector_units().removesuffix(", bfloat16") == units
     assert is_slow(torch.bfloat16) == is_slow(torch.float16) == slow
     assert not is_slow(torch.float32)
+
+
+@pytest.mark.parametrize("family", COMPUTED_WRONG)
+def test_a_family_that_is_computed_wrongly_is_refused(family: str) -> None:
+    model: Any = SimpleNamespace(hf_text_config=SimpleNamespace(model_type=family))
+    with pytest.raises(ConfigError, match=rf"^base\.model: .* family {family} wrongly on a CPU"):
+        suited("base", {}, model)
 
 
 @pytest.mark.skipif(not current_platform.is_cpu(), reason="only a CPU lane is judged")
