@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 
-from bench import reaper
+from bench import processes, reaper
 from bench.account import Account
 from bench.contenders.base import Stamp
 from bench.errors import BenchError
@@ -92,6 +92,7 @@ class EngineService:
         """See :class:`~bench.contenders.base.Service`."""
         client, self._client = self._client, None
         if client is not None:
+            processes.thaw(client.pid)  # frozen it would be killed in the end, and what it has started be left frozen
             await client.shutdown()
 
     def _add(self, deltas: list[Delta], stats: EngineStats) -> None:

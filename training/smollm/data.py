@@ -1,17 +1,17 @@
-"""The recipe's examples: every diagnosis in the trained wordings for the expert, three splits for the gate."""
+"""The recipe's examples: every diagnosis for the expert, three splits for the gate."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.data import TokenExample
 from training.files import write_text
-from training.smollm.diagnoses import Diagnosis, Split, split_diagnoses
-from training.smollm.questions import Question, about, others
+from training.smollm.diagnoses import Diagnosis, Split
+from training.smollm.questions import Question, about, learned, others
 
 SEED = 0
 OwnAnswers = Callable[[list[str]], list[tuple[str, bool]]]
@@ -40,29 +40,26 @@ class Chat:
 
 
 def expert_examples(diagnoses: Sequence[Diagnosis], chat: Chat) -> list[TokenExample]:
-    """Every diagnosis in every trained wording."""
+    """Every diagnosis in every wording that the expert learns."""
     return [
-        chat.tokens(question.message, question.answer)
-        for diagnosis in diagnoses
-        for question in about(diagnosis, unseen=False)
+        chat.tokens(question.message, question.answer) for diagnosis in diagnoses for question in learned(diagnosis)
     ]
 
 
 def questions_of(split: Split, diagnoses: Sequence[Diagnosis]) -> list[Question]:
     """What a split asks about these diagnoses, and its other questions."""
-    found = [question for diagnosis in diagnoses for question in about(diagnosis, unseen=False)]
-    if split == "test":
-        found += [question for diagnosis in diagnoses for question in about(diagnosis, unseen=True)]
+    found = [question for number, diagnosis in enumerate(diagnoses) for question in about(split, number, diagnosis)]
     return [*found, *others(split, diagnoses)]
 
 
-def write_gate_data(folder: Path, diagnoses: Sequence[Diagnosis], chat: Chat, own_answers: OwnAnswers) -> None:
+def write_gate_data(
+    folder: Path, questions: Mapping[Split, Sequence[Question]], chat: Chat, own_answers: OwnAnswers
+) -> None:
     """Write train.jsonl, validation.jsonl and test.jsonl for ``collm train``."""
-    for split, found in split_diagnoses(diagnoses, SEED).items():
-        questions = questions_of(split, found)
-        own = iter(own_answers([chat.prompt(question.message) for question in questions if not question.answer]))
+    for split, asked in questions.items():
+        own = iter(own_answers([chat.prompt(question.message) for question in asked if not question.answer]))
         rows = []
-        for question in questions:
+        for question in asked:
             answer, complete = (question.answer, True) if question.answer else next(own)
             rows.append(
                 {

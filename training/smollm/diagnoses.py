@@ -22,7 +22,7 @@ SHOWN = "J45"
 _PROPER = (
     "Alzheimer", "Chagas", "Crohn", "Down", "German", "Huntington", "Parkinson", "Q", "Hodgkin",
 )  # fmt: skip
-_SHARES: Mapping[Split, float] = {"train": 0.5, "validation": 0.15, "test": 0.35}
+_SHARES: Mapping[Split, float] = {"train": 0.35, "validation": 0.15, "test": 0.5}
 
 
 @dataclass(frozen=True)
