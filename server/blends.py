@@ -319,8 +319,9 @@ class BlendTable:
         name = named or usual
         if name is None or name not in self._lanes:
             which = "several experts could be it" if name is None else f"there is no member {shown(name)}"
+            narrowed = ", or have one of 'collaboration.experts'" if role == "expert" and name is None else ""
             raise BlendError(
-                f"which member is '{role}' is not clear ({which}): name it in the configuration, [blends.X]"
+                f"which member is '{role}' is not clear ({which}): name it in the configuration, [blends.X]{narrowed}"
             )
         return name
 

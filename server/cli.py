@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import logging
 import socket
 import sys
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print_error(
             f"server.host, server.port: {settings.server.host}:{settings.server.port}: {error.strerror or error}"
+            + ("; --port takes another, 0 any that is free" if error.errno == errno.EADDRINUSE else "")
         )
         return 1
     with sock:
@@ -82,7 +84,9 @@ def load_settings(argv: Sequence[str]) -> Settings:
     except ValidationError as error:
         raise ConfigurationError([_problem(problem) for problem in error.errors(include_url=False)]) from None
     except (SettingsError, ConfigFileError) as error:
-        raise ConfigurationError([" ".join(str(error).split())]) from None
+        told = " ".join(str(error).split()).removeprefix("error parsing CLI: ")
+        way_out = "; collm serve --help lists the options" if told.startswith("unrecognized arguments") else ""
+        raise ConfigurationError([told + way_out]) from None
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -166,17 +166,29 @@ def test_a_port_in_use_is_found_before_anything_is_loaded(
         assert cli.main(argv) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert f"127.0.0.1:{port}: Address already in use" in lines[0]
+    assert lines[0].endswith(f"127.0.0.1:{port}: Address already in use; --port takes another, 0 any that is free")
 
 
-def test_a_missing_tokenizer_is_one_line(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_that_does_not_exist_is_told_with_the_way_out(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["--config", str(config), "--server.prot", "1"]) == 2
+    said = "error: unrecognized arguments: --server.prot 1; collm serve --help lists the options\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [([], "base.model: models/base: no such folder"), (["--tokenizer", "no"], "tokenizer: no: no such")],
+)
+def test_what_is_missing_is_one_line(config: Path, options: list[str], said: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "server", "--config", str(config), "--host", "127.0.0.1", "--port", "0"],
+        [sys.executable, "-m", "server", "--config", str(config), "--host", "127.0.0.1", "--port", "0", *options],
         capture_output=True, text=True, timeout=60, check=False, env={"HF_HUB_OFFLINE": "1", "PATH": ""},
     )  # fmt: skip
     assert run.returncode == 1
     assert len(run.stderr.splitlines()) == 1, run.stderr
-    assert run.stderr.startswith("error: tokenizer: 'models/base'")
+    assert run.stderr.startswith(f"error: {said}")
 
 
 def test_what_tls_files_are_worth_is_found_at_once(
