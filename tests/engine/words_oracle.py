@@ -150,9 +150,13 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
     most = min(sampling.max_tokens, pair.max_model_len - longest)
     limit = collaboration.max_expert_tokens
     pieces: list[Piece] = []
-    # Where a lane was told tokens of a word that it then stood back from: it can be told that they are gone only along
-    # with others, and is not asked before there are any.
-    cut_at: dict[int, int] = {}
+    # What a lane was told last, its prompt apart.
+    told: dict[int, list[int]] = {}
+
+    def tellable(lane: int) -> bool:
+        # A lane is cut only together with growing. Where tokens stay, the last of them is told anew; where none do,
+        # after a veto inside the text's first word, it is not asked before there are others.
+        return bool(strand(lane, pieces)) or not told.get(lane)
 
     def ends(token: int, length: int) -> bool:
         stops = token in sampling.stop_token_ids or (token in pair.eos and not sampling.ignore_eos)
@@ -168,8 +172,7 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
         seen = Look(top_probability(BASE, prefix))
         prompt = prompts.get(writer, request.prompt)
         room = writer != BASE and len(prompt) + len(strand(writer, pieces)) < pair.max_model_len
-        at = sum(len(piece) for piece, _ in pieces)
-        if room and cut_at.get(writer) != at and aligned(writer, pieces, upcoming):
+        if room and tellable(writer) and aligned(writer, pieces, upcoming):
             word, said, ended, sure = word_of(writer, prompt, pieces, pair.max_model_len)
             seen = Look(seen.base, min(sure, default=None))
             doubts = [value for value in sure if value < (collaboration.veto or 0.0)]
@@ -177,8 +180,7 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
                 # The expert is not asked any further.
                 seen = Look(seen.base, doubts[0])
                 whole.vetoed.append(len(whole.tokens))
-                if sure[0] != doubts[0]:
-                    cut_at[writer] = at
+                told[writer] = [*strand(writer, pieces), *said[: sure.index(doubts[0])]]
                 writer = BASE
             elif said:
                 tokens = spell(BASE, word)[: None if limit is None else limit - expert_tokens]
