@@ -14,8 +14,7 @@ from pathlib import Path
 
 from bench import processes
 from bench.account import Account
-from bench.contenders.base import Stamp
-from bench.contenders.engine_alone import EngineAlone, EngineService, engine_request
+from bench.contenders.engine_alone import EngineAlone, EngineService
 from bench.context import DecodeWindow
 from bench.coordination import account_record
 from bench.errors import BenchError
@@ -25,7 +24,7 @@ from bench.report import Bar, Report, spread, table
 from bench.services import running
 from bench.settings import Settings
 from bench.shapes import DTYPE_BYTES, Member, Pair
-from bench.workload import Cell, Job, make_jobs
+from bench.workload import Cell, make_jobs
 from engine.config import EngineConfig, ExpertConfig, LaneConfig, SchedulerConfig
 
 BAR = 1.15
@@ -88,25 +87,6 @@ class _Measured:
         return self.cpu_seconds * (1 - self.account.share) / self.account.steps[self.lane]
 
 
-class _LaneAlone(EngineAlone):
-    """Jobs that one lane writes alone."""
-
-    def __init__(self, service: EngineService, lane: int) -> None:
-        super().__init__(service, LANES[lane])
-        self._lane = lane
-
-    async def run(self, job: Job, stamp: Stamp) -> int:
-        """Complete one job."""
-        tokens = 0
-        async for delta in self._service.client.generate(engine_request(job, member=self._lane)):
-            if delta.finish_reason == "error":
-                raise BenchError(f"the engine ended {job.name}: {delta.error}")
-            if delta.tokens:
-                stamp()
-            tokens += len(delta.tokens)
-        return tokens
-
-
 async def measure(
     settings: Settings, folder: Path, *, concurrency: int, rounds: int, max_tokens: int, seed: int
 ) -> Report:
@@ -141,7 +121,7 @@ async def measure(
                 for number, name in enumerate(LANES):
                     progress.say(f"{pair.name}, {name}")
                     window.begin(concurrency)
-                    await drive(_LaneAlone(service, number), jobs, concurrency)
+                    await drive(EngineAlone(service, name, member=number), jobs, concurrency)
                     if window.account is None or not window.account.steps[number]:
                         raise BenchError(
                             f"a request ended before the last prompt was read: --max-tokens {max_tokens} is too few"
