@@ -17,7 +17,7 @@ from engine.types import BASE, Collaboration, Completion, GenerationRequest, Sam
 from tests.oracle import blend_loop, pairs
 from tests.oracle.blend_loop import Method, scores
 from tests.oracle.checks import LOG_PROBABILITY, assert_empty
-from tests.oracle.pairs import CHUNKED, TIGHT
+from tests.oracle.pairs import CHUNKED
 
 RULED_OUT = -1000.0
 """Tokens that a blend rules out lie 10,000 lower, or are impossible: the loop makes no difference."""
@@ -124,7 +124,8 @@ def test_the_most_probable_tokens(served: pairs.Served, engine: Engine, texts: l
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({**CHUNKED, **TIGHT}, id="chunked, tight"),
+        # Just over the 5 blocks of 32 tokens that one text needs: no order of arrival saves all of them from a preemption.
+        pytest.param({**CHUNKED, "kv_blocks": (8, 7)}, id="chunked, tight"),
         pytest.param(
             {"enable_prefix_caching": False, "scheduler": {"gather": 4}},
             id="no prefix caching, gather",
@@ -140,7 +141,7 @@ def test_any_way_of_computing(settings: dict[str, Any], served: pairs.Served, pr
             same(engine.generate(asked(case, many)), many, loops(served, case, many))
         stats = assert_empty(engine)
         if "kv_blocks" in settings:
-            assert sum(lane.preemptions for lane in stats.lanes) > 0
+            assert min(lane.preemptions for lane in stats.lanes) > 0
 
 
 @pytest.mark.slow
