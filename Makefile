@@ -62,6 +62,10 @@ $(DEV): requirements/dev.txt $(INSTALLED)
 	@$(PIP) install --no-deps -r requirements/dev.txt
 	@touch $@
 
+.PHONY: install-ray
+install-ray: $(INSTALLED) ## Install what lanes on a Ray cluster need on top
+	@$(PIP) install --no-deps -r requirements/ray.txt
+
 .PHONY: serve
 serve: $(INSTALLED) ## Serve CONFIG on HOST:PORT
 	@echo "The command line is $(BIN)/collm; to find it as collm: export PATH=\"$(abspath $(BIN)):\$$PATH\""

@@ -153,7 +153,7 @@ class SchedulerConfig(_Config):
     coordination: Literal["auto", "lockstep", "overlapped"] = "auto"
     """"lockstep": base step, expert step, repeat; best when lanes share a device. "overlapped": every lane steps as
     soon as it has work; best on separate devices, and all lanes but one must have executor mp or ray. "auto":
-    overlapped where every expert has ``devices`` of its own, else lockstep."""
+    overlapped where every expert has ``devices`` of its own or all lanes are Ray's, else lockstep."""
 
     max_num_seqs: int = Field(default=64, ge=1)
     """Most requests in the lanes at once. The rest wait: in order of arrival within a client (an API key, else an
@@ -222,6 +222,8 @@ class EngineConfig(_Config):
                 )
         if self.scheduler.guidance and self.base.executor != "uni":
             raise ValueError("scheduler.guidance needs executor 'uni' for the base")
+        if self.record is not None and self.base.executor == "ray":
+            raise ValueError("record: needs the base on this machine (executor 'uni' or 'mp'), where its tables are")
         if self.gate.path is not None and not self.experts:
             raise ValueError("gate.path: a gate needs at least one expert")
         if self.scheduler.coordination == "overlapped":
@@ -238,7 +240,12 @@ class EngineConfig(_Config):
 
     @property
     def on_separate_devices(self) -> bool:
-        """Whether every expert has CUDA devices of its own, so that the lanes can step at the same time."""
+        """Whether every expert has CUDA devices of its own, so that the lanes can step at the same time.
+
+        Ray gives each worker a whole device that no other worker has, but knows nothing of lanes outside it.
+        """
+        if self.experts and all(lane.executor == "ray" for lane in self.lanes):
+            return True
         taken = list(self.base.devices or range(self.base.tensor_parallel_size))
         own = [expert for expert in self.experts if not expert.is_guest]
         for expert in own:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes requirements/cpu.txt, gpu.txt, dev.txt and docs.txt anew from pyproject.toml, for Linux on x86_64 and aarch64.
+# Makes requirements/cpu.txt, gpu.txt, dev.txt, ray.txt and docs.txt anew from pyproject.toml, for Linux on x86_64 and aarch64.
 #
 # Versions already in the locks are kept where they still fit; `scripts/lock.sh --upgrade` takes the newest.
 # TORCH_INDEX: the extra index that PyTorch publishes for CPU wheels (cpu.txt pins torch's CPU build), unless
@@ -60,6 +60,15 @@ comm -12 <(names requirements/cpu.txt) <(names requirements/gpu.txt) | sed 's/\.
 grep -v -f "$work/both" "$work/dev.txt" | grep -v -E '^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+|setuptools)==' >"$work/rest"
 mv "$work/rest" "$work/dev.txt"
 publish dev "What tests, linters and type checks need on top of cpu.txt or gpu.txt."
+
+# What lanes with executor "ray" need on top, without what both other locks have.
+grep -v -E '^(torch|triton)=' requirements/cpu.txt >"$work/ray.txt"
+if [[ -f requirements/ray.txt ]]; then cat requirements/ray.txt >>"$work/ray.txt"; fi
+compile ray --extra ray
+grep -v -f "$work/both" "$work/ray.txt" | grep -v -E '^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+|setuptools)==' >"$work/rest"
+mv "$work/rest" "$work/ray.txt"
+publish ray "What executor ray needs on top of cpu.txt or gpu.txt."
+
 # The documentation's site, in an environment of its own.
 if [[ -f requirements/docs.txt ]]; then cp requirements/docs.txt "$work/docs.txt"; fi
 "$work/venv/bin/uv" pip compile --group pyproject.toml:docs "${args[@]}" --output-file "$work/docs.txt"

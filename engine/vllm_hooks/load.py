@@ -20,7 +20,7 @@ from engine.lanes.shelf import Shelf
 from engine.spelling.speller import Speller
 from engine.types import NEGATIVE, GateInfo, PolicyName, Relation
 from engine.vllm_hooks.adapters import LaneAdapter, lora_arguments
-from engine.vllm_hooks.memory import memory_shares
+from engine.vllm_hooks.memory import devices_of, memory_shares
 from engine.vocabulary import Member, SharedVocabulary, missing_rows
 
 
@@ -355,7 +355,7 @@ def _memory_shares(config: EngineConfig) -> list[float | None]:
     sizes = [sum(file.stat().st_size for file in Path(lane.model).glob("*.safetensors")) for lane in lanes]
     if current_platform.is_cpu() or not all(sizes):
         return [None] * len(config.lanes)
-    devices = {number for lane in lanes for number in lane.devices or range(lane.tensor_parallel_size)}
+    devices = {number for lane in lanes for number in devices_of(lane)}
     totals = {number: int(current_platform.get_device_total_memory(number)) for number in devices}
     labels = ["base", *(f"experts.{expert.name}" for expert in config.experts if not expert.is_guest)]
     found = dict(zip(steps, memory_shares(labels, lanes, sizes, totals), strict=True))

@@ -16,13 +16,21 @@ OVERHEAD_BYTES = 3 << 29
 UTILIZATION = "gpu_memory_utilization"
 
 
+def devices_of(lane: LaneConfig) -> tuple[int, ...]:
+    """Those of this machine that a lane computes on, as far as that is known: not for lanes that Ray places."""
+    if lane.executor == "ray":
+        return ()
+    return lane.devices or tuple(range(lane.tensor_parallel_size))
+
+
 def memory_shares(
     labels: Sequence[str], lanes: Sequence[LaneConfig], weights: Sequence[int], totals: dict[int, int]
 ) -> list[float | None]:
     """``gpu_memory_utilization`` for each lane; None where the user's or vLLM's own is right.
 
     A lane that states the bytes of its KV cache gets these, its weights and an overhead. Lanes that do not share what
-    is left, in proportion to their weights: a larger model's tokens are larger too.
+    is left, in proportion to their weights: a larger model's tokens are larger too. Ray finds a device for each worker
+    that no other worker has.
 
     Args:
         labels: where the lanes stand in the configuration, for error messages.
@@ -32,7 +40,7 @@ def memory_shares(
     Raises:
         ConfigError: the lanes do not fit on their device.
     """
-    places = [lane.devices or tuple(range(lane.tensor_parallel_size)) for lane in lanes]
+    places = [devices_of(lane) for lane in lanes]
     together = {
         number
         for number, place in enumerate(places)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.metadata
+import importlib.util
 import json
 import logging
 import os
@@ -196,6 +197,27 @@ def check_names(options: Iterable[str], known: Sequence[str], label: str) -> Non
             raise ConfigError(f"{label}.vllm.{option}: vLLM has no such engine option{hint}")
 
 
+def _check_ray(label: str) -> None:
+    """Refuse what would fail later, or would be computed past the lane's worker.
+
+    Raises:
+        ConfigError: Ray cannot place the lane's workers.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    where = f"{label}.executor: 'ray'"
+    if not current_platform.ray_device_key:
+        device = current_platform.device_type
+        raise ConfigError(f"{where} is for devices that Ray counts, and vLLM on this {device} has none: use 'mp'")
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(f"{where} needs the package ray: make install-ray, or pip install 'collm[ray]'")
+    if not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
+        raise ConfigError(
+            f"{where} needs VLLM_USE_RAY_V2_EXECUTOR_BACKEND=1: the older executor calls the model runner directly"
+        )
+
+
 def engine_arguments(
     config: LaneConfig,
     *,
@@ -236,6 +258,8 @@ def engine_arguments(
     from engine.vllm_hooks.scheduler import LaneScheduler
 
     check_names(config.vllm, [field.name for field in dataclasses.fields(EngineArgs)], label)
+    if config.executor == "ray":
+        _check_ray(label)
     is_cpu = current_platform.is_cpu()
     worker = "worker_cpu.CpuLaneWorker" if is_cpu else "worker_gpu.GpuLaneWorker"
     arguments: dict[str, Any] = {

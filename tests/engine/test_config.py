@@ -179,6 +179,12 @@ def test_separate_devices(base: tuple[int, ...] | None, experts: list[tuple[int,
     assert config.on_separate_devices == separate
 
 
+def test_ray_gives_each_lane_a_device() -> None:
+    assert make(base__executor="ray", experts__executor="ray").on_separate_devices
+    assert not make(experts__executor="ray").on_separate_devices
+    assert "record" in problem(base__executor="ray", record={"folder": "tables", "rows": 1})
+
+
 def test_overlapped_with_one_lane_in_process() -> None:
     config = make(scheduler__coordination="overlapped", experts__executor="mp")
     assert config.scheduler.coordination == "overlapped"

@@ -143,5 +143,6 @@ def test_lanes_on_one_device_share_its_memory() -> None:
     assert asked == [None, pytest.approx(0.62)]
     apart = lane(executor="mp", devices=(1,))
     assert shares(lane(), apart, weights=(4, 16), devices=2) == [None, None]
+    assert shares(lane(), lane(executor="ray"), weights=(4, 60)) == [None, None]
     with pytest.raises(ConfigError, match="lane1: device 0 has no room for the weights beside the other lanes"):
         shares(lane(kv_cache_memory_bytes=60 * GIB), lane(), weights=(4, 16))

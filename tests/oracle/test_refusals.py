@@ -6,6 +6,7 @@ reaches the user is shown in ``tests/robustness/test_startup.py``.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import warnings
@@ -122,6 +123,32 @@ def test_options_that_are_not_vllms_or_not_the_users(
         with pytest.raises(CollmError) as caught:
             engine_arguments(base, label="base", max_num_seqs=4, vocab_size=512, gate_path=None, gate_in_head=False)
     assert str(caught.value).startswith(expected)
+
+
+def test_ray_is_refused_where_it_would_fail_or_go_past_the_lanes_worker(
+    random_pair: pairs.Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (expert,) = random_pair.config(executor="ray").experts
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vLLM's own, where it is imported here for the first time
+        from vllm.platforms import current_platform
+
+    def refusal() -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(CollmError) as caught:
+                engine_arguments(
+                    expert, label="experts.e", max_num_seqs=4, vocab_size=512, gate_path=None, gate_in_head=False
+                )
+        return str(caught.value)
+
+    assert "vLLM on this cpu has none: use 'mp'" in refusal()
+    monkeypatch.setattr(type(current_platform), "ray_device_key", "GPU")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "experts.e.executor: 'ray' needs the package ray: make install-ray" in refusal()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    assert "needs VLLM_USE_RAY_V2_EXECUTOR_BACKEND=1" in refusal()
 
 
 def test_grammars_have_one_back_end_in_all_lanes(random_pair: pairs.Served) -> None:

@@ -124,7 +124,7 @@ def test_the_most_probable_tokens(served: pairs.Served, engine: Engine, texts: l
 @pytest.mark.parametrize(
     "settings",
     [
-        # Just over the 5 blocks of 32 tokens that one text needs: no order of arrival saves all of them from a preemption.
+        # Just over the 5 blocks of 32 tokens that one text needs: no order spares all of them a preemption.
         pytest.param({**CHUNKED, "kv_blocks": (8, 7)}, id="chunked, tight"),
         pytest.param(
             {"enable_prefix_caching": False, "scheduler": {"gather": 4}},
