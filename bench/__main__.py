@@ -21,7 +21,7 @@ from bench.errors import BenchError
 from bench.report import Report, bar_table, environment, environment_line, json_line
 from bench.settings import Settings
 from bench.shapes import DEMO, NAMES, Pair, get_pair
-from bench.workload import PROMPT_TOKENS, Cell, Deferral
+from bench.workload import PROMPT_TOKENS, Cell, Deferral, Sampling
 
 COMMANDS = {
     "all": "everything in about ten minutes on two cores: the shares, the comparisons, context, memory",
@@ -113,6 +113,8 @@ async def _all(options: argparse.Namespace, workdir: Path) -> list[Report]:
 
 
 async def _measure(command: str, pair: Pair, options: argparse.Namespace, workdir: Path) -> Report:
+    if options.temperature and command not in ("coordination", "compare"):
+        raise ValueError(f"--temperature: {command} measures greedy requests; coordination and compare can draw")
     quick = options.command == "all" and not options.full
     cuda = _cuda(options)
     max_tokens = options.max_tokens or pair.max_tokens
@@ -127,6 +129,9 @@ async def _measure(command: str, pair: Pair, options: argparse.Namespace, workdi
             request_tokens=request_tokens,
             scheduler=dict(options.scheduler),
             vllm=dict(options.vllm),
+            draft_tokens=options.draft_tokens,
+            sampling=Sampling(options.temperature, options.top_p),
+            two_devices=options.two_devices,
             cuda=cuda,
             log=options.log or workdir / "servers.log",
         )
@@ -134,6 +139,11 @@ async def _measure(command: str, pair: Pair, options: argparse.Namespace, workdi
     def for_cells(cells: list[Cell]) -> Settings:
         concurrency = max(cell.concurrency for cell in cells)
         longest = max(PROMPT_TOKENS[cell.prompt] for cell in cells)
+        if longest + max_tokens > pair.max_model_len:
+            raise ValueError(
+                f"--prompt: {longest} tokens and {max_tokens} written ones do not fit into the context of {pair.name},"
+                f" {pair.max_model_len} tokens"
+            )
         return settings(concurrency, max(longest, 64) + max_tokens)
 
     gate: list[Deferral] = ["gate"] if pair.gate is not None else []
@@ -239,9 +249,10 @@ def _cells(
 
 
 def _pair(options: argparse.Namespace, shape: str, workdir: Path) -> Pair:
+    gated = options.made_up_gate
     if options.agreement is None:
-        return get_pair(shape, workdir, dtype=options.dtype)
-    return get_pair(shape, workdir, dtype=options.dtype, agreement=options.agreement)
+        return get_pair(shape, workdir, dtype=options.dtype, gated=gated)
+    return get_pair(shape, workdir, dtype=options.dtype, gated=gated, agreement=options.agreement)
 
 
 def _cuda(options: argparse.Namespace) -> bool:
@@ -295,12 +306,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-tokens", type=int, metavar="N", help="tokens that every request writes")
     add("--seed", type=int, default=1, help="of prompts and forced deferrals")
     add("--agreement", type=float, metavar="SHARE", help="how often synthetic base and expert agree (default 0)")
+    add("--made-up-gate", action="store_true", help="synthetic pairs: with a gate; it defers three tokens of ten")
+    add("--temperature", type=float, default=0.0, help="coordination, compare: of every request (default 0, greedy)")
+    add("--top-p", type=float, default=1.0, help="with --temperature")
+    add("--two-devices", action="store_true", help="the engine's base on CUDA device 0, its expert on 1")
     add("--dtype", default="", help="instead of the shape's own")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where nvidia-smi is")
     add("--threads", type=int, metavar="N", help="OMP_NUM_THREADS for all; stock servers choose on a CPU")
     add("--scheduler", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help="engine setting")
     add("--vllm", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help="vLLM option, everywhere")
     add("--contenders", nargs="+", choices=compare.NAMES, help="compare: only these")
+    add("--draft-tokens", type=int, default=4, metavar="N", help="compare: what the base drafts for a stock expert")
     add(
         "--starts",
         choices=("once", "each-round"),

@@ -9,11 +9,12 @@ is reversed every other round: for machines whose memory does not hold all serve
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 import os
 import statistics
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -33,11 +34,13 @@ from bench.progress import Progress
 from bench.report import Bar, Report, percentile, spread, table
 from bench.services import running
 from bench.settings import Settings
+from bench.shapes import Pair
 from bench.workload import Cell, make_jobs
 
 SERVER, ENGINE, BASE, EXPERT, PER_TOKEN_HTTP = "server", "engine", "stock base", "stock expert", "per-token HTTP"
+SPECULATIVE = "stock expert, base drafts"
 WORDS, CHARACTERS = "engine, words", "engine, characters"
-NAMES = (SERVER, ENGINE, WORDS, CHARACTERS, BASE, EXPERT, PER_TOKEN_HTTP)
+NAMES = (SERVER, ENGINE, WORDS, CHARACTERS, BASE, EXPERT, SPECULATIVE, PER_TOKEN_HTTP)
 LIMIT = "limit: lanes' steps"
 
 BASE_BARS = {"tiny": 1.0, "S": 0.97}
@@ -52,6 +55,8 @@ CHARACTERS_BAR = 1.10
 """Greatest ratio of the engine's time with CharED to the sum of its lanes' steps, concurrency 32."""
 
 _WARM_UP_TOKENS = 4
+QUESTIONS = 200
+"""Of a real pair's, asked for the quality of what is written; greedy, so once is enough."""
 
 
 @dataclass
@@ -62,11 +67,13 @@ class Found:
         outcomes: for each contender and cell, one entry per round.
         peak_rss: of each contender's process trees, in bytes.
         cpu_per_token: of those process trees, in seconds, for each contender and cell; one entry per round.
+        right: share of a real pair's questions that each contender that writes text answers exactly.
     """
 
     outcomes: dict[tuple[str, Cell], list[tuple[Outcome, Account | None]]] = field(default_factory=dict)
     peak_rss: dict[str, int] = field(default_factory=dict)
     cpu_per_token: dict[tuple[str, Cell], list[float]] = field(default_factory=dict)
+    right: dict[str, float] = field(default_factory=dict)
 
     def speeds(self, name: str, cell: Cell) -> list[float]:
         """Tokens per second, one entry per round; empty if the contender was not measured there."""
@@ -92,6 +99,9 @@ def contenders(settings: Settings, names: list[str] | None, workdir: Path) -> li
         CHARACTERS: lambda: Characters(other_vocabulary(), CHARACTERS, settings),
         BASE: lambda: Stock(BASE, base, 0.0),
         EXPERT: lambda: Stock(EXPERT, expert, 1.0),
+        SPECULATIVE: lambda: Stock(
+            SPECULATIVE, stock_service(SPECULATIVE, pair.expert, settings, cores, draft=pair.base), 1.0
+        ),
         PER_TOKEN_HTTP: lambda: PerTokenHttp(base, expert),
     }
     if pair.prompts:
@@ -127,13 +137,18 @@ async def measure(
         async def measure_once(contender: Contender, cell: Cell, number: int) -> None:
             progress.say(f"round {number + 1}: {contender.name}, {cell}")
             count = cell.concurrency * (1 if contender.slow else requests)
-            jobs = make_jobs(settings.pair, cell, count, max_tokens, seed, number)
-            warm_up = make_jobs(settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, number)
+            jobs = make_jobs(settings.pair, cell, count, max_tokens, seed, number, settings.sampling)
+            warm_up = make_jobs(
+                settings.pair, cell, cell.concurrency, _WARM_UP_TOKENS, seed + 1, number, settings.sampling
+            )
             await contender.open()
             await drive(contender, warm_up, cell.concurrency)
             before, cpu = contender.account(), _cpu_seconds(contender)
             outcome = await drive(contender, jobs, cell.concurrency)
             after, cpu = contender.account(), _cpu_seconds(contender) - cpu
+            if settings.pair.answers and contender.name not in found.right and isinstance(contender, Stock | Server):
+                progress.say(f"{contender.name}, questions")
+                found.right[contender.name] = await _right_answers(contender, settings.pair, cell.concurrency)
             await contender.close()
             found.cpu_per_token.setdefault((contender.name, cell), []).append(cpu / outcome.tokens)
             account = after.since(before) if after is not None and before is not None else None
@@ -145,6 +160,19 @@ async def measure(
         run = _frozen if starts == "once" else _started_anew
         await run(taking_part, services, cells, rounds, measure_once, progress)
     return _report(settings, cells, found, requests=requests, max_tokens=max_tokens, starts=starts)
+
+
+async def _right_answers(contender: Stock | Server, pair: Pair, concurrency: int) -> float:
+    """Share of the first questions that are answered exactly, up to space at the ends."""
+    places = asyncio.Semaphore(concurrency)
+
+    async def is_right(prompt: Sequence[int], answer: str) -> bool:
+        async with places:
+            return (await contender.text(prompt, pair.max_tokens)).strip() == answer.strip()
+
+    questions = list(zip(pair.prompts, pair.answers, strict=True))
+    asked = questions[:: -(-len(questions) // QUESTIONS)]
+    return statistics.fmean(await asyncio.gather(*(is_right(*question) for question in asked)))
 
 
 def _cpu_seconds(contender: Contender) -> float:
@@ -234,7 +262,8 @@ def _report(
             records.append(_record(name, cell, outcomes, accounts) | {"cpu_per_token": cpu})
     text = f"### Comparison, {settings.pair.name}\n\n"
     text += (
-        f"{max_tokens} tokens per request, greedy; {requests} requests for each one in flight (per-token HTTP: 1). "
+        f"{max_tokens} tokens per request, {settings.sampling}; {requests} requests for each one in flight "
+        "(per-token HTTP: 1). "
         + (
             "Servers started once; all but the measured one frozen; contenders alternate within every cell of a round."
             if starts == "once"
@@ -244,8 +273,13 @@ def _report(
     )
     if engine_rows:
         text += f"{table(['engine', 'coordination share', *ACCOUNT_HEADERS], engine_rows)}\n\n"
+    headers = ["contender", "peak resident memory, MiB"]
     peaks = [[name, f"{peak / 2**20:,.0f}"] for name, peak in found.peak_rss.items()]
-    text += table(["contender", "peak resident memory, MiB"], peaks)
+    if found.right:
+        headers.append("questions answered exactly")
+        for row in peaks:
+            row.append(f"{found.right[row[0]]:.1%}" if row[0] in found.right else "-")
+    text += table(headers, peaks)
     data = {
         "measurement": "compare",
         "shape": settings.pair.name,
@@ -253,6 +287,7 @@ def _report(
         "requests_per_place": requests,
         "max_tokens": max_tokens,
         "peak_rss_bytes": found.peak_rss,
+        "answered_exactly": found.right,
         "cells": records,
     }
     return Report(text, data, bars(settings.pair.name, cells, found))

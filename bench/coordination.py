@@ -6,6 +6,8 @@ steps took (``step_seconds``); in lockstep the difference is what joining two mo
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from bench import processes
 from bench.account import Account
 from bench.contenders.engine_alone import EngineAlone, EngineService, engine_config
@@ -42,7 +44,7 @@ async def measure(
                 for cell in [warm_up] if round_number < 0 else cells:
                     progress.say(f"{settings.pair.name} {cell}")
                     count = cell.concurrency * (1 if round_number < 0 else requests)
-                    jobs = make_jobs(settings.pair, cell, count, max_tokens, seed, round_number)
+                    jobs = make_jobs(settings.pair, cell, count, max_tokens, seed, round_number, settings.sampling)
                     before = contender.account()
                     outcome = await drive(contender, jobs, cell.concurrency)
                     if round_number >= 0:
@@ -84,12 +86,14 @@ def _report(
             label = f"{name}: coordination share, engine, {cell}"
             bars.append(Bar(label, SHARE_BARS[name], tuple(shares), at_most=True))
     headers = ["cell", "tokens/s", "coordination share", "device busy", "own us/token", *ACCOUNT_HEADERS]
-    text = f"### Coordination, {settings.pair.name}, engine alone\n\n{table(headers, rows)}\n\n"
+    drawn = f", {settings.sampling}" if settings.sampling.temperature else ""
+    text = f"### Coordination, {settings.pair.name}, engine alone{drawn}\n\n{table(headers, rows)}\n\n"
     text += f"Peak resident memory of the engine's process: {peak / 2**20:,.0f} MiB."
     data = {
         "measurement": "coordination",
         "shape": settings.pair.name,
         "lockstep": lockstep,
+        "sampling": asdict(settings.sampling),
         "peak_rss_bytes": peak,
         "cells": cells,
     }

@@ -5,7 +5,8 @@
 #
 # --quick: the least of each part, some ten minutes. --dry-run: says what would run.
 # Writes bench/results/DATE-cuda/: parts.jsonl (one line per part: name, exit status, seconds, command), and for each part
-# NAME.log and, where the bench measures, NAME.json. Exits with 1 if any part failed.
+# NAME.log and, where the bench measures, NAME.json; summary.md has all tables. Exits with 1 if any part failed. With
+# more than one device a pair on two of them is measured too.
 #
 # PYTHON: a Python in which this project is installed (make install install-dev); default .venv/bin/python.
 # WORKDIR: folder for the synthetic models, about 20 GB for 1B-8B; default: a temporary one.
@@ -24,7 +25,7 @@ done
 
 PYTHON="${PYTHON:-.venv/bin/python}"
 out="${OUT:-bench/results/$(date -u +%Y-%m-%d)-cuda}"
-memory=0 devices=0
+memory=0 devices=2
 if [[ -z "$dry" ]]; then
     command -v nvidia-smi >/dev/null || { echo "no nvidia-smi: this script is for CUDA machines; use make bench" >&2; exit 1; }
     memory="$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)"
@@ -86,28 +87,51 @@ oracle=(tests/oracle/test_greedy.py tests/oracle/test_sampling.py tests/oracle/t
 if [[ -z "$quick" ]]; then oracle=(tests/oracle); fi
 part oracle 7200 env TRITON_F32_DEFAULT=ieee "$PYTHON" -m pytest "${oracle[@]}" -q -n0
 
-# What keeps the device busy: each step waited for, lanes interleaved, the base looking ahead too.
-for depth in 0 1 2; do
+# What keeps the device busy (the reports' "device busy"): each step waited for, lanes interleaved, the base ahead too.
+depths=(0 1 2)
+if [[ -n "$quick" ]]; then depths=(0 2); fi
+for depth in "${depths[@]}"; do
     measure "in-flight-$depth" 1800 coordination --shape "$shape" --concurrency 1 32 256 --deferral 0 0.3 \
         --scheduler "steps_in_flight=$depth" "${size[@]}"
 done
+# What is drawn instead of the most probable token; a gate, of the shipped pair and on large models; long prompts.
+measure sampling 1800 coordination --shape "$shape" --concurrency 1 32 256 --deferral 0.3 --temperature 1 --top-p 0.95 \
+    "${size[@]}"
 measure gate 1800 coordination --shape demo --concurrency 1 32 256 "${size[@]}"
-measure pacing 1800 pacing --shape "$shape" --concurrency 32 256 --deferral 0.1 0.3 "${size[@]}"
 measure context 1800 context --shape "$shape" --rounds "$rounds"
+if [[ -z "$quick" ]]; then
+    measure gate-made-up 1800 coordination --shape "$shape" --made-up-gate --concurrency 1 32 256 --deferral gate \
+        "${size[@]}"
+    measure prompts-2k 1800 coordination --shape "$shape" --concurrency 1 32 --deferral 0.3 --prompt 2k "${size[@]}"
+    measure prompts-8k 1800 coordination --shape "$shape" --concurrency 1 8 --deferral 0.3 --prompt 8k "${size[@]}"
+    measure pacing 1800 pacing --shape "$shape" --concurrency 32 256 --deferral 0.1 0.3 "${size[@]}"
+fi
+if [[ "$devices" -gt 1 ]]; then
+    measure two-devices 1800 coordination --shape "$shape" --two-devices --concurrency 1 32 256 --deferral 0 0.3 \
+        --scheduler coordination=overlapped "${size[@]}"
+fi
 
 # Against what many would use instead: each model alone, one HTTP request per token, and the expert with the base as its
-# draft model. Servers are started one at a time, since a device does not hold all of them.
+# draft model. Servers are started one at a time, since a device does not hold all of them. The shipped pair has questions
+# with answers: quality beside speed.
 cells=(--concurrency 1 32 256 --deferral 0 0.3 1)
 if [[ -n "$quick" ]]; then cells=(--concurrency 32 --deferral 0.3 1 --prompt short); fi
 measure compare 10800 compare --shape "$shape" "${cells[@]}" --starts each-round "${size[@]}"
+if [[ -z "$quick" ]]; then
+    measure quality 3600 compare --shape demo --concurrency 32 --deferral gate 1 --prompt short --starts each-round \
+        --rounds 1 --requests 2
+fi
 
 # The exact mode on Hopper and later: one answer alone and in any batch, in bfloat16 too.
 part batch-invariant 1800 env VLLM_BATCH_INVARIANT=1 "$PYTHON" -m bench coordination --device cuda --workdir "$work" \
     --shape demo --concurrency 1 32 --rounds 1 --requests 1 --json "$out/batch-invariant.json"
 
 [[ -n "$dry" ]] && exit 0
-if [[ "$devices" -gt 1 ]]; then
-    echo "$devices devices: a pair on two of them is set up by hand, see docs/scaling.md" >&2
-fi
+for table in "$out"/*.json; do
+    name="$(basename "$table" .json)"
+    printf '## %s\n\n' "$name"
+    grep '^|' "$out/$name.log"
+    printf '\n'
+done >"$out/summary.md"
 echo "written: $out" >&2
 exit "$failed"

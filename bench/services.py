@@ -116,6 +116,18 @@ async def stream_completion(pool: Pool, body: dict[str, Any], stamp: Stamp) -> i
     return int(digits)
 
 
+async def write_completion(pool: Pool, body: dict[str, Any]) -> str:
+    """The text of one greedy completion.
+
+    Raises:
+        HttpError: it failed.
+    """
+    connection: Connection
+    with pool.connection() as connection:
+        answer = await connection.post("/v1/completions", {**body, "temperature": 0})
+    return str(answer["choices"][0]["text"])
+
+
 def free_port() -> int:
     """A TCP port of the loopback address that nobody listens on now."""
     with socket.socket() as probe:

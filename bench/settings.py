@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.errors import BenchError
 from bench.shapes import Member, Pair
+from bench.workload import GREEDY, Sampling
 
 WORKING_BYTES = 4 << 30
 """What a lane needs on a GPU beside weights and KV cache."""
@@ -23,6 +24,9 @@ class Settings:
         request_tokens: of the longest request, prompt and answer together.
         scheduler: fields of the engine's ``SchedulerConfig``.
         vllm: engine options of vLLM under vLLM's names, for every engine.
+        draft_tokens: how many tokens the base guesses at a time where it is the expert's draft model.
+        sampling: how every token is drawn.
+        two_devices: the engine's base computes on the first CUDA device and its expert on the second, in processes.
         cuda: whether there is a CUDA device; else all is on CPU.
         log: file that the servers' output goes to.
     """
@@ -32,6 +36,9 @@ class Settings:
     request_tokens: int
     scheduler: dict[str, Any] = field(default_factory=dict)
     vllm: dict[str, Any] = field(default_factory=dict)
+    draft_tokens: int = 4
+    sampling: Sampling = GREEDY
+    two_devices: bool = False
     cuda: bool = False
     log: Path | None = None
 
@@ -40,12 +47,20 @@ class Settings:
         """Context in tokens: what is needed, in whole KiB as people would set it."""
         return min(-(-self.request_tokens // 1024) * 1024, self.pair.max_model_len)
 
-    def kv_bytes(self, member: Member) -> int:
-        """Size of a member's KV cache in bytes: all requests at once, and blocks that are not full; or one context."""
-        tokens = max(self.max_num_seqs * (self.request_tokens + 64), self.max_model_len + 64)
-        return max(tokens * member.kv_bytes_per_token * 5 // 4, 32 << 20)
+    def kv_bytes(self, member: Member, draft: Member | None = None) -> int:
+        """Size of a member's KV cache in bytes: all requests at once, and blocks that are not full; or one context.
 
-    def engine_options(self, member: Member) -> dict[str, Any]:
+        Args:
+            draft: a model that drafts for it, and shares the cache.
+        """
+        tokens = max(self.max_num_seqs * (self.request_tokens + 64), self.max_model_len + 64)
+        each = member.kv_bytes_per_token
+        if draft is not None:
+            # vLLM gives the layers of both blocks of one size, which is that of the larger ones.
+            each += max(each, draft.kv_bytes_per_token)
+        return max(tokens * each * 5 // 4, 32 << 20)
+
+    def engine_options(self, member: Member, draft: Member | None = None) -> dict[str, Any]:
         """Engine options that this server's lane and a stock server of the same model have in common."""
         options: dict[str, Any] = {
             "dtype": self.pair.dtype,
@@ -53,7 +68,8 @@ class Settings:
             "max_num_batched_tokens": 8192 if self.cuda else 2048,
         }
         if self.cuda:
-            share = (member.weights + self.kv_bytes(member) + WORKING_BYTES) / cuda_memory_bytes()
+            weights = member.weights + (0 if draft is None else draft.weights)
+            share = (weights + self.kv_bytes(member, draft) + WORKING_BYTES) / cuda_memory_bytes()
             options["gpu_memory_utilization"] = round(min(0.92, share), 3)
         else:
             options |= {"block_size": 32, "enforce_eager": True}

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parents[1]
 EOS = 0
+MADE_UP_RATE = 0.3
+"""Share of tokens that a made-up gate defers."""
 _SHARD_BYTES = 4 << 30
 _PASS_THROUGH_STD = 1e-4
 """Of the output projections: small beside an embedding, yet no zeros, which some hardware multiplies faster."""
@@ -113,6 +116,7 @@ class Pair:
         expert_name: the expert's name in configurations.
         gate: folder of the gate artifact, None for synthetic pairs.
         prompts: real prompts as token ids; empty for synthetic pairs, which take any.
+        answers: what is to be written after each of them.
     """
 
     name: str
@@ -125,15 +129,19 @@ class Pair:
     max_tokens: int
     max_model_len: int
     prompts: tuple[tuple[int, ...], ...] = ()
+    answers: tuple[str, ...] = ()
 
 
-def get_pair(name: str, workdir: Path, *, agreement: float = 0.0, context: int = 8192, dtype: str = "") -> Pair:
+def get_pair(
+    name: str, workdir: Path, *, agreement: float = 0.0, context: int = 8192, dtype: str = "", gated: bool = False
+) -> Pair:
     """The pair of this name; made in ``workdir`` if it is not there yet.
 
     Args:
         agreement: share of tokens after which base and expert write the same, 0 to 1. Synthetic pairs only.
         context: longest context in tokens. Synthetic pairs only.
         dtype: instead of the shape's own.
+        gated: with a made-up gate, which defers :data:`MADE_UP_RATE` of the tokens. Synthetic pairs only.
 
     Raises:
         ValueError: there is no such shape.
@@ -154,9 +162,28 @@ def get_pair(name: str, workdir: Path, *, agreement: float = 0.0, context: int =
             _make(path, model, shape.vocab_size, dtype, context, _successors(shape.vocab_size, number, agreement))
         weights = model.parameters(shape.vocab_size) * DTYPE_BYTES[dtype]
         members.append(Member(path, weights, model.kv_bytes_per_token(dtype)))
+    gate = _make_gate(folder / "gate", shape.base.hidden, members) if gated else None
     return Pair(
-        name, members[0], members[1], "expert", None, dtype, shape.vocab_size, shape.max_tokens, max_model_len=context
+        name, members[0], members[1], "expert", gate, dtype, shape.vocab_size, shape.max_tokens, max_model_len=context
     )
+
+
+def _make_gate(folder: Path, hidden: int, members: list[Member]) -> Path:
+    """A linear gate on a random direction.
+
+    The last norm leaves hidden states whose components have a mean square of 1, so that their product with a vector
+    of variance 1 / hidden is a standard normal over the tokens, and the bias says how many of them are deferred.
+    """
+    import torch
+
+    from engine.checkpoints import model_identity
+    from engine.gate import GateArtifact
+
+    theta = torch.randn(1, hidden, generator=torch.Generator().manual_seed(2)) / hidden**0.5
+    base, expert = (model_identity(member.path) for member in members)
+    bias = torch.tensor([NormalDist().inv_cdf(MADE_UP_RATE)])
+    GateArtifact(theta=theta, bias=bias, experts=("expert",), base=base, expert_identities=(expert,)).save(folder)
+    return folder
 
 
 def _demo(workdir: Path, dtype: str) -> Pair:
@@ -175,9 +202,8 @@ def _demo(workdir: Path, dtype: str) -> Pair:
         members.append(Member(folder / name, (folder / name / "model.safetensors").stat().st_size, kv))
     tokenizer = Tokenizer.from_file(str(folder / "base" / "tokenizer.json"))
     questions = json.loads((folder / "questions.json").read_text())
-    prompts = tuple(
-        tuple(tokenizer.encode(question["prompt"]).ids) for question in questions if question["kind"] != "arithmetic"
-    )
+    questions = [question for question in questions if question["kind"] != "arithmetic"]
+    prompts = tuple(tuple(tokenizer.encode(question["prompt"]).ids) for question in questions)
     gate = workdir / "demo-gate-of-codes"
     GateArtifact.load(folder / "gate").only("codes").save(gate)
     vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
@@ -192,6 +218,7 @@ def _demo(workdir: Path, dtype: str) -> Pair:
         max_tokens=64,
         max_model_len=1024,
         prompts=prompts,
+        answers=tuple(question["completion"] for question in questions),
     )
 
 

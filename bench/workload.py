@@ -11,7 +11,22 @@ from bench.shapes import Pair
 Deferral = float | Literal["gate"]
 """A rate at which deferrals are forced, 0 to 1, or "gate": the pair's own gate decides."""
 
-PROMPT_TOKENS = {"short": 32, "long": 512}
+PROMPT_TOKENS = {"short": 32, "long": 512, "2k": 2048, "8k": 8000}
+"""The last one and its answer fit into the synthetic models' context of 8,192 tokens."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn; greedy by default."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def __str__(self) -> str:
+        return f"temperature {self.temperature:g}, top_p {self.top_p:g}" if self.temperature else "greedy"
+
+
+GREEDY = Sampling()
 
 
 @dataclass(frozen=True)
@@ -20,7 +35,7 @@ class Cell:
 
     Attributes:
         concurrency: requests in flight at any time.
-        prompt: "short" or "long", see PROMPT_TOKENS.
+        prompt: its length by name, see PROMPT_TOKENS.
     """
 
     concurrency: int
@@ -33,10 +48,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Job:
-    """One request: greedy, exactly ``max_tokens`` tokens, whatever is written.
+    """One request: exactly ``max_tokens`` tokens, whatever is written.
 
     Attributes:
-        seed: decides, with the position, which tokens are deferred where deferrals are forced.
+        seed: decides, with the position, what is drawn, and which tokens are deferred where deferrals are forced.
     """
 
     name: str
@@ -44,9 +59,18 @@ class Job:
     max_tokens: int
     deferral: Deferral
     seed: int
+    sampling: Sampling = GREEDY
 
 
-def make_jobs(pair: Pair, cell: Cell, count: int, max_tokens: int, seed: int, round_number: int) -> list[Job]:
+def make_jobs(
+    pair: Pair,
+    cell: Cell,
+    count: int,
+    max_tokens: int,
+    seed: int,
+    round_number: int,
+    sampling: Sampling = GREEDY,
+) -> list[Job]:
     """A cell's jobs of one round; another round has other prompts, so that no prefix is cached from the last one.
 
     Args:
@@ -61,6 +85,8 @@ def make_jobs(pair: Pair, cell: Cell, count: int, max_tokens: int, seed: int, ro
         else:
             prompt = [draw.randrange(1, pair.vocab_size) for _ in range(PROMPT_TOKENS[cell.prompt])]
         jobs.append(
-            Job(f"{round_number}-{cell}-{number}", prompt, max_tokens, cell.deferral, draw.randrange(1 << 62)),
+            Job(
+                f"{round_number}-{cell}-{number}", prompt, max_tokens, cell.deferral, draw.randrange(1 << 62), sampling
+            ),
         )
     return jobs

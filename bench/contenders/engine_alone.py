@@ -23,11 +23,14 @@ def engine_config(settings: Settings) -> EngineConfig:
     pair = settings.pair
 
     def lane(member_name: str) -> dict[str, object]:
-        member = pair.base if member_name == "base" else pair.expert
+        number = 0 if member_name == "base" else 1
+        member = (pair.base, pair.expert)[number]
+        place = {"executor": "mp", "devices": (number,)} if settings.two_devices else {}
         return {
             "model": str(member.path),
             "kv_cache_memory_bytes": settings.kv_bytes(member),
             "vllm": settings.engine_options(member),
+            **place,
         }
 
     return EngineConfig(
@@ -48,7 +51,13 @@ def engine_request(
         member: lane that is to write alone; None is the pair.
         blend: what is to be written where the experts are asked.
     """
-    sampling = SamplingSpec(temperature=0.0, seed=job.seed, ignore_eos=True, max_tokens=job.max_tokens)
+    sampling = SamplingSpec(
+        temperature=job.sampling.temperature,
+        top_p=job.sampling.top_p,
+        seed=job.seed,
+        ignore_eos=True,
+        max_tokens=job.max_tokens,
+    )
     if job.deferral == "gate":
         collaboration = Collaboration(run_ahead=run_ahead, member=member, blend=blend)
     else:

@@ -12,7 +12,7 @@ from bench.contenders.stock import MODEL
 from bench.errors import BenchError
 from bench.http_client import Connection, Pool
 from bench.services import HOST, HttpService
-from bench.workload import Cell, Job
+from bench.workload import Cell, Job, Sampling
 from engine import draws
 
 
@@ -52,9 +52,9 @@ class PerTokenHttp:
         end = len(tokens) + job.max_tokens
         base, expert = self._pools
         while len(tokens) < end:
-            token = await _next_token(base, tokens)
+            token = await _next_token(base, tokens, job.sampling)
             if defers(job, len(tokens)):
-                token = await _next_token(expert, tokens)
+                token = await _next_token(expert, tokens, job.sampling)
             tokens.append(token)
             stamp()
         return len(tokens) - len(job.prompt)
@@ -69,12 +69,13 @@ class PerTokenHttp:
             await pool.close()
 
 
-async def _next_token(pool: Pool, tokens: list[int]) -> int:
+async def _next_token(pool: Pool, tokens: list[int], sampling: Sampling) -> int:
     body = {
         "model": MODEL,
         "prompt": tokens,
         "max_tokens": 1,
-        "temperature": 0,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
         "ignore_eos": True,
         "return_token_ids": True,
     }

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from bench.account import Account
 from bench.contenders.base import Stamp
 from bench.contenders.engine_alone import engine_config
 from bench.http_client import Pool
-from bench.services import HOST, HttpService, stream_completion
+from bench.services import HOST, HttpService, stream_completion, write_completion
 from bench.settings import Settings
 from bench.workload import Cell, Job
 
@@ -57,13 +58,18 @@ class Server:
             "model": MODEL,
             "prompt": job.prompt,
             "max_tokens": job.max_tokens,
-            "temperature": 0,
+            "temperature": job.sampling.temperature,
+            "top_p": job.sampling.top_p,
             "seed": job.seed,
             "ignore_eos": True,
         }
         if job.deferral != "gate":
             body["collaboration"] = {"policy": "random", "rate": job.deferral}
         return await stream_completion(self._pool, body, stamp)
+
+    async def text(self, prompt: Sequence[int], max_tokens: int) -> str:
+        """What the pair writes by its own gate, to its end."""
+        return await write_completion(self._pool, {"model": MODEL, "prompt": list(prompt), "max_tokens": max_tokens})
 
     def account(self) -> Account | None:
         """Not seen over HTTP."""

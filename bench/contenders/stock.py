@@ -1,13 +1,17 @@
-"""vLLM's own OpenAI server with one member of the pair: what a user serves who does without the other."""
+"""vLLM's own OpenAI server with one member of the pair, or with the base as the expert's draft model.
+
+That is what a user serves who does without the other, or who wants the expert's text and no other, sooner.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from bench.account import Account
 from bench.contenders.base import Stamp
 from bench.http_client import Pool
-from bench.services import HOST, HttpService, stream_completion
+from bench.services import HOST, HttpService, stream_completion, write_completion
 from bench.settings import Settings
 from bench.shapes import Member
 from bench.workload import Cell, Job
@@ -15,24 +19,31 @@ from bench.workload import Cell, Job
 MODEL = "stock"
 
 
-def stock_service(name: str, member: Member, settings: Settings, cores: Sequence[int] = ()) -> HttpService:
+def stock_service(
+    name: str, member: Member, settings: Settings, cores: Sequence[int] = (), *, draft: Member | None = None
+) -> HttpService:
     """A stock server. Whatever is not common to all contenders is left at vLLM's defaults (prefix caching is on).
 
     Args:
         cores: on a CPU, those of its worker. None given: vLLM chooses, which on a small machine is the same one for
             every server.
+        draft: a smaller model of the same vocabulary, which guesses ``settings.draft_tokens`` tokens at a time.
     """
     options = {
         "model": str(member.path),
         "served_model_name": MODEL,
-        "kv_cache_memory_bytes": settings.kv_bytes(member),
+        "kv_cache_memory_bytes": settings.kv_bytes(member, draft),
         "max_num_seqs": settings.max_num_seqs,
         # What the logs would cost is no merit of ours.
         "uvicorn_log_level": "warning",
         "disable_uvicorn_access_log": True,
         "disable_log_stats": True,
-        **settings.engine_options(member),
+        **settings.engine_options(member, draft),
     }
+    if draft is not None:
+        options["speculative_config"] = json.dumps(
+            {"method": "draft_model", "model": str(draft.path), "num_speculative_tokens": settings.draft_tokens}
+        )
     arguments = ["-m", "vllm.entrypoints.openai.api_server"]
     for option, value in options.items():
         flag = option.replace("_", "-")
@@ -76,10 +87,15 @@ class Stock:
             "model": MODEL,
             "prompt": job.prompt,
             "max_tokens": job.max_tokens,
-            "temperature": 0,
+            "temperature": job.sampling.temperature,
+            "top_p": job.sampling.top_p,
             "ignore_eos": True,
         }
         return await stream_completion(self._pool, body, stamp)
+
+    async def text(self, prompt: Sequence[int], max_tokens: int) -> str:
+        """What it writes, to its end."""
+        return await write_completion(self._pool, {"model": MODEL, "prompt": list(prompt), "max_tokens": max_tokens})
 
     def account(self) -> Account | None:
         """There is none."""

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
+from bench.contenders.engine_alone import engine_config
+from bench.contenders.stock import stock_service
+from bench.settings import Settings
 from bench.shapes import Pair
 from tests.packaging.sources import ROOT
 
@@ -52,6 +55,34 @@ def test_options() -> None:
     for wrong in (["--deferral", "1.5"], ["--shape", "huge"], ["--scheduler", "x"], ["--contenders", "nobody"]):
         with pytest.raises(SystemExit):
             parse(["compare", *wrong])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["pacing", "--temperature", "1"], "--temperature: pacing measures greedy requests"),
+        (
+            ["coordination", "--prompt", "8k", "--max-tokens", "500"],
+            "--prompt: 8000 tokens and 500 written ones do not fit",
+        ),
+    ],
+)
+def test_what_a_measurement_cannot_do(
+    wrong: list[str], message: str, tiny: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "get_pair", lambda *_, **__: tiny)
+    assert command.main([*wrong, "--shape", "tiny", "--device", "cpu"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_base_drafts_for_a_stock_expert_and_two_devices_are_processes(tiny: Pair) -> None:
+    settings = Settings(tiny, max_num_seqs=256, request_tokens=128, draft_tokens=3, two_devices=True)
+    service = stock_service("stock", tiny.expert, settings, draft=tiny.base)
+    drafts = {"method": "draft_model", "model": str(tiny.base.path), "num_speculative_tokens": 3}
+    assert json.loads(service._arguments[service._arguments.index("--speculative-config") + 1]) == drafts
+    assert settings.kv_bytes(tiny.expert, tiny.base) == 2 * settings.kv_bytes(tiny.expert)
+    config = engine_config(settings)
+    assert [(lane.executor, lane.devices) for lane in config.lanes] == [("mp", (0,)), ("mp", (1,))]
 
 
 def test_a_server_that_does_not_start_ends_the_bench(

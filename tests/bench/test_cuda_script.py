@@ -30,7 +30,19 @@ def dry_run(*options: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("options", [(), ("--quick",)])
 def test_what_it_would_run_can_be_run(options: tuple[str, ...]) -> None:
     parts = dry_run(*options)
-    assert {"start", "oracle", "in-flight-2", "gate", "context", "compare", "batch-invariant"} <= parts.keys()
+    wanted = {
+        "start",
+        "oracle",
+        "in-flight-2",
+        "sampling",
+        "gate",
+        "context",
+        "two-devices",
+        "compare",
+        "batch-invariant",
+    }
+    assert wanted <= parts.keys()
+    assert options or {"gate-made-up", "prompts-2k", "prompts-8k", "quality"} <= parts.keys()
     for name, command in parts.items():
         if "bench" in command:
             found = _parser().parse_args(command[command.index("bench") + 1 :])
@@ -43,8 +55,11 @@ def test_what_it_would_run_can_be_run(options: tuple[str, ...]) -> None:
 
 def test_every_part_reports(tmp_path: Path) -> None:
     """Stand-ins for nvidia-smi and Python; the second one fails for the oracle, and writes what the bench would."""
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 81559\n")
-    (tmp_path / "python").write_text('#!/bin/sh\ncase "$*" in *"-m pytest"*) echo "1 failed"; exit 3;; esac\n')
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 81559\necho 81559\n")
+    (tmp_path / "python").write_text(
+        '#!/bin/sh\ncase "$*" in *"-m pytest"*) echo "1 failed"; exit 3;; esac\n'
+        'while [ $# -gt 1 ]; do [ "$1" = --json ] && echo {} >"$2"; shift; done\necho "| cell |"\n'
+    )
     for stand_in in ("nvidia-smi", "python"):
         (tmp_path / stand_in).chmod(0o755)
     results = tmp_path / "results"
@@ -60,6 +75,10 @@ def test_every_part_reports(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (results / "parts.jsonl").read_text().splitlines()]
     assert [line["part"] for line in lines] == list(dry_run())
     assert {line["part"]: line["status"] for line in lines if line["status"]} == {"oracle": 3}
+    summary = (results / "summary.md").read_text()
+    measured = [line["part"] for line in lines if "-m bench" in line["command"]]
+    assert sorted(measured) == sorted(line[3:] for line in summary.splitlines() if line.startswith("## "))
+    assert summary.count("| cell |") == len(measured)
     assert "1B-8B" in next(line["command"] for line in lines if line["part"] == "compare")
     for line in lines:
         assert shlex.split(line["command"])
@@ -79,7 +98,9 @@ def test_a_small_device_gets_small_models(tmp_path: Path) -> None:
         WORKDIR=str(tmp_path),
     )
     assert done.returncode == 0, done.stderr
-    assert "1B-8B" not in (tmp_path / "out" / "parts.jsonl").read_text()
+    parts = (tmp_path / "out" / "parts.jsonl").read_text()
+    assert "1B-8B" not in parts
+    assert "two-devices" not in parts
 
 
 def test_without_a_device_it_says_so(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from bench import shapes
-from bench.shapes import SHAPES, Pair, get_pair
+from bench.shapes import MADE_UP_RATE, SHAPES, Pair, get_pair
+from engine.gate import GateArtifact
 
 
 def written(path: Path, start: int, count: int) -> list[int]:
@@ -88,6 +89,18 @@ def test_the_demo_pair_has_real_prompts(tmp_path: Path) -> None:
     pair = get_pair("demo", tmp_path)
     assert len(pair.prompts) > 100
     assert all(0 <= token < pair.vocab_size for prompt in pair.prompts for token in prompt)
+
+
+def test_a_made_up_gate_defers_as_often_as_it_says(tiny: Pair) -> None:
+    pair = get_pair("tiny", tiny.base.path.parents[1], gated=True)
+    assert tiny.gate is None
+    assert pair.gate is not None
+    gate = GateArtifact.load(pair.gate)
+    model = AutoModelForCausalLM.from_pretrained(pair.base.path)
+    with torch.no_grad():
+        hidden_ND = model.model(torch.tensor(shapes._printable(512)).view(-1, 1)).last_hidden_state[:, 0]
+    deferred = (hidden_ND @ gate.theta[0].to(hidden_ND.dtype) + gate.bias[0] > 0).float().mean()
+    assert deferred == pytest.approx(MADE_UP_RATE, abs=0.1)
 
 
 def test_unknown_shapes_are_refused(tmp_path: Path) -> None:
