@@ -6,12 +6,16 @@ Each stage keeps what it has finished, and goes on from there when it is started
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.command import run_command
+from training.errors import SettingsError
 from training.graph import STAGES
 
 if TYPE_CHECKING:
@@ -65,8 +69,14 @@ def run_stage(stage: str, config: Path, overrides: Sequence[str]) -> None:
     Raises:
         CollmError: what is wrong, in one line.
     """
+    several = _launched()
+    if several and stage != "train":
+        raise SettingsError(f"{stage} is one process's work: start it without a launcher; of several, train runs")
     project = _project(config, overrides)
     settings = project.settings
+    if several:
+        _train_together(project)
+        return
     project.check()
     names = [stage]
     if stage == "pipeline":
@@ -75,6 +85,23 @@ def run_stage(stage: str, config: Path, overrides: Sequence[str]) -> None:
         names = ["calibrate", "export"]
     for name in names:
         STAGES[name].run(project)
+
+
+def _launched() -> bool:
+    """Whether a launcher such as torchrun has started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _train_together(project: Project) -> None:
+    from training.processes import start_processes
+    from training.stages import train
+
+    processes = start_processes(project.device)
+    with nullcontext() if processes.main else redirect_stdout(io.StringIO()):
+        if processes.main:
+            project.check()
+        processes.wait()
+        train.run(project, processes)
 
 
 def _project(config: Path, overrides: Sequence[str]) -> Project:

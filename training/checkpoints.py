@@ -5,6 +5,7 @@ Shapes: B examples, T tokens, V vocabulary, d hidden size.
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -51,10 +52,14 @@ def device_of(compute: ComputeSettings) -> torch.device:
     """The device to run on. Sets the number of CPU threads too."""
     if compute.threads is not None:
         torch.set_num_threads(compute.threads)
-    if compute.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = compute.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        # One device per process, as torchrun counts them.
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(compute.device)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"compute.device: {compute.device}: {str(error).splitlines()[0]}") from error
@@ -80,19 +85,41 @@ def load_causal(path: Path, dtype: str = "float32", device: torch.device = _CPU)
         return cast("PreTrainedModel", composed)
     try:
         config = AutoConfig.from_pretrained(str(path), local_files_only=True)
-        capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=config,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             local_files_only=True,
-            # The faster attention of transformers leaves a soft cap out (Gemma 2), which serving engines do not.
-            attn_implementation="eager" if capped else None,
+            attn_implementation=_attention(config),
         )
     except Exception as error:
         raise ModelError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from error
     return model.to(device).eval().requires_grad_(False)
+
+
+def empty_causal(path: Path, dtype: str) -> PreTrainedModel:
+    """What :func:`load_causal` gives, as its configuration says, without the checkpoint's weights. To be called with a
+    default device without memory ("meta").
+
+    Raises:
+        ModelError: the folder holds no such model.
+    """
+    quiet()
+    try:
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=_attention(config)
+        )
+    except Exception as error:
+        raise ModelError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.requires_grad_(False)
+
+
+def _attention(config: Any) -> str | None:
+    """The faster attention of transformers leaves a soft cap out (Gemma 2), which serving engines do not."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if capped else None
 
 
 def load_expert(path: Path, base: Path, dtype: str = "float32", device: torch.device = _CPU) -> PreTrainedModel:

@@ -1,4 +1,7 @@
-"""The loop that all training shares: seeded, resumable, and it stops at a loss or gradient that is not a number."""
+"""The loop that all training shares: seeded, resumable, and it stops at a loss or gradient that is not a number.
+
+Several processes may go through it together, each with its part of a step's loss.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from training import sharded
 from training.errors import DivergedError
 from training.files import write_tensors
+from training.processes import ALONE, Processes
 from training.tracking import Log, nothing
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -53,13 +59,15 @@ def fit(
     folder: Path,
     label: str,
     ends: Callable[[int], bool] = lambda step: False,
+    processes: Processes = ALONE,
 ) -> None:
     """Train the groups' parameters in place with AdamW, going on from the checkpoint in ``folder`` if there is one.
 
     Args:
-        loss_parts: gives the parts of a step's loss, to be summed. It must depend on the step's number and the
-            parameters alone, so that going on from a checkpoint repeats what would have happened without one.
+        loss_parts: gives this process's parts of a step's loss, to be summed. It must depend on the step's number and
+            the parameters alone, so that going on from a checkpoint repeats what would have happened without one.
         ends: asked before each step, with its number, whether training has come to its end.
+        processes: those that train together. Their checkpoint can be gone on from by another number of them.
 
     Raises:
         DivergedError: the loss or a gradient is not finite; names the step. The last checkpoint stays, and is of a
@@ -70,9 +78,11 @@ def fit(
         [{"params": list(g.parameters.values()), "lr": g.learning_rate, "weight_decay": g.weight_decay} for g in groups]
     )
     warm_up = max(1, round(plan.steps * plan.warm_up))
-    file = folder / CHECKPOINT
-    done = _load(file, named, optimizer) if file.exists() else 0
-    bar = tqdm(range(done, plan.steps), desc=label, unit="step", mininterval=1, initial=done, total=plan.steps)
+    done = _load(folder, named, optimizer, processes)
+    bar = tqdm(
+        range(done, plan.steps), desc=label, unit="step", mininterval=1, initial=done, total=plan.steps,
+        disable=not processes.main,
+    )  # fmt: skip
     for step in bar:
         if ends(step):
             break
@@ -84,15 +94,17 @@ def fit(
         for part in loss_parts(step):
             loss += float(part.detach())
             part.backward()  # type: ignore[no-untyped-call]
+        loss = processes.sum(loss)
+        processes.sum_gradients(named.values())
         if not math.isfinite(loss):
-            raise _diverged(f"{label}: the loss is {loss} at step {step}", file)
+            raise _diverged(f"{label}: the loss is {loss} at step {step}", folder)
         norms = [_gradient_norm(settings) for settings in groups]
         for norm in norms:
             if not math.isfinite(norm):
-                raise _diverged(f"{label}: the gradient's norm is {norm:g} at step {step}", file)
+                raise _diverged(f"{label}: the gradient's norm is {norm:g} at step {step}", folder)
         if step % plan.checkpoint_every == 0 and step > done:
             # Only now: what the last step made of the parameters has proved to be usable.
-            _save(file, step, named, optimizer)
+            _save(folder, step, named, optimizer, processes)
         for settings, norm in zip(groups, norms, strict=True):
             if settings.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(settings.parameters.values(), settings.clip, norm)
@@ -111,39 +123,87 @@ def _values(optimizer: torch.optim.Optimizer, norms: list[torch.Tensor]) -> dict
 
 def _gradient_norm(group: Group) -> torch.Tensor:
     gradients = [parameter.grad for parameter in group.parameters.values() if parameter.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _diverged(what: str, file: Path) -> DivergedError:
-    kept = f"the checkpoint of step {_step_of(file)} is kept" if file.exists() else "there is no checkpoint yet"
+def _diverged(what: str, folder: Path) -> DivergedError:
+    step = last_step(folder)
+    kept = "there is no checkpoint yet" if step is None else f"the checkpoint of step {step} is kept"
     return DivergedError(f"{what}; {kept}: lower the learning rate, with which this training starts from its beginning")
 
 
-def _save(file: Path, step: int, named: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    tensors = {"step": torch.tensor(step)}
+def last_step(folder: Path) -> int | None:
+    """The step of the checkpoint to go on from, of one process or of several; None if there is none."""
+    steps = [sharded.latest(folder), _step_of(folder / CHECKPOINT)]
+    return max((step for step in steps if step is not None), default=None)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove what nobody will go on from."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    sharded.remove(folder)
+
+
+def _state(
+    named: Mapping[str, torch.nn.Parameter], states: Mapping[torch.Tensor, Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Parameters and what the optimizer knows of them, by the names in a checkpoint."""
+    tensors: dict[str, torch.Tensor] = {}
     for name, parameter in named.items():
-        tensors[f"parameter {name}"] = parameter
-        for key, value in optimizer.state[parameter].items():
+        tensors[f"parameter {name}"] = parameter.detach()
+        for key, value in states[parameter].items():
             tensors[f"{key} {name}"] = value
-    write_tensors(file, tensors)
+    return tensors
 
 
-def _load(file: Path, named: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+def _save(
+    folder: Path,
+    step: int,
+    named: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    processes: Processes,
+) -> None:
+    tensors = _state(named, optimizer.state)
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        sharded.save(folder, step, tensors, processes)
+        if processes.main:
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+    else:
+        write_tensors(folder / CHECKPOINT, {"step": torch.tensor(step)} | tensors)
+        sharded.remove(folder)
+
+
+def _load(
+    folder: Path, named: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, processes: Processes
+) -> int:
     """Put everything back as ``_save`` found it; the number of steps done."""
-    tensors = load_file(str(file))
-    state: dict[torch.Tensor, dict[str, Any]] = {}
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(tensors[f"parameter {name}"])
-            state[parameter] = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition(" ")
-        if name and kind != "parameter":
-            parameter = named[name]
-            state[parameter][kind] = tensor if kind == "step" else tensor.to(parameter.device)
-    optimizer.state.update(state)
-    return int(tensors["step"])
+    # Asked once: over a network, a folder need not look alike to all processes.
+    step = processes.from_main(last_step(folder) or 0)
+    if step == 0:
+        return 0
+    states: dict[torch.Tensor, dict[str, Any]] = {
+        parameter: {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+        }
+        for parameter in named.values()
+    }
+    tensors = _state(named, states)
+    whole = processes.from_main(int(_step_of(folder / CHECKPOINT) == step))
+    if whole:
+        with safe_open(str(folder / CHECKPOINT), "pt") as found:
+            for name, tensor in tensors.items():
+                sharded.take(tensor, found.get_tensor(name).to(tensor.device))
+    else:
+        sharded.load(folder, step, tensors)
+    optimizer.state.update(states)
+    return step
 
 
-def _step_of(file: Path) -> int:
-    return int(load_file(str(file))["step"])
+def _step_of(file: Path) -> int | None:
+    if not file.exists():
+        return None
+    with safe_open(str(file), "pt") as found:
+        return int(found.get_tensor("step"))

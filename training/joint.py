@@ -1,11 +1,14 @@
 """Training the base, with or without theta, on gold completions; the experts' scores come from the cache.
 
+One process trains the whole base, in float32. Several, or one in a reduced precision, train a sharded one.
+
 Shapes: B examples, T tokens, V vocabulary, N completion tokens of a batch, d hidden size, K experts.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,14 +19,16 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.gate import gate_logits
-from training.checkpoints import forward
+from training.checkpoints import empty_causal, forward, load_causal
 from training.data import TokenExample
 from training.errors import SettingsError
 from training.fit import Group, Plan, fit
 from training.gate_only import Gate
 from training.losses import Loss, Tokens
+from training.processes import ALONE, Processes, start_mesh
 from training.scoring import PairScores, gold_logp, padded
 from training.settings import JointSettings, LoraSettings
+from training.sharded import gathered, shard
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class JointFit:
 
 
 def fit_joint(
-    base: PreTrainedModel,
+    source: Path,
     examples: Sequence[TokenExample],
     scores: PairScores,
     start: Gate,
@@ -47,29 +52,34 @@ def fit_joint(
     fitting: JointFit,
     folder: Path,
     label: str,
-) -> tuple[PreTrainedModel, Gate]:
-    """Train the base and a gate from ``start``. The base is used up; the returned one has any adapters merged.
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> tuple[PreTrainedModel, Gate] | None:
+    """Train a base and a gate from ``start``; the base has any adapters merged.
+
+    Args:
+        source: the base's checkpoint.
+        processes: those that train together, all with the same arguments.
+
+    Returns:
+        None in all processes but the main one.
 
     Raises:
         DivergedError: the loss or a gradient is not finite.
         SettingsError: LoRA without the package peft, or with targets that the base lacks.
     """
-    settings, device = fitting.settings, base.device
-    torch.manual_seed(fitting.seed)
-    model: Any = base.float()
-    if settings.lora is None:
-        model.requires_grad_(True)
-    else:
-        model = _with_lora(model, settings.lora)
+    settings = fitting.settings
+    sharding = processes.count > 1 or settings.dtype != "float32"
+    model = (_sharded if sharding else _whole)(source, settings, fitting.seed, device, processes)
     model.train()
+    inner = _inner(model)
     if settings.gradient_checkpointing:
         # Not reentrant: gradients reach the gate's input too, and adapters on frozen weights learn.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     expert_logp_NK, label_N, aligned_NK = scores.expert_logp_NK, scores.weak_labels(), scores.aligned_NK
     theta_KD = torch.nn.Parameter(start.theta_KD.clone().to(device))
     bias_K = torch.nn.Parameter(start.bias_K.clone().to(device), requires_grad=fitting.bias)
     per_epoch = -(-len(examples) // settings.batch_size)
-    inner = model.get_base_model() if settings.lora is not None else model
 
     def parts(step: int) -> Iterator[torch.Tensor]:
         epoch, within = divmod(step, per_epoch)
@@ -78,10 +88,11 @@ def fit_joint(
         # Examples of about the same length together: less padding; the sum is the same.
         numbers.sort(key=lambda number: len(examples[number].prompt) + len(examples[number].completion))
         total = sum(len(examples[number].completion) for number in numbers)
-        # Dropout, if there is any, depends on the step alone, so that a resumed run repeats it.
-        torch.manual_seed(fitting.seed * 1_000_003 + step)
-        for at in range(0, len(numbers), settings.micro_batch_size):
-            chosen = numbers[at : at + settings.micro_batch_size]
+        # Dropout, if there is any, depends on the step and the process alone, so that a resumed run repeats it.
+        torch.manual_seed(fitting.seed * 1_000_003 + step + processes.rank * 1_000_000_007)
+        for chosen in micro_batches(numbers, settings.micro_batch_size, processes):
+            # Sharded weights are only there where all processes compute: who has no examples left computes for nothing.
+            weighed, chosen = bool(chosen), chosen or numbers[:1]
             tokens_BT, where_BT = (tensor.to(device) for tensor in padded([examples[n] for n in chosen]))
             rows = torch.cat([torch.arange(scores.starts[n], scores.starts[n + 1]) for n in chosen])
             hidden_BTD, logits_BTV = forward(inner, tokens_BT)
@@ -92,7 +103,7 @@ def fit_joint(
                 label_N=label_N[rows].to(device),
                 aligned_NK=None if aligned_NK is None else aligned_NK[rows].to(device),
             )
-            yield loss(tokens, fitting.positive_weight) * (len(rows) / total)
+            yield loss(tokens, fitting.positive_weight) * (weighed * len(rows) / total)
 
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gate = {"gate.theta": theta_KD} | ({"gate.bias": bias_K} if fitting.bias else {})
@@ -101,10 +112,62 @@ def fit_joint(
         Group(trained, settings.learning_rate, settings.weight_decay, clip=settings.clip),
         Group(gate, theta_rate, settings.weight_decay),
     ]
-    fit(groups, parts, fitting.plan, folder, label)
+    fit(groups, parts, fitting.plan, folder, label, processes=processes)
+    if sharding:
+        learned = gathered(trained, processes)
+        if not processes.main:
+            return None
+        # A checkpoint of its own, in the host's memory: what is sharded stays so.
+        model = _whole(source, settings, fitting.seed, torch.device("cpu"), processes)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(learned.pop(name))
     merged: PreTrainedModel = model if settings.lora is None else model.merge_and_unload()
-    merged.eval().requires_grad_(False)
+    merged.to(getattr(torch, settings.dtype)).eval().requires_grad_(False)
     return merged, Gate(theta_KD.detach().cpu(), bias_K.detach().cpu())
+
+
+def micro_batches(numbers: Sequence[int], size: int, processes: Processes) -> list[Sequence[int]]:
+    """This process's part of a batch, in micro-batches of at most ``size``. All processes have as many, some perhaps
+    empty ones, and at one time those of about the same length, if the batch is in order of length.
+    """
+    if processes.count == 1:
+        return [numbers[at : at + size] for at in range(0, len(numbers), size)]
+    rounds = -(-len(numbers) // (size * processes.count))
+    count = rounds * processes.count
+    ends = [len(numbers) * number // count for number in range(count + 1)]
+    every = [numbers[start:end] for start, end in itertools.pairwise(ends)]
+    return every[processes.rank :: processes.count]
+
+
+def _whole(source: Path, settings: JointSettings, seed: int, device: torch.device, _: Processes) -> Any:
+    """The base as it learns, in float32, on one device."""
+    return _learning(load_causal(source, "float32", device), settings, seed)
+
+
+def _sharded(source: Path, settings: JointSettings, seed: int, device: torch.device, processes: Processes) -> Any:
+    """The base as it learns, over all processes. What learns is float32, what is frozen ``settings.dtype``."""
+    mesh = start_mesh(device)
+    stored = "float32" if settings.lora is None else settings.dtype
+    with torch.device("meta"):
+        skeleton = _learning(empty_causal(source, stored), settings, seed)
+    whole = _learning(load_causal(source, stored), settings, seed) if processes.main else None
+    shard(skeleton, whole, _inner, getattr(torch, settings.dtype), device, mesh)
+    return skeleton
+
+
+def _learning(base: PreTrainedModel, settings: JointSettings, seed: int) -> Any:
+    torch.manual_seed(seed)
+    if settings.lora is None:
+        return base.requires_grad_(True)
+    return _with_lora(base, settings.lora)
+
+
+def _inner(model: Any) -> PreTrainedModel:
+    """The transformers model in what learns, which may be put around it."""
+    inner: PreTrainedModel = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    return inner
 
 
 def _with_lora(model: Any, settings: LoraSettings) -> Any:

@@ -103,7 +103,7 @@ class ComputeSettings(Section):
     device: str = "auto"
     """PyTorch's name of the device; "auto" is cuda where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of models that are only read. What is trained is float32."""
+    """Precision of models that are only read; for what is trained, see train.joint.dtype."""
     threads: int | None = Field(default=None, ge=1)
     """Threads on a CPU; None is PyTorch's choice."""
 
@@ -196,6 +196,9 @@ class JointSettings(Section):
     """Largest norm of the base's gradient."""
     cost: float = Field(default=0.0, ge=0)
     """As in train.gate."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of what is computed, of weights that do not learn (with LoRA), and of the base that is saved. What
+    learns, its gradients and AdamW's moments are float32 always: bfloat16 loses steps as small as these."""
     gradient_checkpointing: bool = False
     """Compute each layer twice instead of keeping its activations: for large bases, or long texts."""
     lora: LoraSettings | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ from typing import Any
 from engine.checkpoints import ModelIdentity, model_identity
 from engine.gate import GateArtifact
 from training import graph
-from training.checkpoints import expert_checkpoint, load_causal, save_base
-from training.fit import CHECKPOINT, Plan
+from training.checkpoints import expert_checkpoint, save_base
+from training.errors import SettingsError
+from training.fit import Plan, remove_checkpoint
 from training.gate_only import Gate, GateFit, fit_gate, ranking, steps_of
 from training.joint import JointFit, fit_joint
 from training.losses import Loss, language, marginal, priced, weak, weakly_joint
+from training.processes import ALONE, Processes
 from training.project import Project
 from training.scoring import PairScores
 from training.settings import Method
 from training.stages import init
 from training.stages.score import TrainingScores
-from training.tracking import Log, tracked
+from training.tracking import Log, nothing, tracked
 
 LOSSES: dict[tuple[str, Method], Loss] = {
     ("gate", "collm"): marginal,
@@ -33,21 +36,50 @@ LOSSES: dict[tuple[str, Method], Loss] = {
 """By what learns: "gate" is theta alone. A fine-tuned base always learns, whatever train.mode says."""
 
 
-def run(project: Project) -> None:
-    """Train all runs that are not there yet."""
+def run(project: Project, processes: Processes = ALONE) -> None:
+    """Train all runs that are not there yet.
+
+    Args:
+        processes: those that train a base together. What comes before is one process's work.
+
+    Raises:
+        TrainingError: several processes are given what one has to do.
+    """
     scores = TrainingScores(project)
     for method, seed in graph.runs(project.settings):
-        train_run(project, method, seed, scores)
+        if processes.count > 1:
+            _check_for_several(project, method, seed)
+        train_run(project, method, seed, scores, processes)
 
 
-def train_run(project: Project, method: Method, seed: int, scores: TrainingScores | None = None) -> Path:
+def _check_for_several(project: Project, method: Method, seed: int) -> None:
+    graph.initial_gate(project, seed).need("init")
+    for name in (graph.BASE, *project.expert_paths):
+        graph.scores(project, "train", name).need("score")
+    if graph.mode_of(project.settings, method) == "gate" and not graph.training_run(project, method, seed).done:
+        raise SettingsError(
+            'train.mode = "gate" trains in one process: start collm train without a launcher, or set train.mode'
+        )
+
+
+def train_run(
+    project: Project,
+    method: Method,
+    seed: int,
+    scores: TrainingScores | None = None,
+    processes: Processes = ALONE,
+) -> Path:
     """One run; its folder, with ``gate/`` (not for a fine-tuned base) and, where the base learned, ``base/``."""
     settings, mode = project.settings, graph.mode_of(project.settings, method)
     scores = scores or TrainingScores(project)
     start = init.initial_gate(project, seed, scores)
-    stage = graph.training_run(project, method, seed).claim()
+    stage = graph.training_run(project, method, seed)
+    if processes.main:
+        stage.claim()
+    processes.wait()
     folder = stage.path
-    if stage.done:
+    # Asked once: over a network, a folder need not look alike to all processes.
+    if processes.from_main(stage.done):
         return folder
     label = f"train {method}, seed {seed}"
     loss = LOSSES[mode, method]
@@ -55,24 +87,35 @@ def train_run(project: Project, method: Method, seed: int, scores: TrainingScore
         loss = priced(loss, settings.train.gate.cost if mode == "gate" else settings.train.joint.cost)
     found = scores.loaded
     results: dict[str, Any] = {}
-    with tracked(settings, f"train/{method}-{seed}") as log:
+    with tracked(settings, f"train/{method}-{seed}") if processes.main else nullcontext(nothing) as log:
         if mode == "gate":
             trained_gate = _gate_only(project, found, start, loss, seed, folder, label, log)
             gate, results = _better(scores.held_out, start, trained_gate)
         else:
-            gate = _joint(project, found, start, loss, seed, folder, label, log)
+            learned = _joint(project, found, start, loss, seed, folder, label, log, processes)
+            if learned is None:
+                return folder
+            gate = learned
     if method != "finetuned":
         trained = {**stage.settings, **results}
         artifact(project, gate, project.base_of(method, seed).path, trained).save(folder / "gate")
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    remove_checkpoint(folder)
     stage.finish(examples=len(project.data("train").tokens), tokens=len(found.gold_N), **results)
     return folder
 
 
 def _joint(
-    project: Project, scores: PairScores, start: Gate, loss: Loss, seed: int, folder: Path, label: str, log: Log
-) -> Gate:
-    """Train base and gate; the base is written to ``folder``."""
+    project: Project,
+    scores: PairScores,
+    start: Gate,
+    loss: Loss,
+    seed: int,
+    folder: Path,
+    label: str,
+    log: Log,
+    processes: Processes,
+) -> Gate | None:
+    """Train base and gate; the base is written to ``folder``, by the main process, which alone gets the gate."""
     settings, tokens = project.settings.train, project.data("train").tokens
     fitting = JointFit(
         settings=settings.joint,
@@ -82,8 +125,10 @@ def _joint(
         seed=seed,
         vocabulary=project.vocabulary,
     )
-    base = load_causal(project.base, "float32", project.device)
-    base, gate = fit_joint(base, tokens, scores, start, loss, fitting, folder, label)
+    learned = fit_joint(project.base, tokens, scores, start, loss, fitting, folder, label, project.device, processes)
+    if learned is None:
+        return None
+    base, gate = learned
     save_base(base, project.base, folder / "base")
     return gate
 
