@@ -128,6 +128,12 @@ class GateArtifact:
         """d, the base's hidden size."""
         return int(self.tensors[KINDS[self.kind].first[0]].shape[-1]) - len(self.features)
 
+    def measured(self, what: str) -> list[tuple[float, float]]:
+        """The calibration's points (threshold, what was measured at it), of those that have it."""
+        return [
+            (point["threshold"], point[what]) for point in self.calibration or () if {"threshold", what} <= point.keys()
+        ]
+
     def only(self, *names: str) -> GateArtifact:
         """The gate for some of its experts, in this order: what a request that names them gets of the whole gate.
 

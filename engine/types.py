@@ -385,12 +385,14 @@ class GateInfo(msgspec.Struct, frozen=True):
     Attributes:
         source: a path, or "lm_head" for a reference-format base.
         curve: (threshold, share of the tokens that experts wrote at it) of its calibration; empty where none is stored.
+        costs: (threshold, seconds of the experts' steps per token at it) of its calibration, where they were measured.
     """
 
     source: str
     policy: PolicyName
     threshold: float
     curve: list[tuple[float, float]] = []
+    costs: list[tuple[float, float]] = []
 
 
 class LaneInfo(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ from server.blends import BlendPreset, BlendTable
 from server.errors import ApiError, invalid, shown, unknown_model
 from server.protocol.common import CollaborationOptions
 from server.protocol.responses import CurvePoint, ServedCollaboration
-from server.shares import threshold_of
+from server.shares import threshold_of, threshold_within
 from server.strategies import characters, strategy_of
 
 
@@ -112,8 +112,7 @@ class ModelTable:
         effective = policy or info.policy
         self._check_gate(effective, options, info)
         self._check_heeded(effective, options)
-        if options.share is not None:
-            threshold = self._threshold_of(options.share, options, info)
+        threshold = self._measured_threshold(options, info, threshold)
         rate: dict[str, Any] = {} if options.rate is None else {"rate": options.rate}
         return Collaboration(
             policy=policy,
@@ -167,29 +166,38 @@ class ModelTable:
                 "collaboration.policy",
             )
 
-    def _threshold_of(self, share: float, options: CollaborationOptions, info: EngineInfo) -> float:
-        """The threshold for a share of tokens.
+    def _measured_threshold(
+        self, options: CollaborationOptions, info: EngineInfo, threshold: float | None
+    ) -> float | None:
+        """The threshold for a share of tokens or for a cost; ``threshold`` where a request has neither.
 
         Raises:
             ApiError: 400, there is no curve to find it by, or it is of other experts.
         """
-        param = "collaboration.share"
-        if options.threshold is not None:
-            raise invalid(f"'{param}' and 'collaboration.threshold' say the same thing; give one of them.", param)
-        if info.gate is None or not info.gate.curve:
+        given = [name for name in ("share", "cost", "threshold") if getattr(options, name) is not None]
+        if not {"share", "cost"} & set(given):
+            return threshold
+        param = f"collaboration.{given[0]}"
+        if len(given) > 1:
+            raise invalid(f"'{param}' and 'collaboration.{given[1]}' say the same thing; give one of them.", param)
+        curve = [] if info.gate is None else info.gate.curve if options.cost is None else info.gate.costs
+        if not curve:
+            measured = "" if options.cost is None else " that measured what experts cost"
             raise invalid(
-                f"'{param}' needs a gate with a stored calibration, and this pair's has none; give "
+                f"'{param}' needs a gate with a stored calibration{measured}, and this pair's has none; give "
                 "'collaboration.threshold', or calibrate the gate (collm train calibrate).",
                 param,
             )
         if options.experts is not None and set(options.experts) != set(self._experts):
             raise invalid(f"'{param}' goes by the calibration of all experts together; leave out 'experts'.", param)
-        return threshold_of(share, info.gate.curve)
+        if options.share is not None:
+            return threshold_of(options.share, curve)
+        return threshold_within(options.cost or 0.0, curve)
 
     def _check_heeded(self, policy: PolicyName, options: CollaborationOptions) -> None:
         """Refuse what the policy does not look at: the answer would not be the one that was asked for."""
         thresholds: list[str] = [name for name, each in POLICIES.items() if each.has_threshold]
-        policies = {"threshold": thresholds, "share": ["threshold"], "rate": ["random"]}
+        policies = {"threshold": thresholds, "share": ["threshold"], "cost": ["threshold"], "rate": ["random"]}
         for field, heeding in policies.items():
             if getattr(options, field) is not None and policy not in heeding:
                 raise invalid(
@@ -219,4 +227,8 @@ class ModelTable:
 def _curve(gate: GateInfo | None) -> list[CurvePoint] | UnsetType:
     if gate is None or not gate.curve:
         return UNSET
-    return [CurvePoint(min(max(threshold, 0.0), 1.0), share) for threshold, share in sorted(gate.curve)]
+    costs = dict(gate.costs)
+    return [
+        CurvePoint(min(max(threshold, 0.0), 1.0), share, costs.get(threshold, UNSET))
+        for threshold, share in sorted(gate.curve)
+    ]

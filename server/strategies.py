@@ -11,8 +11,8 @@ from server.protocol.common import CollaborationOptions, GenerationFields
 from server.protocol.completions import CompletionRequest
 
 _OF_DEFERRAL = (
-    "policy", "threshold", "share", "rate", "max_expert_tokens", "experts", "run_ahead", "blend", "alpha", "beta",
-    "gamma", "negative_prompt", "veto",
+    "policy", "threshold", "share", "cost", "rate", "max_expert_tokens", "experts", "run_ahead", "blend", "alpha",
+    "beta", "gamma", "negative_prompt", "veto",
 )  # fmt: skip
 _OF_CHARACTERS = ("weights", "average")
 

@@ -156,11 +156,8 @@ def make_plan(config: EngineConfig) -> Plan:
             config.gate.path,
             config.gate.policy or cast("PolicyName", artifact.default_policy),
             artifact.default_threshold if config.gate.threshold is None else config.gate.threshold,
-            [
-                (point["threshold"], point["deferral_rate"])
-                for point in artifact.calibration or ()
-                if {"threshold", "deferral_rate"} <= point.keys()
-            ],
+            artifact.measured("deferral_rate"),
+            artifact.measured("expert_seconds_per_token"),
         )
     elif gate_in_head and experts:
         if len(experts) != 1:

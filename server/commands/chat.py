@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from typing import Any
 
@@ -17,10 +18,13 @@ HELP = """\
 /system TEXT     start a new conversation with a system message; without TEXT, with none
 /threshold X     defer above X; without X, the server's default
 /share X         in its place: the share of the tokens that experts should write; without X, none
+/cost X          in its place: seconds of the experts' steps per token that may be spent; without X, none
 /policy NAME     who decides; without NAME, the server's default
 /veto X          an expert less sure than X stands back; without X, the server's default
 /blend NAME      what is written where the experts are asked; without NAME, the expert's own token
 /exit            end (also Ctrl+D); Ctrl+C stops an answer"""
+_WHERE = ("threshold", "share", "cost")
+"""Fields of ``collaboration`` that say where to defer, each in the place of the others."""
 
 
 @click.command(short_help="Talk to a model that has a chat template.")
@@ -118,11 +122,13 @@ class Talk:
         elif name == "policy":
             self._choose("policy", self._policy(argument) if argument else None)
         elif name == "threshold":
-            self._choose("threshold", _share_of_one("threshold", argument) if argument else None)
+            self._choose("threshold", _number("threshold", argument) if argument else None)
         elif name == "share":
-            self._choose("share", _share_of_one("share", argument) if argument else None)
+            self._choose("share", _number("share", argument) if argument else None)
+        elif name == "cost":
+            self._choose("cost", _number("cost", argument, math.inf) if argument else None)
         elif name == "veto":
-            self._choose("veto", _share_of_one("veto", argument) if argument else None)
+            self._choose("veto", _number("veto", argument) if argument else None)
         elif name == "blend":
             self._choose("blend", self._blend(argument) if argument else None)
         elif name == "help":
@@ -151,7 +157,7 @@ class Talk:
         self._messages = [] if self._system is None else [{"role": "system", "content": self._system}]
 
     def _in_force(self) -> dict[str, Any]:
-        """The request's ``collaboration``: threshold and share go along only with a policy that has them."""
+        """The request's ``collaboration``: what says where to defer goes along only with a policy that has it."""
         chosen = dict(self._body["collaboration"])
         if self._served is not None:
             policy = chosen.get("policy", self._served["policy"])
@@ -159,12 +165,13 @@ class Talk:
                 chosen.pop("threshold", None)
             if policy != "threshold":
                 chosen.pop("share", None)
+                chosen.pop("cost", None)
         return {"collaboration": chosen}
 
     def _choose(self, field: str, value: str | float | None) -> None:
         served = self._collaboration(field)
-        # Of threshold and share, what was said last holds.
-        gone = {field, *({"threshold", "share"} if field in ("threshold", "share") else ())}
+        # Of these, what was said last holds.
+        gone = {field, *(_WHERE if field in _WHERE else ())}
         chosen = {name: each for name, each in self._body["collaboration"].items() if name not in gone}
         self._body["collaboration"] = chosen if value is None else {**chosen, field: value}
         in_force = self._in_force()["collaboration"]
@@ -173,6 +180,8 @@ class Talk:
             where = "which has no threshold"
         elif "share" in in_force:
             where = f"share {in_force['share']:g}"
+        elif "cost" in in_force:
+            where = f"cost {in_force['cost']:g}"
         else:
             where = f"threshold {in_force.get('threshold', served['thresholds'][policy]):g}"
         blend = f", blend {in_force['blend']}" if "blend" in in_force else ""
@@ -180,14 +189,15 @@ class Talk:
         _confirm(f"policy {policy}, {where}{veto}{blend}")
 
 
-def _share_of_one(name: str, text: str) -> float:
+def _number(name: str, text: str, most: float = 1.0) -> float:
     try:
-        share = float(text)
+        number = float(text)
     except ValueError:
         raise CommandError(f"{text!r} is not a number") from None
-    if not 0 <= share <= 1:
-        raise CommandError(f"a {name} is between 0 and 1, not {text}")
-    return share
+    if not 0 <= number <= most or math.isinf(number):
+        between = "between 0 and 1" if most == 1.0 else "0 or more"
+        raise CommandError(f"a {name} is {between}, not {text}")
+    return number
 
 
 def _confirm(text: str) -> None:

@@ -57,6 +57,10 @@ _GENERATION: list[Callable[[Any], Any]] = [
         "--share", type=click.FloatRange(0, 1),
         help="In the place of --threshold: share of the tokens that experts should write.",
     ),
+    click.option(
+        "--cost", type=click.FloatRange(0),
+        help="In the place of --threshold: seconds of the experts' steps per token that may be spent.",
+    ),
     click.option("--rate", type=click.FloatRange(0, 1), help="Share of tokens that the policy random defers."),
     click.option("--max-expert-tokens", type=click.IntRange(0), help="After so many the base writes alone."),
     click.option(
@@ -93,7 +97,9 @@ _GENERATION: list[Callable[[Any], Any]] = [
 ]  # fmt: skip
 
 
-COLLABORATION = ("policy", "threshold", "share", "rate", "max_expert_tokens", "veto", "experts", "blend", "strategy")
+COLLABORATION = (
+    "policy", "threshold", "share", "cost", "rate", "max_expert_tokens", "veto", "experts", "blend", "strategy",
+)  # fmt: skip
 """Options that are fields of ``collaboration``."""
 
 

@@ -96,6 +96,10 @@ class CollaborationOptions(Strict):
     """In the place of ``threshold``: the share of the tokens that experts should write on average, by the curve of the
     gate's calibration."""
 
+    cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """In the place of ``threshold``: seconds of the experts' steps per token of the answer that may be spent on
+    average, by the curve of the gate's calibration, as measured where that was done."""
+
     rate: float | None = Field(default=None, ge=0, le=1)
     """Share of tokens that the "random" policy defers. Default: 0.5."""
 

@@ -264,10 +264,11 @@ class ChatChunk(Struct):
 
 
 class CurvePoint(Struct):
-    """A point of a gate's calibration."""
+    """A point of a gate's calibration: ``cost`` in seconds of the experts' steps per token, left out if unknown."""
 
     threshold: float
     share: float
+    cost: float | UnsetType = UNSET
 
 
 class ServedCollaboration(Struct):
@@ -276,8 +277,8 @@ class ServedCollaboration(Struct):
     ``policies`` are those that this pair can use (some need a gate), ``thresholds`` the default of each that has one.
     The first of ``strategies`` is the default. ``vocabularies`` are the "same", or "spelled": each member has its own.
     ``curve``: by rising threshold, the share of the tokens that experts wrote at it when the gate was calibrated; left
-    out where that is not known. ``collaboration.share`` goes by it. ``veto`` is the default of ``collaboration.veto``,
-    left out where that is none.
+    out where that is not known. ``collaboration.share`` and ``collaboration.cost`` go by it. ``veto`` is the
+    default of ``collaboration.veto``, left out where that is none.
     """
 
     policy: PolicyName

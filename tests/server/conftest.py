@@ -66,6 +66,7 @@ async def build(tokenizer: TextTokenizer) -> AsyncIterator[Build]:
             gate: bool = True,
             attach: bool = True,
             curve: Iterable[tuple[float, float]] = (),
+            costs: Iterable[tuple[float, float]] = (),
             **parts: Any,
         ) -> House:
             service = Service(settings(**parts), tokenizer)
@@ -75,6 +76,7 @@ async def build(tokenizer: TextTokenizer) -> AsyncIterator[Build]:
                 policy=service.settings.gate.policy,
                 lane_names=service.models.lane_names,
                 curve=curve,
+                costs=costs,
             )
             if attach:
                 service.attach(engine)

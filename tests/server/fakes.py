@@ -94,6 +94,7 @@ class FakeEngine:
         max_model_len: int = 256,
         lane_names: Iterable[str] = ("base", "codes"),
         curve: Iterable[tuple[float, float]] = (),
+        costs: Iterable[tuple[float, float]] = (),
     ) -> None:
         lanes = [LaneInfo(name, name, max_model_len, 64, 16) for name in lane_names]
         self.info = EngineInfo(
@@ -102,7 +103,7 @@ class FakeEngine:
             max_model_len=max_model_len,
             eos_token_ids=[0],
             coordination="lockstep",
-            gate=GateInfo("gate-folder", "threshold", 0.5, list(curve)) if gate else None,
+            gate=GateInfo("gate-folder", "threshold", 0.5, list(curve), list(costs)) if gate else None,
             versions={"vllm": "0.0"},
             policy="threshold" if gate else policy or "confidence",
             thresholds={"threshold": 0.5, "confidence": 0.5} if gate else {"confidence": 0.5},

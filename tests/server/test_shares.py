@@ -1,4 +1,4 @@
-"""Thresholds by the share of tokens that experts write."""
+"""Thresholds by the share of tokens that experts write, and by what they cost."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.shares import threshold_of
+from server.shares import threshold_of, threshold_within
 from tests.server.conftest import Build
 
 CURVE = [(1.0, 0.0), (0.9, 0.1), (0.5, 0.2), (0.1, 0.4), (-1.0, 1.0)]
 """As a calibration stores it: the threshold -1 defers everything."""
+
+COSTS = [(1.0, 0.0), (0.9, 0.002), (0.5, 0.001), (0.1, 0.004), (-1.0, 0.01)]
+"""Seconds per token; at 0.5 they were measured to be fewer than at 0.9, where experts write less."""
 
 curves = st.lists(st.tuples(st.floats(0.0, 1.0), st.floats(0.0, 1.0)), min_size=1, max_size=8).map(
     lambda points: list(
@@ -48,8 +51,56 @@ async def test_a_share_becomes_a_threshold(build: Build) -> None:
 
 
 @pytest.mark.parametrize(
+    ("cost", "threshold"),
+    [(0.0, 1.0), (0.002, 0.5), (0.003, 0.25), (0.004, 0.1), (0.01, 0.0), (1.0, 0.0)],
+)
+def test_the_lowest_threshold_that_a_cost_allows(cost: float, threshold: float) -> None:
+    assert threshold_within(cost, COSTS) == pytest.approx(threshold)
+
+
+def test_what_costs_more_than_was_measured_is_the_lowest_threshold_that_was() -> None:
+    assert threshold_within(9.0, [(0.5, 1.0), (0.25, 2.0)]) == 0.25
+
+
+@given(curves, st.floats(0.0, 2.0), st.floats(0.0, 2.0))
+def test_a_higher_cost_needs_no_higher_threshold(curve: list[tuple[float, float]], one: float, other: float) -> None:
+    less, more = sorted((one, other))
+    assert 1.0 >= threshold_within(less, curve) >= threshold_within(more, curve) - 1e-8 >= -1e-8
+
+
+async def test_a_cost_becomes_a_threshold(build: Build) -> None:
+    house = await build(curve=CURVE, costs=COSTS[:-1])
+    response = await house.complete(collaboration={"cost": 0.004})
+    assert response.status_code == 200
+    assert house.engine.seen[0].collaboration.threshold == pytest.approx(0.1)
+    served = (await house.http.get("/v1/models")).json()["data"][0]["collaboration"]
+    assert served["curve"][:2] == [{"threshold": 0.0, "share": 1.0}, {"threshold": 0.1, "share": 0.4, "cost": 0.004}]
+
+
+@pytest.mark.parametrize(
     ("collaboration", "says"),
     [
+        ({"cost": 0.2, "threshold": 0.5}, "'collaboration.threshold' say the same thing; give one of them"),
+        ({"cost": 0.2, "policy": "always"}, "means nothing to the policy 'always', only to threshold"),
+        ({"cost": 0.2, "experts": []}, "leave out 'experts'"),
+        ({"cost": -1}, "must be at least 0"),
+        ({"cost": 0.2}, "a stored calibration that measured what experts cost"),
+    ],
+)
+async def test_costs_that_are_refused(build: Build, collaboration: dict[str, object], says: str) -> None:
+    house = await build(curve=CURVE, costs=COSTS if len(collaboration) > 1 else [])
+    response = await house.complete(collaboration=collaboration)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "collaboration.cost"
+    assert says in error["message"]
+    assert house.engine.seen == []
+
+
+@pytest.mark.parametrize(
+    ("collaboration", "says"),
+    [
+        ({"share": 0.2, "cost": 0.5}, "'collaboration.cost' say the same thing; give one of them"),
         ({"share": 0.2, "threshold": 0.5}, "give one of them"),
         ({"share": 0.2, "policy": "confidence"}, "means nothing to the policy 'confidence', only to threshold"),
         ({"share": 0.2, "experts": []}, "leave out 'experts'"),

@@ -133,6 +133,8 @@ RATES: dict[str, Callable[[float], float]] = {
     "confidence": lambda threshold: (1 - threshold) ** 2,
 }
 BEST_RATE = 0.4
+EXPERT_SECONDS = 0.01
+"""Per token that an expert writes."""
 
 
 class FakePair:
@@ -175,4 +177,4 @@ class FakePair:
             )
             for number, example in enumerate(questions.examples)
         ]
-        return Result(answers, 1.0)
+        return Result(answers, 1.0, expert_seconds=EXPERT_SECONDS * deferred * len(answers), lane_seconds=2.0)

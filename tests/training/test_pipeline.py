@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.gate import GateArtifact
-from tests.training.builders import TinyProject, write_jsonl
+from tests.training.builders import EXPERT_SECONDS, TinyProject, write_jsonl
 from training.__main__ import main
 from training.checkpoints import forward, load_causal
 from training.errors import DivergedError
@@ -175,6 +175,22 @@ def test_scoring_and_calibration_go_on_where_they_were(tiny: TinyProject) -> Non
     assert (by_rate[0.0], by_rate[0.5], by_rate[1.0]) == (0.0, 0.125, 0.0)
     # What was tried beside the best point scored less, so the best point itself is served.
     assert gate.default_threshold == kept["threshold"]
+
+
+@pytest.mark.usefixtures("fake_pair")
+def test_a_curve_says_what_experts_cost(tiny: TinyProject) -> None:
+    project = tiny.project
+    train.run(project)
+    gate = calibrate.calibrate_run(project, "collm", 0)
+    rates = dict(gate.measured("deferral_rate"))
+    costs = gate.measured("expert_seconds_per_token")
+    assert len(costs) == len(rates) > 2
+    assert {at: cost / EXPERT_SECONDS for at, cost in costs} == pytest.approx(rates)
+    # Answers that an earlier version kept do not say.
+    for file in project.folder("calibrate", "collm-0", "answers").iterdir():
+        kept = json.loads(file.read_text())
+        file.write_text(json.dumps({name: kept[name] for name in kept if not name.endswith("_seconds")}))
+    assert calibrate.calibrate_run(project, "collm", 0).measured("expert_seconds_per_token") == []
 
 
 def test_changed_settings_make_a_stage_step_aside_and_come_back(

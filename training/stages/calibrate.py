@@ -27,14 +27,21 @@ _MISSED = 0.05
 
 @dataclass(frozen=True)
 class MeasuredPoint(Point):
-    """A point with its cost on the engine: ``seconds`` for all questions together. Thresholds are log-odds."""
+    """A point with its cost on the engine: ``seconds`` for all questions together. Thresholds are log-odds.
+
+    Attributes:
+        expert_seconds_per_token: the answers' part of the experts' steps, per token of theirs, whoever wrote it; None
+            where that was not measured.
+    """
 
     seconds: float
     tokens_per_second: float
+    expert_seconds_per_token: float | None
 
     def to_json(self) -> dict[str, float]:
         """As it stands in files: the threshold as a probability, 1 for the base alone and -1 for the experts alone."""
-        return {
+        cost = self.expert_seconds_per_token
+        return ({} if cost is None else {"expert_seconds_per_token": cost}) | {
             "nominal_rate": self.nominal_rate,
             "threshold": probability(self.threshold),
             "score": self.score,
@@ -130,6 +137,8 @@ class _Decoder:
     def _measured(self, threshold: float, rate: float) -> MeasuredPoint:
         asked = probability(threshold)
         result = self._cache.at_threshold(f"threshold {asked:.6g}", self._questions, asked)
+        # Answers of before costs were measured have none.
+        measured = result.expert_seconds > 0 or (result.lane_seconds > 0 and result.expert_tokens == 0)
         return MeasuredPoint(
             nominal_rate=rate,
             threshold=threshold,
@@ -138,4 +147,5 @@ class _Decoder:
             right=tuple(answer.exact for answer in result.answers),
             seconds=result.seconds,
             tokens_per_second=result.tokens / result.seconds,
+            expert_seconds_per_token=result.expert_seconds / result.tokens if measured else None,
         )

@@ -65,6 +65,7 @@ def test_options_reach_the_server(url: str) -> None:
                                "report": True}},
         ),
         (("--share", "0"), {"collaboration": {"share": 0.0, "report": True}}),
+        (("--cost", "0.004"), {"collaboration": {"cost": 0.004, "report": True}}),
         (("--strategy", "characters"), {"collaboration": {"strategy": "characters", "report": True}}),
         (
             ("--top-p", "0.9", "--temperature", "0.7", "--seed", "0", "--stop", ".", "--stop", ";"),
@@ -254,6 +255,8 @@ def test_chat_confirms_settings_and_refuses_wrong_ones_at_once(url: str, termina
         ("/policy", "policy threshold, threshold 0.25"),
         ("/share 2", "a share is between 0 and 1, not 2"),
         ("/share 0.2", "policy threshold, share 0.2"),
+        ("/cost -1", "a cost is 0 or more, not -1"),
+        ("/cost 1.5", "policy threshold, cost 1.5"),
         ("/threshold", "policy threshold, threshold 0.5"),
         ("/veto 2", "a veto is between 0 and 1, not 2"),
         ("/veto 0.4", "policy threshold, threshold 0.5, veto 0.4"),
