@@ -69,6 +69,27 @@ RECKONED = Costs(
 engine 0.1, 0.3, 1.9 ms: read off vLLM's code, and off this engine's account on a CPU."""
 
 
+HOSTS = {
+    "as reckoned": (1.0, 1.0),
+    "half of the engine's own": (0.5, 1.0),
+    "half of vLLM's": (1.0, 0.5),
+    "half": (0.5, 0.5),
+}
+"""Times of the host, by what is left of the engine's own and of vLLM's."""
+
+
+def with_host(costs: Costs, own: float, of_vllm: float) -> Costs:
+    """The same device under another host: its times multiplied by ``own`` (the engine's) and ``of_vllm``."""
+
+    def times(cost: StepTime, factor: float) -> StepTime:
+        return StepTime(cost.fixed * factor, cost.token * factor, cost.row * factor)
+
+    def lane(cost: HostAndDevice) -> HostAndDevice:
+        return HostAndDevice(cost.device, times(cost.launch, of_vllm), times(cost.finish, of_vllm))
+
+    return Costs(lane(costs.base), lane(costs.expert), times(costs.own, own))
+
+
 class Device:
     """Computes steps one after the other, each as soon as it is launched and the ones before it are done."""
 
@@ -179,13 +200,12 @@ def simulate(
 
 
 def measure(concurrencies: Sequence[int], deferrals: Sequence[float], requests: int, max_tokens: int) -> Report:
-    """Tokens per second and the device's busy share by ``steps_in_flight``."""
+    """Tokens per second and the device's busy share by ``steps_in_flight``, and what the host's time is worth."""
     rows = []
     cells = []
     for concurrency in concurrencies:
         for deferral in deferrals:
-            count = requests * concurrency
-            jobs = [Job(f"{number}", [1, number + 1], max_tokens, deferral, number) for number in range(count)]
+            jobs = _jobs(requests * concurrency, max_tokens, deferral)
             for name, depth in DEPTHS.items():
                 kept = simulate(RECKONED, jobs, concurrency, depth)
                 rows.append(
@@ -204,4 +224,28 @@ def measure(concurrencies: Sequence[int], deferrals: Sequence[float], requests: 
     text = "### Device, reckoned costs of 1B-8B on an H100, virtual clock\n\n" + table(
         ["concurrency, deferral", "steps in flight", "tokens/s", "device busy"], rows
     )
-    return Report(text, {"measurement": "device", "cells": cells}, [])
+    rows, hosts = [], []
+    concurrency = max(concurrencies)
+    for deferral in deferrals:
+        jobs = _jobs(requests * concurrency, max_tokens, deferral)
+        for name, (own, of_vllm) in HOSTS.items():
+            kept = simulate(with_host(RECKONED, own, of_vllm), jobs, concurrency, max(DEPTHS.values()))
+            rows.append([f"{concurrency}, {deferral:g}", name, f"{kept.tokens_per_second:,.0f}", f"{kept.busy:.0%}"])
+            hosts.append(
+                {
+                    "concurrency": concurrency,
+                    "deferral": deferral,
+                    "own": own,
+                    "of_vllm": of_vllm,
+                    "tokens_per_second": kept.tokens_per_second,
+                    "busy": kept.busy,
+                }
+            )
+    text += "\n\nThe base looking ahead, with less time of the host:\n\n" + table(
+        ["concurrency, deferral", "the host's time", "tokens/s", "device busy"], rows
+    )
+    return Report(text, {"measurement": "device", "cells": cells, "hosts": hosts}, [])
+
+
+def _jobs(count: int, max_tokens: int, deferral: float) -> list[Job]:
+    return [Job(f"{number}", [1, number + 1], max_tokens, deferral, number) for number in range(count)]

@@ -262,3 +262,23 @@ def test_asked_positions_are_computed_though_the_prefix_cache_knows_them(
         assert stats.runahead_discarded == before.runahead_discarded
     # 12 drafts beyond the first: a visit decides 13 tokens.
     assert stats.lanes[2].steps - before.lanes[2].steps <= 2 * len(starts) * 5
+
+
+def test_without_a_seed_no_two_requests_and_no_two_lanes_draw_alike(
+    twin_engine: Engine, prompts: list[list[int]]
+) -> None:
+    """Base and twin have the same weights, so that equal noise is equal text, as the same seed shows."""
+
+    def texts(name: str, seed: int | None) -> list[list[list[int]]]:
+        """[prompt][base, base, twin, twin]"""
+        sampling = SamplingSpec(temperature=2.0, max_tokens=12, seed=seed, ignore_eos=True)
+        completions = twin_engine.generate(
+            GenerationRequest(f"{name}-{number}-{turn}", prompt, sampling, Collaboration(member=(0, 0, 2, 2)[turn]))
+            for number, prompt in enumerate(prompts[:4])
+            for turn in range(4)
+        )
+        return [[one.tokens for one in completions[begin : begin + 4]] for begin in range(0, len(completions), 4)]
+
+    for seeded, unseeded in zip(texts("seeded", 5), texts("unseeded", None), strict=True):
+        assert len({tuple(tokens) for tokens in seeded}) == 1
+        assert len({tuple(tokens) for tokens in unseeded}) == 4
