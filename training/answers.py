@@ -39,6 +39,8 @@ class AnswerCache:
             *map(project.hash_of_expert, paths),
             *([project.hash_of(gate)] if gate else []),
         ]
+        readers = {lane: project.own_template(name) for lane, name in enumerate(paths, start=1)}
+        self._templates = {lane: tokenizer for lane, tokenizer in readers.items() if tokenizer is not None}
         self._pair: serving.Pair | None = None
 
     def __enter__(self) -> Self:
@@ -61,7 +63,7 @@ class AnswerCache:
         if file.exists():
             return Result.from_json(read_json(file))
         if self._pair is None:
-            self._pair = serving.Pair(self._config, self._tokenizer)
+            self._pair = serving.Pair(self._config, self._tokenizer, self._templates)
         result = self._pair.answer(questions, f"{self._label}: {what}", **how)
         write_json(file, {"what": what, "how": how} | result.to_json())
         return result

@@ -114,7 +114,15 @@ def scores(project: Project, split: Split, name: str, base: BaseRef | None = Non
     model = project.hash_of(base.path) if name == BASE else project.hash_of_expert(name)
     inputs = {"model": model, "data": project.data(split).fingerprint}
     resolved = STAGES["score"].resolve(project.settings) | {"columns": "hidden states mapped"}
+    if name != BASE:
+        resolved |= _templates(project)
     return StageFolder(folder, resolved, inputs)
+
+
+def _templates(project: Project) -> dict[str, str]:
+    """By whose chat template experts read conversations, where that is not what it is mostly."""
+    found = project.settings.data.chat_templates
+    return {} if found == "base" else {"data.chat_templates": found}
 
 
 def _all_scores(project: Project, split: Split) -> dict[str, str]:
@@ -156,14 +164,16 @@ def calibration(project: Project, method: Method, seed: int) -> StageFolder:
         **{name: project.hash_of_expert(name) for name in project.expert_paths},
     }
     folder = project.folder("calibrate", f"{method}-{seed}")
-    return StageFolder(folder, STAGES["calibrate"].resolve(project.settings), inputs)
+    return StageFolder(folder, STAGES["calibrate"].resolve(project.settings) | _templates(project), inputs)
 
 
 def evaluation(project: Project) -> StageFolder:
     """Table and plot. Answers are kept by models and gate: more seeds or methods only add to them."""
     splits: tuple[Split, Split] = ("validation", "test")
     inputs = {str(split): project.data(split).fingerprint for split in splits}
-    return StageFolder(project.folder("evaluate"), STAGES["evaluate"].resolve(project.settings), inputs)
+    return StageFolder(
+        project.folder("evaluate"), STAGES["evaluate"].resolve(project.settings) | _templates(project), inputs
+    )
 
 
 def need_run(project: Project, method: Method, seed: int) -> None:

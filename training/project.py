@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from engine.adapters import is_adapter
-from engine.checkpoints import Checkpoint
+from engine.checkpoints import TOKENIZER, Checkpoint
 from engine.compatibility import compatibility
 from engine.spelling.speller import Speller
 from training.checkpoints import (
@@ -104,6 +104,32 @@ class Project:
     def tokenizer_of(self, name: str) -> Any:
         """An expert's own tokenizer."""
         return load_tokenizer(self.expert_paths[name])
+
+    def own_template(self, name: str) -> Any | None:
+        """The tokenizer by whose chat template an expert with the base's vocabulary reads conversations; None: it reads
+        them by the base's. A base's name is none.
+        """
+        path = self.expert_paths.get(name)
+        own = self.settings.data.chat_templates == "own" and path is not None and self.own_speller(name) is None
+        if not own or path is None or not (path / TOKENIZER).is_file():
+            return None
+        tokenizer = load_tokenizer(path)
+        return None if tokenizer.chat_template in (None, self.tokenizer.chat_template) else tokenizer
+
+    def tokens_of(self, split: Split, name: str) -> list[TokenExample]:
+        """A split's examples as a member with the base's vocabulary reads them; others spell the base's.
+
+        Raises:
+            DataError: the member's chat template refuses a conversation.
+        """
+        data = self.data(split)
+        tokenizer = self.own_template(name)
+        if tokenizer is None:
+            return data.tokens
+        return [
+            ids if example.conversation is None else replace(ids, prompt=example.prompt_ids(tokenizer))
+            for example, ids in zip(data.examples, data.tokens, strict=True)
+        ]
 
     @cached_property
     def vocabulary(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -189,12 +189,18 @@ def engine_config(
 class Pair:
     """A running engine that answers questions greedily. Use it in a ``with`` statement.
 
+    Args:
+        tokenizer: the base's.
+        templates: by lane, the tokenizers of members with the base's vocabulary that read conversations by chat
+            templates of their own.
+
     Raises:
         TrainingError: the engine refuses the models, in its own words.
     """
 
-    def __init__(self, config: EngineConfig, tokenizer: Any) -> None:
+    def __init__(self, config: EngineConfig, tokenizer: Any, templates: Mapping[int, Any] | None = None) -> None:
         self._tokenizer = tokenizer
+        self._templates = dict(templates or {})
         with tqdm(total=0, desc="engine starts", bar_format="{desc}: {elapsed}") as bar:
             try:
                 self._engine = Engine(config, on_progress=lambda line: bar.set_description(f"engine: {line}"))
@@ -289,11 +295,11 @@ class Pair:
             sampling = SamplingSpec(
                 temperature=temperature, seed=seed * 1_000_003 + number, max_tokens=room, logprobs=logprobs
             )
-            prompt = example.prompt_ids(self._own[member]) if member in self._own else tokens.prompt
-            if member is None and self._own:
-                prompts = tuple((lane, example.prompt_ids(own)) for lane, own in self._own.items())
-                collaboration = msgspec.structs.replace(collaboration, prompts=prompts)
-            requests.append(GenerationRequest(str(number), prompt, sampling, collaboration))
+            readers = self._own if example.conversation is None else {**self._templates, **self._own}
+            prompt = example.prompt_ids(readers[member]) if member in readers else tokens.prompt
+            prompts = tuple((lane, example.prompt_ids(own)) for lane, own in readers.items()) if member is None else ()
+            asked = msgspec.structs.replace(collaboration, prompts=prompts) if prompts else collaboration
+            requests.append(GenerationRequest(str(number), prompt, sampling, asked))
         with tqdm(total=len(requests), desc=label, unit="answer", mininterval=1, leave=False) as bar:
             try:
                 completions = self._engine.generate(requests, on_done=lambda _: bar.update(1))

@@ -86,6 +86,9 @@ class DataSettings(Section):
     """Which of the assistant's turns are learned and asked."""
     system: str | None = Field(default=None, min_length=1)
     """System prompt of conversations that have none."""
+    chat_templates: Literal["base", "own"] = "base"
+    """By whose chat template an expert with the base's vocabulary reads a conversation, as ``server.chat_templates`` of
+    the pair: the base's, or "own": the one that comes with its tokenizer, if one does."""
     template: dict[str, Any] = Field(default_factory=dict)
     """More variables for chat templates, e.g. { enable_thinking = false }."""
     task: str = "task"

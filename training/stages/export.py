@@ -33,5 +33,7 @@ def run(project: Project) -> None:
         "experts": [expert_fields(engine, name, path, adapted) for name, path in project.expert_paths.items()],
         "gate": {"path": str(folder / "gate")},
     }
+    if project.settings.data.chat_templates == "own":
+        config["server"] = {"chat_templates": "own"}
     write_text(folder / "collm.toml", tomli_w.dumps(config))
     print(f"to serve the pair: collm serve --config {folder / 'collm.toml'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from engine.checkpoints import Checkpoint
 from engine.spelling.speller import Speller
 from training import graph
 from training.checkpoints import load_causal
+from training.data import TokenExample
 from training.files import StageFolder
 from training.graph import BASE
 from training.mapped import Table
@@ -81,10 +83,11 @@ def hidden_table(project: Project, split: Split, base: BaseRef) -> Table:
 
 
 def _make(project: Project, split: Split, name: str, base: BaseRef) -> None:
-    settings, tokens = project.settings, project.data(split).tokens
+    settings = project.settings
     stage = graph.scores(project, split, name, base).claim()
     if stage.done:
         return
+    tokens = project.tokens_of(split, name)
     path = base.path if name == BASE else project.expert_paths[name]
     label = f"score {split} by {stage.path.name}"
     starts = gold_tokens(tokens)[1]
@@ -95,7 +98,7 @@ def _make(project: Project, split: Split, name: str, base: BaseRef) -> None:
         with ServedScorer(settings.engine, name, model, adapter, hidden) as scorer:
             score_model(scorer, numbered(tokens, starts), stage.path, settings.score, label)
     else:
-        _by_transformers(project, split, name, path, stage, label, hidden, expert)
+        _by_transformers(project, split, name, path, stage, label, hidden, expert, tokens)
     stage.finish(model=str(path), examples=len(tokens))
 
 
@@ -108,8 +111,9 @@ def _by_transformers(
     label: str,
     hidden: Table | None,
     expert: Speller | None,
+    tokens: Sequence[TokenExample],
 ) -> None:
-    settings, tokens = project.settings, project.data(split).tokens
+    settings = project.settings
     batch = settings.score.batch_size
     model = load_causal(path, settings.compute.dtype, project.device) if name == BASE else project.load_expert(name)
     if expert is not None:
