@@ -161,17 +161,23 @@ def _check_weights(path: Path) -> None:
         raise ModelError(f"{path}: no safetensors weights there (other formats are not read)")
 
 
-def forward(model: PreTrainedModel, tokens_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(
+    model: PreTrainedModel, tokens_BT: torch.Tensor, positions_BT: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The LM head's input [B, T, d] and the model's logits [B, T, V]; row t of both is about token t + 1.
 
     The input is taken where the head gets it, so that it is what a serving engine's gate sees in any architecture,
     and the logits are the model's own, whatever it does after the head.
+
+    Args:
+        positions_BT: of the tokens in their texts, where rows hold several (:mod:`training.packing`).
     """
     seen: list[torch.Tensor] = []
     head: torch.nn.Module = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     try:
-        logits_BTV: torch.Tensor = model(input_ids=tokens_BT, use_cache=False).logits
+        positions = {} if positions_BT is None else {"position_ids": positions_BT}
+        logits_BTV: torch.Tensor = model(input_ids=tokens_BT, use_cache=False, **positions).logits
     finally:
         hook.remove()
     return seen[0], logits_BTV

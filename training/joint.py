@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -25,10 +25,13 @@ from training.errors import SettingsError
 from training.fit import Group, Plan, fit
 from training.gate_only import Gate
 from training.losses import Loss, Tokens
+from training.packing import check_apart, packed, rows_of
 from training.processes import ALONE, Processes, start_mesh
 from training.scoring import PairScores, gold_logp, padded
 from training.settings import JointSettings, LoraSettings
 from training.sharded import gathered, shard
+
+_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def fit_joint(
 
     Raises:
         DivergedError: the loss or a gradient is not finite.
-        SettingsError: LoRA without the package peft, or with targets that the base lacks.
+        SettingsError: LoRA without the package peft, or with targets that the base lacks; packing that it cannot do.
     """
     settings = fitting.settings
     sharding = processes.count > 1 or settings.dtype != "float32"
@@ -79,23 +82,36 @@ def fit_joint(
     expert_logp_NK, label_N, aligned_NK = scores.expert_logp_NK, scores.weak_labels(), scores.aligned_NK
     theta_KD = torch.nn.Parameter(start.theta_KD.clone().to(device))
     bias_K = torch.nn.Parameter(start.bias_K.clone().to(device), requires_grad=fitting.bias)
+    lengths = [len(example.prompt) + len(example.completion) for example in examples]
+    if settings.packing:
+        check_apart(inner, fitting.vocabulary, device)
     per_epoch = -(-len(examples) // settings.batch_size)
 
     def parts(step: int) -> Iterator[torch.Tensor]:
         epoch, within = divmod(step, per_epoch)
         order = random.Random(fitting.seed * 1_000_003 + epoch).sample(range(len(examples)), len(examples))
         numbers = order[within * settings.batch_size : (within + 1) * settings.batch_size]
-        # Examples of about the same length together: less padding; the sum is the same.
-        numbers.sort(key=lambda number: len(examples[number].prompt) + len(examples[number].completion))
+        if settings.packing:
+            batch = rows_of(numbers, lengths)
+        else:
+            # Examples of about the same length together: less padding; the sum is the same.
+            batch = [[number] for number in sorted(numbers, key=lengths.__getitem__)]
         total = sum(len(examples[number].completion) for number in numbers)
         # Dropout, if there is any, depends on the step and the process alone, so that a resumed run repeats it.
         torch.manual_seed(fitting.seed * 1_000_003 + step + processes.rank * 1_000_000_007)
-        for chosen in micro_batches(numbers, settings.micro_batch_size, processes):
+        for share in micro_batches(batch, settings.micro_batch_size, processes):
             # Sharded weights are only there where all processes compute: who has no examples left computes for nothing.
-            weighed, chosen = bool(chosen), chosen or numbers[:1]
-            tokens_BT, where_BT = (tensor.to(device) for tensor in padded([examples[n] for n in chosen]))
+            weighed, together = bool(share), share or batch[:1]
+            chosen = [number for row in together for number in row]
+            positions_BT = None
+            if settings.packing:
+                tokens_BT, where_BT, positions_BT = packed([[examples[n] for n in row] for row in together])
+                positions_BT = positions_BT.to(device)
+            else:
+                tokens_BT, where_BT = padded([examples[n] for n in chosen])
+            tokens_BT, where_BT = tokens_BT.to(device), where_BT.to(device)
             rows = torch.cat([torch.arange(scores.starts[n], scores.starts[n + 1]) for n in chosen])
-            hidden_BTD, logits_BTV = forward(inner, tokens_BT)
+            hidden_BTD, logits_BTV = forward(inner, tokens_BT, positions_BT)
             tokens = Tokens(
                 gate_NK=gate_logits(hidden_BTD[where_BT], theta_KD, bias_K),
                 base_logp_N=gold_logp(logits_BTV, tokens_BT, where_BT, fitting.vocabulary),
@@ -128,16 +144,16 @@ def fit_joint(
     return merged, Gate(theta_KD.detach().cpu(), bias_K.detach().cpu())
 
 
-def micro_batches(numbers: Sequence[int], size: int, processes: Processes) -> list[Sequence[int]]:
+def micro_batches(rows: Sequence[_R], size: int, processes: Processes) -> list[Sequence[_R]]:
     """This process's part of a batch, in micro-batches of at most ``size``. All processes have as many, some perhaps
     empty ones, and at one time those of about the same length, if the batch is in order of length.
     """
     if processes.count == 1:
-        return [numbers[at : at + size] for at in range(0, len(numbers), size)]
-    rounds = -(-len(numbers) // (size * processes.count))
+        return [rows[at : at + size] for at in range(0, len(rows), size)]
+    rounds = -(-len(rows) // (size * processes.count))
     count = rounds * processes.count
-    ends = [len(numbers) * number // count for number in range(count + 1)]
-    every = [numbers[start:end] for start, end in itertools.pairwise(ends)]
+    ends = [len(rows) * number // count for number in range(count + 1)]
+    every = [rows[start:end] for start, end in itertools.pairwise(ends)]
     return every[processes.rank :: processes.count]
 
 

@@ -194,7 +194,10 @@ class JointSettings(Section):
     batch_size: int = Field(default=128, ge=1)
     """Examples a step."""
     micro_batch_size: int = Field(default=16, ge=1)
-    """Examples a forward pass; gradients are summed up to a step."""
+    """Examples a forward pass, or rows of several with ``packing``; gradients are summed up to a step."""
+    packing: bool = False
+    """Put several examples into a row, as long as the longest one of the step, each seen by itself: less padding where
+    lengths differ much. Only for a base whose attention can keep them apart, which is looked at first."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the base's gradient."""
     cost: float = Field(default=0.0, ge=0)
