@@ -6,12 +6,7 @@ have without having any: all else of the way through Ray is that of a machine wi
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from vllm.platforms.cpu import CpuPlatform
-
-ROOT = Path(__file__).parents[2]
 
 
 class CpuOnRay(CpuPlatform):
@@ -20,14 +15,3 @@ class CpuOnRay(CpuPlatform):
 
 def register() -> str:
     return f"{__name__}.{CpuOnRay.__name__}"
-
-
-def python_path(folder: Path) -> str:
-    """PYTHONPATH for processes in which vLLM is to find this platform."""
-    described = folder / "collm_tests_ray_platform-0.dist-info"
-    described.mkdir()
-    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: collm-tests-ray-platform\nVersion: 0\n")
-    (described / "entry_points.txt").write_text(
-        "[vllm.platform_plugins]\nray_on_cpu = tests.oracle.ray_platform:register\n"
-    )
-    return os.pathsep.join([str(folder), str(ROOT)])

@@ -6,9 +6,11 @@ Ray's nodes are processes of this machine here. What crosses between them does s
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,8 +24,8 @@ from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
 from tests.oracle.checks import assert_empty, assert_same, run
-from tests.oracle.ray_platform import python_path
 from tests.oracle.reference import Written
+from tests.packaging.sources import ROOT
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.slow
@@ -34,13 +36,23 @@ NOTICED_WITHIN = 60.0
 """Seconds from a node's death to the last error; vLLM looks after its workers every five."""
 
 
+def _python_path(folder: Path) -> str:
+    """PYTHONPATH for processes in which vLLM is to find the platform of ``ray_platform.py``."""
+    described = folder / "collm_tests_ray_platform-0.dist-info"
+    described.mkdir()
+    (described / "METADATA").write_text("Metadata-Version: 2.1\nName: collm-tests-ray-platform\nVersion: 0\n")
+    plugin = "ray_on_cpu = tests.oracle.ray_platform:register"
+    (described / "entry_points.txt").write_text(f"[vllm.platform_plugins]\n{plugin}\n")
+    return os.pathsep.join([str(folder), str(ROOT)])
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A head without devices, where the engine is, and two nodes with room for one worker each."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", python_path(tmp_path_factory.mktemp("platform")))
+        patch.setenv("PYTHONPATH", _python_path(tmp_path_factory.mktemp("platform")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         cluster = Cluster(initialize_head=True, head_node_args={**NODE, "num_gpus": 0, "include_dashboard": False})
         try:
