@@ -82,9 +82,15 @@ def started_by_launcher(environment: Mapping[str, str] = os.environ) -> Processe
 
 @cache
 def start_processes(device: torch.device) -> Processes:
-    """Connect the processes that a launcher started. The connection lasts as long as they do."""
+    """Connect the processes that a launcher started. The connection lasts as long as they do.
+
+    Raises:
+        SettingsError: all processes of a machine are to have one GPU.
+    """
     found = started_by_launcher()
     if found.count > 1:
+        if device.type == "cuda" and device.index != int(os.environ["LOCAL_RANK"]):
+            raise SettingsError(f"compute.device: {device}: each process has a GPU of its own: leave its number out")
         _connect(device)
     return found
 
@@ -100,7 +106,8 @@ def start_mesh(device: torch.device) -> DeviceMesh:
 def _connect(device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        # Of a tensor, since "cuda" alone has no number.
+        torch.cuda.set_device(torch.empty(0, device=device).device)
     if started_by_launcher().count > 1:
         dist.init_process_group(backend, timeout=_LONGEST_WAIT)
     else:

@@ -20,7 +20,7 @@ from training.__main__ import main
 from training.errors import SettingsError
 from training.fit import CHECKPOINT
 from training.joint import micro_batches
-from training.processes import Processes, started_by_launcher
+from training.processes import Processes, start_processes, started_by_launcher
 from training.sharded import CHECKPOINTS, latest
 from training.stages import train
 
@@ -143,6 +143,10 @@ def test_what_one_process_has_to_do_is_refused_by_name(
     assert "pipeline is one process's work: start it without a launcher" in capsys.readouterr().err
     with pytest.raises(SettingsError, match="WORLD_SIZE is 2, but RANK is not set"):
         started_by_launcher({"WORLD_SIZE": "2"})
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(SettingsError, match=r"compute\.device: cuda:0: each process has a GPU of its own"):
+        start_processes(torch.device("cuda:0"))
     monkeypatch.delenv("WORLD_SIZE")
     for stage, message in ((None, "run collm train init first"), ("init", "trains in one process")):
         if stage is not None:
