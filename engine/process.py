@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import zmq
@@ -408,7 +408,8 @@ def main() -> int:
         process.close()
 
 
-if __name__ == "__main__":
+def run() -> NoReturn:
+    """Be the engine's process until it ends."""
     status = main()
     if status == 0:
         # Lanes and sockets are shut down. What is left is taking torch and vLLM apart, object by object, for seconds.
@@ -416,3 +417,7 @@ if __name__ == "__main__":
         sys.stderr.flush()
         os._exit(0)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    run()

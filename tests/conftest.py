@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.live import LiveServer, serving_demo
 
-pytest_plugins = ["tests.groups", "tests.summary"]
+pytest_plugins = ["tests.groups", "tests.summary", "tests.forking"]
 
 # How long an example takes says more of the machine's other work than of the code; pytest's timeout bounds each test.
 # In CI the same examples every time.

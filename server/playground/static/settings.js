@@ -4,14 +4,14 @@ import { byId, el, valueOf } from "./dom.js";
 import { shareAt, sliderAt, shown, SLIDER, thresholdAt, thresholdFor } from "./odds.js";
 
 const POLICIES = {
-  threshold: { label: "The gate, by threshold", hint: "An expert writes where the gate's probability is above the threshold." },
-  sample: { label: "The gate, by drawing", hint: "An expert writes with the gate's probability." },
+  threshold: { label: "The gate, by threshold", hint: "Experts are asked where the gate's probability is above the threshold." },
+  sample: { label: "The gate, by drawing", hint: "Experts are asked with the gate's probability." },
   confidence: {
     label: "The base's confidence",
-    hint: "An expert writes where 1 − the base's top probability is above the threshold. Needs no gate.",
+    hint: "Experts are asked where 1 − the base's top probability is above the threshold. Needs no gate.",
   },
-  random: { label: "Chance", hint: "An expert writes with a fixed probability: what a gate has to beat." },
-  always: { label: "Always the expert", hint: "The expert writes every token." },
+  random: { label: "Chance", hint: "Experts are asked with a fixed probability: what a gate has to beat." },
+  always: { label: "Always the expert", hint: "Experts are asked at every token." },
   never: { label: "Never the expert", hint: "The base writes every token." },
 };
 
