@@ -29,6 +29,7 @@ from typing import Any
 from engine import client
 from engine.config import EngineConfig
 from engine.supervisor import EngineProcess, safe_environment
+from engine.vllm_hooks.options import is_cpu_build
 from tests.summary import figure
 
 READ_AT_IMPORT = (
@@ -55,8 +56,8 @@ class ForkedProcess(EngineProcess):
 
     @classmethod
     async def start(cls, directory: Path) -> EngineProcess:
-        """Fork one, unless the environment is not the template's."""
-        if not _wants_vllm.get():
+        """Fork one, unless the environment is not the template's, or vLLM's build is for GPUs, which bear no forks."""
+        if not (_wants_vllm.get() and is_cpu_build()):
             return await EngineProcess.start(directory)
         template = await asyncio.to_thread(_the_template)
         if differences := template.differences():
@@ -220,3 +221,4 @@ def serve(orders: socket.socket) -> None:
 
 if __name__ == "__main__":
     serve(socket.socket(fileno=int(sys.argv[1])))
+    os._exit(0)  # as the engine's process does, for the same reason

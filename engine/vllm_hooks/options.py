@@ -90,12 +90,12 @@ def prepare_environment(lanes: tuple[LaneConfig, ...]) -> Path | None:
     }
     # Every start would print some dozens of lines that concern nobody who serves a pair; errors still show.
     log = None
-    if not _is_cpu_build() and not {"VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"} & os.environ.keys():
+    if not is_cpu_build() and not {"VLLM_LOGGING_LEVEL", "VLLM_LOGGING_CONFIG_PATH"} & os.environ.keys():
         log = _log_to_file()
         defaults["VLLM_LOGGING_LEVEL"] = "INFO"
     else:
         defaults["VLLM_LOGGING_LEVEL"] = "ERROR"
-    if _is_cpu_build():
+    if is_cpu_build():
         # On a GPU vLLM sees to the few threads that it needs, unless it finds a number.
         defaults |= _threads(len(cores), lanes)
     if all(lane.executor != "ray" for lane in lanes):
@@ -137,7 +137,7 @@ def _log_to_file() -> Path:
     return log
 
 
-def _is_cpu_build() -> bool:
+def is_cpu_build() -> bool:
     """Whether the installed vLLM is built for CPUs; torch may be the ordinary build all the same."""
     try:
         return importlib.metadata.version("vllm").endswith("+cpu")
