@@ -35,10 +35,11 @@ from tests.engine.oracle import Ledger, Pair, Written, check, look
 MAX_REQUESTS = 12
 MAX_EVENTS = 20_000
 """More than any run takes that comes to rest."""
-Focus = Literal["all", "deferral", "scores"]
+Focus = Literal["all", "deferral", "veto", "scores"]
 SCORES: dict[Focus, tuple[bool, ...]] = {
     "all": (False, False, False, True),
     "deferral": (False,),
+    "veto": (False,),
     "scores": (False, True, True, True),
 }
 LANE = st.integers(0, 2)
@@ -64,8 +65,11 @@ def blends(draw: st.DrawFn, pair: Pair) -> Blend:
 
 @st.composite
 def requests(draw: st.DrawFn, request_id: str, pair: Pair, *, focus: Focus = "all") -> GenerationRequest:
-    """Where the focus is on deferral, deferred tokens are an expert's own, and all members read the prompt."""
-    plain = focus == "deferral"
+    """Where the focus is on deferral, deferred tokens are an expert's own, and all members read the prompt.
+
+    Where it is on the veto, few expert tokens may be written, and what the base drafts past them hangs on it.
+    """
+    plain, vetoed = focus in ("deferral", "veto"), focus == "veto"
     longest = pair.max_model_len
     length = draw(st.one_of(st.integers(1, 4), st.integers(1, longest - 1), st.integers(longest - 3, longest)))
     token = st.integers(0, pair.vocab_size - 1)
@@ -83,17 +87,17 @@ def requests(draw: st.DrawFn, request_id: str, pair: Pair, *, focus: Focus = "al
         seed=draw(st.integers(-(1 << 63), (1 << 64) - 1)),
         logprobs=draw(st.none() | st.integers(0, 2)),
         prompt_logprobs=draw(st.none() | st.integers(0, 2)),
-        member=draw(st.sampled_from((None, None, None, None, 0, 1, 2))),
+        member=None if vetoed else draw(st.sampled_from((None, None, None, None, 0, 1, 2))),
         policy=draw(st.none() | st.sampled_from(POLICY_NAMES)),
         threshold=draw(st.none() | st.floats(0, 1)),
         rate=draw(st.floats(0, 1)),
-        max_expert_tokens=draw(st.none() | st.integers(0, 5)),
+        max_expert_tokens=draw(st.integers(1, 3) if vetoed else st.none() | st.integers(0, 5)),
         experts=draw(st.none() | experts),
-        run_ahead=draw(st.sampled_from((None, "off", "auto", 1, 2, 7))),
+        run_ahead=draw(st.sampled_from((2, 7) if vetoed else (None, "off", "auto", 1, 2, 7))),
         blend=None if plain else draw(st.none() | st.none() | blends(pair)),
         prompts=() if plain else tuple(draw(st.just({}) | st.just({}) | own).items()),
         scores=draw(st.sampled_from(SCORES[focus])),
-        veto=draw(st.sampled_from((None, 0.0, 0.3, 0.7))),
+        veto=draw(st.sampled_from((0.3, 0.7) if vetoed else (None, 0.0, 0.3, 0.7))),
         looks=draw(st.booleans()),
     )
 
@@ -491,4 +495,4 @@ def test_finds_sabotaged_lane(sabotaged: type[StandinLane]) -> None:
 @pytest.mark.parametrize("sabotage", PATCHES)
 def test_finds_patch(sabotage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PATCHES[sabotage](monkeypatch)
-    must_be_found(SchedulerMachine)
+    must_be_found(SchedulerMachine, "veto" if "veto" in sabotage else "deferral")
