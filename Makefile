@@ -78,6 +78,14 @@ serve-smollm: $(INSTALLED) ## Serve SmolLM2-135M with an expert for ICD-10 codes
 	$(BIN)/python -m training.smollm.base
 	@$(MAKE) serve CONFIG=$(SMOLLM)
 
+.PHONY: serve-keys
+serve-keys: $(INSTALLED) ## Serve two models composed by cross-attention, and its members beside it
+	@$(MAKE) serve CONFIG=deploy/config/keys.toml
+
+.PHONY: keys
+keys: $(INSTALLED) ## Retrain the composed example into models/keys (half an hour on 2 busy cores)
+	$(BIN)/python -m training.keys --out models/keys $(ARGS)
+
 .PHONY: demo
 demo: $(INSTALLED) ## Retrain the demo pair and its gate into models/demo (22 minutes on 2 quiet cores)
 	$(BIN)/python -m training.demo --out models/demo $(ARGS)

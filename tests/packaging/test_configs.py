@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from engine.composed.artifact import Composition
 from server.settings import Settings
 from tests.packaging.sources import ROOT
 
@@ -60,6 +61,14 @@ def test_smollm_is_an_adapter_of_the_base() -> None:
     [expert] = settings.experts
     assert expert.adapter is not None
     assert [folder for folder in (expert.adapter, settings.gate.path) if not (ROOT / folder).is_dir()] == []
+
+
+def test_keys_is_the_shipped_composition() -> None:
+    settings = Settings(config=ROOT / "deploy/config/keys.toml")
+    assert settings.engine.lane_names == ("base", "anchor", "names")
+    composed, *members = (ROOT / lane.model for lane in settings.engine.lanes)
+    described = Composition.load(composed)
+    assert [described.anchor.path, described.augmenting[0].path] == members
 
 
 def test_examples_step_as_their_comments_say() -> None:

@@ -79,6 +79,8 @@ class EvaluateSettings(Section):
     controls: tuple[Control, ...] = ()
     """What else is trained and asked. "random": the same composition with augmenting models of random weights.
     "lora": no composition, but a LoRA adapter of the anchor with about as many parameters (needs ``peft``)."""
+    control_seeds: int | None = Field(default=None, ge=1)
+    """Only so many of the seeds, the first ones, have controls."""
     limit: int | None = Field(default=None, ge=1)
     """Only so many questions, spread evenly."""
     room: int = Field(default=16, ge=1)
@@ -100,6 +102,10 @@ class ComposeSettings(Section):
     train: TrainSettings = TrainSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     engine: EngineSettings = EngineSettings()
+
+    def controls(self, seed: int) -> tuple[Control, ...]:
+        """What else is trained with this seed."""
+        return self.evaluate.controls if seed in self.seeds[: self.evaluate.control_seeds] else ()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -124,7 +124,7 @@ def run_of(project: ComposeProject, variant: str, seed: int) -> StageFolder:
 def train(project: ComposeProject) -> None:
     """Train all runs that are not there yet."""
     for seed in project.settings.seeds:
-        for variant in (COMPOSED, *project.settings.evaluate.controls):
+        for variant in (COMPOSED, *project.settings.controls(seed)):
             stage = run_of(project, variant, seed).claim()
             if not stage.done:
                 _train(project, variant, seed, stage)
@@ -205,14 +205,17 @@ def evaluate(project: ComposeProject) -> None:
     """Answer the test questions with the composition, its members and the controls; write and print the table."""
     settings = project.settings
     for seed in settings.seeds:
-        for variant in (COMPOSED, *settings.evaluate.controls):
+        for variant in (COMPOSED, *settings.controls(seed)):
             run_of(project, variant, seed).need("compose train")
     inputs = {"test": project.data("test").fingerprint}
-    resolved = {"evaluate": settings.evaluate.model_dump(exclude={"controls"}), "engine": settings.engine.model_dump()}
+    resolved = {
+        "evaluate": settings.evaluate.model_dump(exclude={"controls", "control_seeds"}),
+        "engine": settings.engine.model_dump(),
+    }
     stage = StageFolder(settings.out / "evaluate", resolved, inputs).claim()
     rows: dict[str, list[dict[str, Any]]] = {}
     for seed in settings.seeds:
-        runs = {variant: served_by(project, variant, seed) for variant in (COMPOSED, *settings.evaluate.controls)}
+        runs = {variant: served_by(project, variant, seed) for variant in (COMPOSED, *settings.controls(seed))}
         if seed == settings.seeds[0]:
             runs[ANCHOR_ALONE] = project.anchor.path
             runs |= {f"{member.name} alone": member.path for member in project.augmenting}

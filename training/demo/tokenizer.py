@@ -39,7 +39,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+def save_tokenizer(tokenizer: Tokenizer, directory: Path, chat_template: str = CHAT_TEMPLATE) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``, with the chat template inside."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
@@ -51,7 +51,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": MAX_LENGTH,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
     }
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
