@@ -35,11 +35,12 @@ from tests.engine.oracle import Ledger, Pair, Written, check, look
 MAX_REQUESTS = 12
 MAX_EVENTS = 20_000
 """More than any run takes that comes to rest."""
-Focus = Literal["all", "deferral", "veto", "scores"]
+Focus = Literal["all", "deferral", "veto", "room", "scores"]
 SCORES: dict[Focus, tuple[bool, ...]] = {
     "all": (False, False, False, True),
     "deferral": (False,),
     "veto": (False,),
+    "room": (False,),
     "scores": (False, True, True, True),
 }
 LANE = st.integers(0, 2)

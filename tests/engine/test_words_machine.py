@@ -22,20 +22,23 @@ from engine.types import BASE, GenerationRequest
 from tests.engine import toys, words_oracle
 from tests.engine.builders import POLICY_NAMES, request
 from tests.engine.oracle import Pair, Written, check
-from tests.engine.test_scheduler_machine import LANE, MAX_REQUESTS, SchedulerMachine, must_be_found
+from tests.engine.test_scheduler_machine import LANE, MAX_REQUESTS, Focus, SchedulerMachine, must_be_found
 
 LONGEST = 40
 
 
-def prompts_of(lane: int) -> st.SearchStrategy[list[int]]:
-    """Now and then one that leaves little room."""
+def prompts_of(lane: int, *, long: bool = False) -> st.SearchStrategy[list[int]]:
+    """Now and then, or always, one that leaves little room."""
     token = st.integers(0, toys.size(lane) - 1)
+    if long:
+        return st.lists(token, min_size=LONGEST - 8, max_size=LONGEST - 1)
     return st.lists(token, min_size=1, max_size=4) | st.lists(token, min_size=1, max_size=LONGEST - 1)
 
 
 @st.composite
-def requests(draw: st.DrawFn, request_id: str, pair: Pair, *, plain: bool = False) -> GenerationRequest:
-    """Of a ``plain`` one every position is deferred."""
+def requests(draw: st.DrawFn, request_id: str, pair: Pair, focus: Focus) -> GenerationRequest:
+    """Where the focus is on deferral, every position is deferred; where it is on room, experts have little."""
+    plain = focus in ("deferral", "room")
     token = st.integers(0, toys.size(BASE) - 1)
     return request(
         request_id,
@@ -56,7 +59,7 @@ def requests(draw: st.DrawFn, request_id: str, pair: Pair, *, plain: bool = Fals
         run_ahead=draw(st.sampled_from((None, "off", "auto", 1, 7))),
         veto=draw(st.sampled_from((None, None, 0.2, 0.5))),
         looks=draw(st.booleans()),
-        prompts=tuple((lane, draw(prompts_of(lane))) for lane in range(1, pair.lanes)),
+        prompts=tuple((lane, draw(prompts_of(lane, long=focus == "room"))) for lane in range(1, pair.lanes)),
     )
 
 
@@ -108,7 +111,7 @@ class WordsMachine(SchedulerMachine):
         self.begin()
 
     def drawn_request(self, data: st.DataObject, request_id: str) -> GenerationRequest:
-        return data.draw(requests(request_id, self.pair, plain=self.focus == "deferral"))
+        return data.draw(requests(request_id, self.pair, self.focus))
 
     @precondition(lambda self: self.landed)
     @rule(choice=st.integers(0, 1 << 16), newest=st.booleans())
@@ -176,4 +179,4 @@ PATCHES: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 @pytest.mark.parametrize("sabotage", PATCHES)
 def test_finds_patch(sabotage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     PATCHES[sabotage](monkeypatch)
-    must_be_found(WordsMachine)
+    must_be_found(WordsMachine, "room" if "can hold" in sabotage else "deferral")
