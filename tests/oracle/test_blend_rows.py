@@ -62,6 +62,17 @@ def test_what_must_not_be_written_is_not_written() -> None:
         assert torch.isfinite(combined.logits_AV[:, :9]).all(), blend
 
 
+def test_what_one_member_must_not_write_no_product_writes() -> None:
+    """Whatever its weight is: a negative one would make it infinitely probable, and its position no distribution."""
+    given = rows()
+    given[2, :, 9:] = -INF
+    for weight in (-1.0, 1.0):
+        combined = combine(given, Blend("product", ((0, 1.0), (1, 1.0), (2, weight))))
+        assert (combined.logits_AV[:, 9:] == -INF).all()
+        assert torch.isfinite(combined.logits_AV[:, :9]).all()
+        assert torch.isfinite(combined.norms_SA).all()
+
+
 def test_what_is_ruled_out_keeps_its_order() -> None:
     """For a grammar that leaves nothing else."""
     given = rows()
