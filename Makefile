@@ -83,7 +83,7 @@ serve-keys: $(INSTALLED) ## Serve two models composed by cross-attention, and it
 	@$(MAKE) serve CONFIG=deploy/config/keys.toml
 
 .PHONY: keys
-keys: $(INSTALLED) ## Retrain the composed example into models/keys (half an hour on 2 busy cores)
+keys: $(INSTALLED) ## Retrain the composed example into models/keys (17 minutes on 2 busy cores)
 	$(BIN)/python -m training.keys --out models/keys $(ARGS)
 
 .PHONY: demo
