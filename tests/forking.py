@@ -36,7 +36,7 @@ READ_AT_IMPORT = (
     "ATEN_", "CUDA_", "DNNL_", "GOMP_", "HF_", "LD_", "MKL_", "OMP_", "ONEDNN_", "PYTHON", "TORCH", "TRANSFORMERS_",
     "TRITON_", "VLLM_", "XDG_", "HOME",
 )  # fmt: skip
-"""Names of environment variables begin so that libraries may read while they are imported."""
+"""How names of environment variables begin that libraries may read while they are imported."""
 LONGEST_MESSAGE = 1 << 20
 _template: _Template | None = None
 _starting = threading.Lock()

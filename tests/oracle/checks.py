@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +13,7 @@ from scipy.stats import chisquare
 
 from engine.offline import Engine
 from engine.stats import EngineStats
-from engine.types import Completion, GenerationRequest
+from engine.types import Collaboration, Completion, GenerationRequest, SamplingSpec
 from tests.oracle.reference import Written
 from tests.waiting import eventually
 
@@ -39,6 +41,37 @@ def run(engine: Engine, requests: list[GenerationRequest], concurrency: int) -> 
     for start in range(0, len(requests), concurrency):
         done += engine.generate(requests[start : start + concurrency])
     return done
+
+
+def abandon_at_any_moment(engine: Engine, prompts: Sequence[list[int]], count: int, seed: int) -> None:
+    """Requests that half defer, each abandoned after a random number of deltas (also before the first one)."""
+    draw = random.Random(seed)
+
+    async def abandon(number: int, after: int) -> None:
+        request = GenerationRequest(
+            f"abandoned-{number}",
+            # Of its own, so that no prefix cache shortens what can be abandoned, nor knows other tests' prompts then.
+            [1 + number, *prompts[number % len(prompts)]],
+            SamplingSpec(temperature=0.0, max_tokens=100, ignore_eos=True),
+            Collaboration(policy="random", rate=0.5),
+        )
+        stream = engine.client.generate(request)
+        if after == 0:
+            task = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        else:
+            async for _ in stream:
+                after -= 1
+                if after == 0:
+                    break
+        await stream.aclose()  # type: ignore[attr-defined]
+
+    async def all_of_them() -> int:
+        return len(await asyncio.gather(*(abandon(number, draw.randrange(12)) for number in range(count))))
+
+    assert asyncio.run_coroutine_threadsafe(all_of_them(), engine._loop).result(timeout=300) == count
 
 
 def assert_empty(engine: Engine) -> EngineStats:

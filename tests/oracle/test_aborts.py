@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from engine.client import EngineClient
 from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
-from tests.oracle.checks import assert_empty
+from tests.oracle.checks import abandon_at_any_moment, assert_empty
 
 
 def test_abandoned_at_any_moment(plain_engine: Engine, prompts: list[list[int]]) -> None:
     """200 requests, each abandoned after a random number of deltas (also before the first one)."""
-    draw = random.Random(3)
-
-    async def abandon(client: EngineClient, number: int, after: int) -> int:
-        request = GenerationRequest(
-            f"abandoned-{number}",
-            # Of its own, so that no prefix cache shortens what can be abandoned, nor knows other tests' prompts then.
-            [1 + number, *prompts[number % len(prompts)]],
-            SamplingSpec(temperature=0.0, max_tokens=100, ignore_eos=True),
-            Collaboration(policy="random", rate=0.5),
-        )
-        seen = 0
-        stream = client.generate(request)
-        if after == 0:
-            task = asyncio.ensure_future(anext(stream))
-            await asyncio.sleep(0)
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        else:
-            async for _ in stream:
-                seen += 1
-                if seen == after:
-                    break
-        await stream.aclose()  # type: ignore[attr-defined]
-        return seen
-
-    async def all_of_them(client: EngineClient) -> list[int]:
-        return await asyncio.gather(*(abandon(client, number, draw.randrange(12)) for number in range(200)))
-
-    future = asyncio.run_coroutine_threadsafe(all_of_them(plain_engine.client), plain_engine._loop)
-    assert len(future.result(timeout=300)) == 200
+    abandon_at_any_moment(plain_engine, prompts, 200, seed=3)
     assert_empty(plain_engine)
 
 

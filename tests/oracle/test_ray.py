@@ -5,9 +5,7 @@ Ray's nodes are processes of this machine here. What crosses between them does s
 
 from __future__ import annotations
 
-import asyncio
 import os
-import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,13 +15,12 @@ import psutil
 import pytest
 
 from engine.blends import Blend
-from engine.client import EngineClient
 from engine.config import EngineConfig
 from engine.errors import EngineDeadError
 from engine.offline import Engine
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
-from tests.oracle.checks import assert_empty, assert_same, run
+from tests.oracle.checks import abandon_at_any_moment, assert_empty, assert_same, run
 from tests.oracle.reference import Written
 from tests.packaging.sources import ROOT
 from tests.waiting import eventually
@@ -126,26 +123,7 @@ def test_sampled_text_is_that_of_lanes_in_the_process(
 
 
 def test_abandoned_at_any_moment(engine: Engine, prompts: list[list[int]]) -> None:
-    draw = random.Random(5)
-
-    async def abandon(client: EngineClient, number: int, after: int) -> None:
-        request = GenerationRequest(
-            f"abandoned-{number}",
-            [1 + number, *prompts[number % len(prompts)]],
-            SamplingSpec(temperature=0.0, max_tokens=100, ignore_eos=True),
-            Collaboration(policy="random", rate=0.5),
-        )
-        stream = client.generate(request)
-        async for _ in stream:
-            after -= 1
-            if after <= 0:
-                break
-        await stream.aclose()  # type: ignore[attr-defined]
-
-    async def all_of_them() -> None:
-        await asyncio.gather(*(abandon(engine.client, number, draw.randrange(1, 12)) for number in range(60)))
-
-    asyncio.run_coroutine_threadsafe(all_of_them(), engine._loop).result(timeout=120)
+    abandon_at_any_moment(engine, prompts, 60, seed=5)
     assert_empty(engine)
 
 
