@@ -20,7 +20,7 @@ from bench import adapters, blends, compare, composition, context, coordination,
 from bench.errors import BenchError
 from bench.report import Report, bar_table, environment, environment_line, json_line
 from bench.settings import Settings
-from bench.shapes import DEMO, NAMES, Pair, get_pair
+from bench.shapes import DEMO, NAMES, Pair, get_pair, quick_dtype
 from bench.workload import PROMPT_TOKENS, Cell, Deferral, Sampling
 
 COMMANDS = {
@@ -250,9 +250,10 @@ def _cells(
 
 def _pair(options: argparse.Namespace, shape: str, workdir: Path) -> Pair:
     gated = options.made_up_gate
+    dtype = options.dtype or ("" if _cuda(options) else quick_dtype(shape))
     if options.agreement is None:
-        return get_pair(shape, workdir, dtype=options.dtype, gated=gated)
-    return get_pair(shape, workdir, dtype=options.dtype, gated=gated, agreement=options.agreement)
+        return get_pair(shape, workdir, dtype=dtype, gated=gated)
+    return get_pair(shape, workdir, dtype=dtype, gated=gated, agreement=options.agreement)
 
 
 def _cuda(options: argparse.Namespace) -> bool:
@@ -310,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, help="coordination, compare: of every request (default 0, greedy)")
     add("--top-p", type=float, default=1.0, help="with --temperature")
     add("--two-devices", action="store_true", help="the engine's base on CUDA device 0, its expert on 1")
-    add("--dtype", default="", help="instead of the shape's own")
+    add("--dtype", default="", help="instead of the shape's own, which is float32 on a CPU that is slow at others")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where nvidia-smi is")
     add("--threads", type=int, metavar="N", help="OMP_NUM_THREADS for all; stock servers choose on a CPU")
     add("--scheduler", type=_assignment, action="append", default=[], metavar="NAME=VALUE", help="engine setting")

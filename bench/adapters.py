@@ -158,7 +158,7 @@ def _report(
     ways = (GUEST, OWN_LANE, ALONE)
     headers = ["", *ways, "/ merged copy", "/ base alone"]
     headers += [*(f"{name}: CPU us/token" for name in ways), "CPU / merged copy", "CPU / base alone"]
-    text = f"### Adapters, {shape}, engine alone, tokens/s\n\n"
+    text = f"### Adapters, {settings.pair.title}, engine alone, tokens/s\n\n"
     text += f"{max_tokens} tokens per request, greedy, LoRA of rank {RANK}.\n\n{table(headers, rows)}\n\n"
     text += "; ".join(
         f"{name}: {weights[name] / 2**20:,.1f} MiB of weights, {resident[name] / 2**20:,.0f} MiB resident"

@@ -119,6 +119,6 @@ def _report(
         "expert steps/token",
         "fewer",
     ]
-    text = f"### Blends, {shape}, engine alone, all members at every position\n\n"
+    text = f"### Blends, {settings.pair.title}, engine alone, all members at every position\n\n"
     text += f"{max_tokens} tokens per request, greedy.\n\n{table(headers, rows)}"
     return Report(text, {"measurement": "blends", "shape": shape, "max_tokens": max_tokens, "cells": records}, bars)

@@ -260,7 +260,7 @@ def _report(
                 shares = [account.share for account in accounts]
                 engine_rows.append([str(cell), spread(shares, 1, 100, " %"), *account_cells(accounts)])
             records.append(_record(name, cell, outcomes, accounts) | {"cpu_per_token": cpu})
-    text = f"### Comparison, {settings.pair.name}\n\n"
+    text = f"### Comparison, {settings.pair.title}\n\n"
     text += (
         f"{max_tokens} tokens per request, {settings.sampling}; {requests} requests for each one in flight "
         "(per-token HTTP: 1). "

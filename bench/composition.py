@@ -154,7 +154,7 @@ def _report(
     )
     heads = ["lane", "a decoding step", "its processor time", "KV cache per token", "weights"]
     text = (
-        f"### Composition, {pair.name}, engine alone, {concurrency} rows, {max_tokens} tokens after short prompts\n\n"
+        f"### Composition, {pair.title}, engine alone, {concurrency} rows, {max_tokens} tokens after short prompts\n\n"
         + table(heads, rows)
     )
     data = {

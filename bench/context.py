@@ -140,7 +140,7 @@ def _report(
         for length, windows in found.items()
     ]
     text = (
-        f"### Context, {settings.pair.name}, engine alone, concurrency {concurrency}, deferral {deferral}, "
+        f"### Context, {settings.pair.title}, engine alone, concurrency {concurrency}, deferral {deferral}, "
         f"{max_tokens} tokens after each prompt\n\n"
         + table(["prompt tokens", "us/token", "of it the engine's own", "with cold caches", "coordination share"], rows)
     )

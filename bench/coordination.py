@@ -87,7 +87,7 @@ def _report(
             bars.append(Bar(label, SHARE_BARS[name], tuple(shares), at_most=True))
     headers = ["cell", "tokens/s", "coordination share", "device busy", "own us/token", *ACCOUNT_HEADERS]
     drawn = f", {settings.sampling}" if settings.sampling.temperature else ""
-    text = f"### Coordination, {settings.pair.name}, engine alone{drawn}\n\n{table(headers, rows)}\n\n"
+    text = f"### Coordination, {settings.pair.title}, engine alone{drawn}\n\n{table(headers, rows)}\n\n"
     text += f"Peak resident memory of the engine's process: {peak / 2**20:,.0f} MiB."
     data = {
         "measurement": "coordination",

@@ -45,7 +45,7 @@ async def measure(settings: Settings, cell: Cell, *, requests: int, max_tokens: 
     shown = [point for number, point in enumerate(curve) if number % 4 == 0 or number == len(curve) - 1]
     rows = [[f"{done:,}", f"{rss / 2**20:,.1f}"] for done, rss in shown]
     text = (
-        f"### Memory, {settings.pair.name}, server and engine, {cell}, {max_tokens} tokens per request\n\n"
+        f"### Memory, {settings.pair.title}, server and engine, {cell}, {max_tokens} tokens per request\n\n"
         + table(["requests", "resident memory, MiB"], rows)
         + f"\n\nPeak: {peak / 2**20:,.0f} MiB. Growth over the second half: {growth:.2%}."
     )

@@ -116,6 +116,6 @@ def _report(
         "gap p50 ms",
         "gap p99 ms",
     ]
-    text = f"### Pacing, {shape}, engine alone\n\n"
+    text = f"### Pacing, {settings.pair.title}, engine alone\n\n"
     text += f"{max_tokens} tokens per request, greedy; drafts are a share of all tokens.\n\n{table(headers, rows)}"
     return Report(text, {"measurement": "pacing", "shape": shape, "max_tokens": max_tokens, "cells": records}, bars)

@@ -207,7 +207,8 @@ def _report(
     last = costs[-1]
     worth = _worth(settings, last, concurrencies, requests=requests, max_tokens=max_tokens, seed=seed)
     text = (
-        f"### Cost model, {shape}, engine alone\n\nFitted to lockstep at deferral 0 and 1, milliseconds:\n\n"
+        f"### Cost model, {settings.pair.title}, engine alone\n\n"
+        "Fitted to lockstep at deferral 0 and 1, milliseconds:\n\n"
         + table(["", "each step", "each token", "each row"], cost_rows)
         + f"\n\nWhat it predicts of cells that it was not fitted to, {max_tokens} tokens per request:\n\n"
         + table(

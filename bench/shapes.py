@@ -131,6 +131,24 @@ class Pair:
     prompts: tuple[tuple[int, ...], ...] = ()
     answers: tuple[str, ...] = ()
 
+    @property
+    def title(self) -> str:
+        """For people, with what decides its speed."""
+        return f"{self.name} in {self.dtype}"
+
+
+def quick_dtype(name: str) -> str:
+    """What to compute a shape in instead of its own type: float32 where this processor is many times slower at that.
+
+    A server chooses so too, where nobody asked for a type by name. Empty: the shape's own.
+    """
+    import torch
+
+    from engine.vllm_hooks.processor import is_slow
+
+    shape = SHAPES.get(name)
+    return "float32" if shape is not None and is_slow(getattr(torch, shape.dtype)) else ""
+
 
 def get_pair(
     name: str, workdir: Path, *, agreement: float = 0.0, context: int = 8192, dtype: str = "", gated: bool = False

@@ -13,7 +13,7 @@ from bench import __main__ as command
 from bench.contenders.engine_alone import engine_config
 from bench.contenders.stock import stock_service
 from bench.settings import Settings
-from bench.shapes import Pair
+from bench.shapes import Pair, quick_dtype
 from tests.packaging.sources import ROOT
 
 
@@ -31,7 +31,7 @@ def test_coordination_of_a_tiny_pair(tiny: Pair, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     *markdown, line = result.stdout.splitlines()
-    assert markdown[0] == "### Coordination, tiny, engine alone"
+    assert markdown[0] == f"### Coordination, tiny in {quick_dtype('tiny') or 'bfloat16'}, engine alone"
     assert sum(row.startswith("| c2, deferral") for row in markdown) == 2
     record = json.loads(line)
     assert json.loads(file.read_text()) == record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_large_checkpoints_are_written_in_shards(tmp_path: Path, monkeypatch: py
 def test_models_are_made_once(tiny: Pair) -> None:
     config = tiny.base.path / "config.json"
     before = config.stat().st_mtime_ns
-    again = get_pair("tiny", tiny.base.path.parents[1])
+    again = get_pair("tiny", tiny.base.path.parents[1], dtype=tiny.dtype)
     assert again == tiny
     assert config.stat().st_mtime_ns == before
 
@@ -101,6 +102,14 @@ def test_a_made_up_gate_defers_as_often_as_it_says(tiny: Pair) -> None:
         hidden_ND = model.model(torch.tensor(shapes._printable(512)).view(-1, 1)).last_hidden_state[:, 0]
     deferred = (hidden_ND @ gate.theta[0].to(hidden_ND.dtype) + gate.bias[0] > 0).float().mean()
     assert deferred == pytest.approx(MADE_UP_RATE, abs=0.1)
+
+
+@pytest.mark.parametrize(("units", "dtype"), [("AVX2", "float32"), ("AVX512", "")])
+def test_no_type_that_the_processor_is_slow_at(units: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: units)
+    assert shapes.quick_dtype("S") == dtype
+    assert shapes.quick_dtype("demo") == ""
 
 
 def test_unknown_shapes_are_refused(tmp_path: Path) -> None:
