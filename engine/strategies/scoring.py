@@ -69,7 +69,11 @@ class Scoring:
                 field=SCORE,
             )
         if collaboration.prompts:
-            raise Rejected("score: the joint model is scored on one text for all its members", field=SCORE)
+            raise Rejected(
+                "prompts: the joint model is scored on one text for all its members; leave prompts out, or take score"
+                ' "base"',
+                field="collaboration.prompts",
+            )
         if collaboration.member is not None:
             raise Rejected("score: a member alone scores its prompt by itself", field=SCORE)
         if len(answer.request.prompt) < 2:

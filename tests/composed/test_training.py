@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from engine.composed.artifact import Composition, Connection, Heads, make_member
+from engine.composed.artifact import TENSORS_FILE, Composition, Connection, Heads, make_member
 from engine.errors import CollmError
 from tests.composed import one_lane
 from tests.composed.checkpoints import PLANS, save_member
 from tests.composed.reference import Reference
 from tests.packaging.sources import ROOT
 from training.checkpoints import check_models, load_causal
+from training.compose import learn
 from training.compose.__main__ import run_stage
 from training.compose.learn import new_model, planned
 from training.compose.settings import ComposeSettings
@@ -147,8 +149,6 @@ def test_an_interrupted_training_goes_on(project: Path, monkeypatch: pytest.Monk
     runs = project.parent / "out" / "train"
     whole = (runs / "composed-0" / "model" / "composition.safetensors").read_bytes()
     again = [*overrides, f"out={project.parent}/again"]
-    from training.compose import learn
-
     logp, calls = learn._logp, iter(range(10**6))
 
     def interrupted(*arguments: Any) -> torch.Tensor:
@@ -171,6 +171,23 @@ def test_training_stops_when_nothing_gets_better(project: Path) -> None:
     run_stage("train", project, overrides)
     looks = json.loads((project.parent / "out" / "train" / "composed-0" / "looks.json").read_text())
     assert len(looks) < 24
+
+
+def test_what_is_saved_is_what_did_best(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def loss(looks: learn._Looks) -> float:
+        (output,) = (weight for name, weight in looks._learned.items() if name.endswith("0.output.weight"))
+        seen.append(output.detach().clone())
+        return (3.0, 1.0, 2.0)[min(len(seen), 3) - 1]
+
+    monkeypatch.setattr(learn._Looks, "_loss", loss)
+    run_stage("train", project, ["train.patience=2", "train.evaluate_every=1", "evaluate.controls=[]"])
+    assert len(seen) > 3
+    model = project.parent / "out" / "train" / "composed-0" / "model"
+    saved = load_file(str(model / TENSORS_FILE))["connections.0.output.weight"]
+    assert torch.equal(saved, seen[1])
+    assert not torch.equal(saved, seen[-1])
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_an_expert_that_is_lost_within_its_turn_ends_the_request() -> None:
     [
         ({"prompt": [1]}, "one token", "score"),
         ({"member": 1}, "a member alone", "score"),
-        ({"prompts": ((1, [1, 2]),)}, "one text", "score"),
+        ({"prompts": ((1, [1, 2]),)}, "leave prompts out", "prompts"),
         ({"blend": Blend("mixture", ((0, 0.5), (1, 0.4)))}, "sum to 1", "blend"),
         ({"experts": (3,)}, "does not exist", "experts"),
     ],

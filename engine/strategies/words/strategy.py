@@ -111,7 +111,7 @@ class _Question(NamedTuple):
     confidence: float | None
     confidences: list[float]
 
-    def look(self, *, agreed: bool) -> Look:
+    def look(self, *, agreed: bool | None = None) -> Look:
         """How sure base and expert were."""
         return Look(self.confidence, min(self.confidences, default=None), agreed)
 
@@ -220,7 +220,8 @@ class WordsDecoding(DeferralDecoding):
                 self.question = _Question(writer, sample.token, deferral, word, [], sample.top_probability, [])
                 return self._on_word(self.question, side)
             self.words.counters.unaligned_deferrals += 1
-        return self._write(Token(sample.token, BASE, deferral, look=Look(sample.top_probability)))
+        look = Look(sample.top_probability) if self.looks else None
+        return self._write(Token(sample.token, BASE, deferral, look=look))
 
     def _on_token(self, question: _Question, lane: int, sample: Sample) -> Iterable[Decision]:
         """An expert that shares the base's vocabulary has spoken."""
@@ -332,8 +333,7 @@ class WordsDecoding(DeferralDecoding):
         self.question = None
         if side is not None:
             side.strand.cut(len(self.text))
-        look = Look(question.confidence, min(question.confidences, default=None))
-        return self._write(Token(question.token, BASE, question.deferral, look=look, vetoed=vetoed))
+        return self._write(Token(question.token, BASE, question.deferral, look=question.look(), vetoed=vetoed))
 
     def _write(self, *tokens: Token) -> Iterator[Decision]:
         """Write tokens, then ask the base."""
