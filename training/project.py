@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from engine.adapters import is_adapter
 from engine.checkpoints import TOKENIZER, Checkpoint
 from engine.compatibility import compatibility
+from engine.composed.artifact import Composition, is_composed
 from engine.spelling.speller import Speller
 from training.checkpoints import (
     check_models,
@@ -74,7 +75,7 @@ class Project:
         check_models(self.settings)
         for split in self.splits:
             self.data(split)
-        check_engine_options(self.settings)
+        check_engine_options(self.settings.engine, ("base", *self.settings.expert_names), self.settings.out)
         check_tracker(self.settings)
 
     @property
@@ -180,8 +181,13 @@ class Project:
         return ContentHashes(self.folder("hashes.json"))
 
     def hash_of(self, folder: Path) -> str:
-        """A hash of a folder's content: a model, or a gate."""
-        return self._hashes.of(folder)
+        """A hash of a folder's content: a model, or a gate; of a composed checkpoint, of its members' content too."""
+        own = self._hashes.of(folder)
+        if not is_composed(folder):
+            return own
+        composition = Composition.load(folder)
+        members = (composition.anchor, *composition.augmenting)
+        return hash_of_all([own, *(self._hashes.of(member.path) for member in members)])
 
     # -- where things are -------------------------------------------------------------------------------------
 

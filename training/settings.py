@@ -8,7 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -18,6 +18,8 @@ from training.errors import SettingsError
 FEATURES = ("entropy", "margin", *(f"logprob_{rank}" for rank in range(1, 6)))
 """``engine.gates.FEATURES``, which is not imported: wrong settings are found before torch is loaded."""
 _S = TypeVar("_S", bound="Section")
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What all libraries take, also multiplied by a million for the draws of single steps and questions."""
 Method = Literal["collm", "weak", "finetuned"]
 Split = Literal["train", "validation", "test"]
 
@@ -300,7 +302,7 @@ class Settings(Section):
 
     out: Path
     """Folder of everything that the stages write."""
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     """One training of each method a seed. The pair to be served is that of the first."""
     base: BaseSettings
     experts: tuple[ExpertSettings, ...] = Field(min_length=1)
@@ -331,7 +333,7 @@ class Settings(Section):
             if name not in ("base", *names):
                 raise ValueError(f"engine.lanes.{name}: is neither 'base' nor an expert")
         for name in ("base", *(expert.name for expert in self.experts if expert.adapter is None)):
-            _check_lane(name, self.engine.lane(name))
+            check_lane(name, self.engine.lane(name))
         for expert in self.experts:
             if expert.adapter is not None and expert.name in self.engine.lanes:
                 raise ValueError(f"engine.lanes.{expert.name}: an adapter computes in the base's lane")
@@ -346,8 +348,12 @@ class Settings(Section):
         return tuple(expert.name for expert in self.experts)
 
 
-def _check_lane(name: str, lane: dict[str, Any]) -> None:
-    """Find now what the engine would refuse when it starts, after hours of scoring and training."""
+def check_lane(name: str, lane: dict[str, Any]) -> None:
+    """Find now what the engine would refuse when it starts, after hours of scoring and training.
+
+    Raises:
+        ValueError: naming the lane.
+    """
     try:
         LaneConfig.model_validate({"model": name, **lane})
     except ValidationError as error:

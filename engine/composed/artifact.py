@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,11 @@ class Composition:
             CompositionError: naming the member, and how it differs.
         """
         for role, member in [("anchor", self.anchor), *((f"augmenting model {m.name}", m) for m in self.augmenting)]:
+            if not member.path.is_dir():
+                raise CompositionError(
+                    f"the {role} is not in {member.path}, where {FIELDS_FILE} says that it is: put it there, or "
+                    "correct its path"
+                )
             differences = member.identity.differences(_identity_of(role, member.path))
             if differences:
                 raise CompositionError(
@@ -237,28 +242,36 @@ class Composition:
         Raises:
             CompositionError: naming the file and the field.
         """
-        fields, config = _Reader(folder / FIELDS_FILE, {}), _Reader(folder / CONFIG_FILE, {})
+        for field, problem in self.problems():
+            file, name = (
+                (FIELDS_FILE, field) if field.startswith("augmenting") else (CONFIG_FILE, f"{CONFIG_KEY}.{field}")
+            )
+            raise CompositionError(f"{folder / file}: field {name}: {problem}")
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What does not hold among the fields, and the field that it is about."""
         names = [member.name for member in self.augmenting]
         for name in names:
             # A module's name in the model: no dots, and no number, which vLLM would take for a layer's.
             if not name.isidentifier() or names.count(name) > 1:
-                raise fields.wrong("augmenting.name", f"{name!r} is no identifier, or is there twice")
-        form, key = self.heads, CONFIG_KEY
+                yield "augmenting.name", f"{name!r} is no identifier, or is there twice"
+        form = self.heads
         if min(form.heads, form.kv_heads, form.head_size) < 1 or form.heads % form.kv_heads:
-            raise config.wrong(f"{key}.kv_heads", f"{form.kv_heads} does not divide heads, {form.heads}")
+            yield "kv_heads", f"{form.kv_heads} does not divide heads, {form.heads}"
         for connection in self.connections:
             if connection.augmenting not in names:
-                raise config.wrong(f"{key}.connections", f"there is no augmenting model {connection.augmenting!r}")
+                yield "connections", f"there is no augmenting model {connection.augmenting!r}"
+                continue
             layers = self.member(connection.augmenting).layers
             if not 1 <= connection.layer <= layers:
-                raise config.wrong(f"{key}.connections.layer", f"{connection.layer} is not in 1..{layers}")
+                yield "connections.layer", f"{connection.layer} is not in 1..{layers}"
             if not 1 <= connection.into <= self.anchor.layers:
-                raise config.wrong(f"{key}.connections.into", f"{connection.into} is not in 1..{self.anchor.layers}")
+                yield "connections.into", f"{connection.into} is not in 1..{self.anchor.layers}"
         for name in names:
             if all(connection.augmenting != name for connection in self.connections):
-                raise config.wrong(f"{key}.connections", f"none reads the augmenting model {name!r}")
+                yield "connections", f"none reads the augmenting model {name!r}"
         if not names:
-            raise fields.wrong("augmenting", "names no model")
+            yield "augmenting", "names no model"
 
 
 def is_composed(folder: str | Path) -> bool:

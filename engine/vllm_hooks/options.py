@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
@@ -152,21 +153,24 @@ def _threads(cores: int, lanes: tuple[LaneConfig, ...]) -> dict[str, str]:
     for each other by spinning, so one that lacks a core holds up all. On two cores that would be half of the machine.
     There a large model takes both, and its threads give way after some microseconds of waiting.
     """
-    if cores == 2 and any(_is_large(lane.model) for lane in lanes):
+    if cores == 2 and any(is_large(lane.model) for lane in lanes):
         return {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "1000"}
     return {"OMP_NUM_THREADS": str(max(1, cores - 1))}
 
 
-def _is_large(model: str) -> bool:
+def is_large(model: str) -> bool:
+    """Whether a step of a model, a folder or a name on a hub, is faster on two threads than on one."""
     directory = Path(model)
     if not directory.is_dir():
         return True  # from a hub
     folders = [directory]
     composition = directory / "composition.json"
     if composition.is_file():
-        # A composed checkpoint holds little itself; what it computes is in its members.
-        fields = json.loads(composition.read_text(encoding="utf-8"))
-        folders += [directory / member["path"] for member in (fields["anchor"], *fields["augmenting"])]
+        # A composed checkpoint holds little itself; what it computes is in its members. What is damaged there is said
+        # by who loads it: nothing that imports torch may be asked before the threads are set.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            fields = json.loads(composition.read_text(encoding="utf-8"))
+            folders += [directory / member["path"] for member in (fields["anchor"], *fields["augmenting"])]
     return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors")) >= LARGE_BYTES
 
 

@@ -17,6 +17,7 @@ from engine.composed.artifact import Composition, Connection, Heads, is_composed
 from engine.config import EngineConfig, LaneConfig
 from engine.errors import CompositionError, ConfigError
 from engine.vllm_hooks.load import make_plan
+from engine.vllm_hooks.options import is_large
 from tests.composed.checkpoints import LLAMA, compose, save_member
 from tests.oracle.pairs import save_tokenizer
 
@@ -98,6 +99,21 @@ def test_damaged_fields(copied: Path, file: str, change: Callable[[dict[str, Any
         Composition.load(copied)
     assert message in str(caught.value)
     assert str(copied / file) in str(caught.value) or "safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"anchor": {}}', '{"anchor": {"path": 1}, "augmenting": []}', "1"])
+def test_damaged_files_are_named_where_a_configuration_is_checked(copied: Path, content: str) -> None:
+    """Also by what looks at the size of the members before, to choose the number of threads."""
+    (copied / "composition.json").write_text(content)
+    assert not is_large(str(copied))
+    with pytest.raises(ConfigError, match=rf"base\.model: {copied}/composition\.json: "):
+        make_plan(EngineConfig(base=LaneConfig(model=str(copied))))
+
+
+def test_a_member_that_was_moved(copied: Path) -> None:
+    (copied.parent / "other").rename(copied.parent / "another")
+    with pytest.raises(ConfigError, match=r"augmenting model other is not in .*, where composition.json says"):
+        make_plan(EngineConfig(base=LaneConfig(model=str(copied))))
 
 
 def test_damaged_tensors(copied: Path) -> None:

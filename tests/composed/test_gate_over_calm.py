@@ -12,8 +12,9 @@ from engine.composed.artifact import Connection, Heads
 from engine.gate import GateArtifact
 from tests.composed.checkpoints import compose
 from tests.composed.reference import Reference
-from tests.training.builders import WIDTH, TinyProject
+from tests.training.builders import WIDTH, TinyProject, save_model
 from training.__main__ import main
+from training.graph import BASE, scores
 from training.stages.score import score_split
 
 pytest.importorskip("matplotlib")
@@ -38,13 +39,24 @@ def tiny(tmp_path: Path) -> TinyProject:
 
 def test_the_gate_reads_the_composed_states(tiny: TinyProject) -> None:
     project = tiny.project
-    scores, row = score_split(project, "train"), 0
+    found, row = score_split(project, "train"), 0
     reference = Reference(project.base)
     for example in project.data("train").tokens:
         hidden_D, logits_V = reference.hidden_and_logits(example.prompt)
-        torch.testing.assert_close(scores.hidden_ND[row], hidden_D, atol=1e-4, rtol=1e-4)
-        assert scores.base.top_N[row] == logits_V[:257].argmax()
+        torch.testing.assert_close(found.hidden_ND[row], hidden_D, atol=1e-4, rtol=1e-4)
+        assert found.base.top_N[row] == logits_V[:257].argmax()
         row += len(example.completion)
+
+
+def test_a_retrained_member_is_another_base(tiny: TinyProject, tmp_path: Path) -> None:
+    """Its weights are not in the composed checkpoint's folder, and count all the same."""
+    main(["score", "--config", str(tiny.write())])
+    project = tiny.project
+    assert scores(project, "train", BASE).done
+    save_model(tmp_path / "expert2", seed=9)
+    stage = scores(tiny.project, "train", BASE)
+    assert not stage.done
+    assert stage.differences == ("model is another one",)
 
 
 def test_pipeline(tiny: TinyProject, tmp_path: Path) -> None:

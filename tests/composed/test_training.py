@@ -23,6 +23,9 @@ from training.compose.__main__ import run_stage
 from training.compose.learn import new_model, planned
 from training.compose.settings import ComposeSettings
 from training.compose.stages import folded, table
+from training.engine_options import vllm_version
+from training.errors import SettingsError
+from training.files import write_json
 from training.settings import Settings, read_settings
 
 WORDS = ("red", "green", "blue", "black")
@@ -196,7 +199,15 @@ def test_what_is_saved_is_what_did_best(project: Path, monkeypatch: pytest.Monke
         ("connect.heads=3", "connect.heads: 3 does not divide the anchor's hidden size, 64"),
         ("connect.connections=[{augmenting='facts', layer=9, into=1}]", "connections.layer: 9 is not in 1..2"),
         ("connect.connections=[{augmenting='who', layer=1, into=1}]", "there is no augmenting model 'who'"),
+        ("connect.kv_heads=3", "connect.kv_heads: 3 does not divide heads, 2"),
+        ("connect.connections=[{augmenting='facts', layer=1, into=4}]", "connect.connections.into: 4 is not in 1..3"),
         ("train.rate=1", "train.rate: no such setting"),
+        ("seeds=[18446744073709551616]", "seeds.0: Input should be less than 4294967296"),
+        ("compute.dtype=bfloat16", "compute.dtype: connections learn in float32"),
+        ("compute.device=nothing", "compute.device: nothing"),
+        ("data.chat_templates=own", "data.chat_templates: all members read the same tokens"),
+        ("engine.lanes.facts.vllm={dtype='float32'}", "engine.lanes: the composition and its members are asked"),
+        ("engine.tensor_parallel_size=2", "engine, lane 'anchor'"),
         ("anchor.model=nowhere", "nowhere"),
     ],
 )
@@ -204,6 +215,13 @@ def test_wrong_settings(project: Path, override: str, message: str) -> None:
     with pytest.raises(CollmError) as caught:
         run_stage("train", project, [override])
     assert message in str(caught.value)
+
+
+def test_the_engine_s_options_are_looked_at_before_training(project: Path) -> None:
+    write_json(project.parent / "out" / f"options-of-vllm-{vllm_version()}.json", ["dtype"])
+    with pytest.raises(SettingsError, match="dtyp: vLLM has no such engine option; did you mean 'dtype'"):
+        run_stage("train", project, ["engine.backend=vllm", "engine.vllm={dtyp='float32'}"])
+    assert not (project.parent / "out" / "train").exists()
 
 
 def test_connections_by_hand(project: Path) -> None:

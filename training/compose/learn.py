@@ -36,7 +36,7 @@ def planned(settings: ComposeSettings, anchor: Member, augmenting: Sequence[Memb
     goes into a layer of the anchor that others follow, which can work with what was read.
 
     Raises:
-        SettingsError: heads that do not divide the anchor's hidden size.
+        SettingsError: heads that do not divide the anchor's hidden size, or connections that cannot be made.
     """
     connect = settings.connect
     connections = [Connection(c.augmenting, c.layer, c.into) for c in connect.connections]
@@ -51,7 +51,10 @@ def planned(settings: ComposeSettings, anchor: Member, augmenting: Sequence[Memb
     if connect.head_size is None and anchor.hidden_size % heads:
         raise SettingsError(f"connect.heads: {heads} does not divide the anchor's hidden size, {anchor.hidden_size}")
     form = Heads(heads, connect.kv_heads or heads, size, connect.normalize)
-    return Composition(anchor, tuple(augmenting), tuple(connections), form)
+    found = Composition(anchor, tuple(augmenting), tuple(connections), form)
+    for field, problem in found.problems():
+        raise SettingsError(f"connect.{field}: {problem}")
+    return found
 
 
 def new_model(composition: Composition, anchor: Any, augmenting: Mapping[str, Any], seed: int) -> ComposedModel:

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from training.settings import BaseSettings, ComputeSettings, DataSettings, EngineSettings, Section
+from training.settings import BaseSettings, ComputeSettings, DataSettings, EngineSettings, Section, Seed, check_lane
 
 Control = Literal["random", "lora"]
 
@@ -92,7 +92,7 @@ class ComposeSettings(Section):
 
     out: Path
     """Folder of everything that the stages write."""
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field(default=(0,), min_length=1)
     """One training each. The composition to be served is that of the first."""
     anchor: BaseSettings
     augmenting: tuple[AugmentingSettings, ...] = Field(min_length=1)
@@ -115,4 +115,12 @@ class ComposeSettings(Section):
                 raise ValueError(f"augmenting.name: {name!r} is taken")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: one is there twice")
+        # What would be heeded nowhere.
+        if self.compute.dtype != "float32":
+            raise ValueError("compute.dtype: connections learn in float32, and so are the members read")
+        if self.data.chat_templates != "base":
+            raise ValueError("data.chat_templates: all members read the same tokens, by the anchor's chat template")
+        if self.engine.lanes:
+            raise ValueError("engine.lanes: the composition and its members are asked with the same options")
+        check_lane("anchor", self.engine.lane("anchor"))
         return self

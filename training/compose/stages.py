@@ -20,6 +20,7 @@ from training.compose.composed import ComposedModel
 from training.compose.learn import BEST, Learning, learn, new_model, planned, with_adapter
 from training.compose.settings import ComposeSettings
 from training.data import spread
+from training.engine_options import check_engine_options
 from training.errors import SettingsError
 from training.files import ContentHashes, StageFolder, hash_of, read_json, write_json, write_text
 from training.fit import CHECKPOINT
@@ -46,9 +47,10 @@ class ComposeProject:
             CollmError: what is missing or does not fit, in one line.
         """
         check_members(self.anchor, self.augmenting)
-        self.composition.check_fields(self.settings.out)
+        _ = self.composition, self.device
         for split in ("train", "validation", *(["test"] if self.settings.data.test else [])):
             self.data(split)
+        check_engine_options(self.settings.engine, ("anchor",), self.settings.out)
 
     @cached_property
     def anchor(self) -> Member:
