@@ -74,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(line + "\n")
     print(line)
-    return 0
+    failures = [failure for report in reports for failure in report.failures]
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 async def _run(options: argparse.Namespace, workdir: Path) -> list[Report]:

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import os
 import statistics
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from bench.contenders.per_token_http import PerTokenHttp
 from bench.contenders.server import Server, server_service
 from bench.contenders.stock import Stock, stock_service
 from bench.coordination import ACCOUNT_HEADERS, account_cells, account_record
+from bench.errors import BenchError
 from bench.load import Outcome, drive
 from bench.progress import Progress
 from bench.report import Bar, Report, percentile, spread, table
@@ -68,12 +69,14 @@ class Found:
         peak_rss: of each contender's process trees, in bytes.
         cpu_per_token: of those process trees, in seconds, for each contender and cell; one entry per round.
         right: share of a real pair's questions that each contender that writes text answers exactly.
+        missing: why contenders take no part, or no part any more: a process that they need did not start.
     """
 
     outcomes: dict[tuple[str, Cell], list[tuple[Outcome, Account | None]]] = field(default_factory=dict)
     peak_rss: dict[str, int] = field(default_factory=dict)
     cpu_per_token: dict[tuple[str, Cell], list[float]] = field(default_factory=dict)
     right: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
     def speeds(self, name: str, cell: Cell) -> list[float]:
         """Tokens per second, one entry per round; empty if the contender was not measured there."""
@@ -157,8 +160,14 @@ async def measure(
             found.peak_rss[contender.name] = max(peak, found.peak_rss.get(contender.name, 0))
             progress.step()
 
+        def miss(service: Service, error: BenchError) -> None:
+            progress.say(f"{service.name} did not start")
+            for contender in taking_part:
+                if service in contender.services:
+                    found.missing[contender.name] = f"{contender.name}: {error}"
+
         run = _frozen if starts == "once" else _started_anew
-        await run(taking_part, services, cells, rounds, measure_once, progress)
+        await run(taking_part, services, cells, rounds, measure_once, progress, miss, found.missing)
     return _report(settings, cells, found, requests=requests, max_tokens=max_tokens, starts=starts)
 
 
@@ -189,12 +198,14 @@ async def _frozen(
     rounds: int,
     measure_once: Measure,
     progress: Progress,
+    miss: Callable[[Service, BenchError], None],
+    missing: Collection[str],
 ) -> None:
-    async with running(services, lambda name: progress.say(f"starting {name}")):
+    async with running(services, lambda name: progress.say(f"starting {name}"), miss):
         for number in range(rounds):
             for cell in cells:
                 for contender in taking_part:
-                    if not contender.takes(cell):
+                    if not contender.takes(cell) or contender.name in missing:
                         continue
                     for service in contender.services:
                         processes.thaw(service.pid)
@@ -210,13 +221,17 @@ async def _started_anew(
     rounds: int,
     measure_once: Measure,
     progress: Progress,
+    miss: Callable[[Service, BenchError], None],
+    missing: Collection[str],
 ) -> None:
     for number in range(rounds):
         for contender in taking_part if number % 2 == 0 else reversed(taking_part):
             taken = [cell for cell in cells if contender.takes(cell)]
-            if not taken:
+            if not taken or contender.name in missing:
                 continue
-            async with running(list(contender.services), lambda name: progress.say(f"starting {name}")):
+            async with running(list(contender.services), lambda name: progress.say(f"starting {name}"), miss):
+                if contender.name in missing:
+                    continue
                 for service in contender.services:
                     processes.thaw(service.pid)
                 for cell in taken:
@@ -280,6 +295,8 @@ def _report(
         for row in peaks:
             row.append(f"{found.right[row[0]]:.1%}" if row[0] in found.right else "-")
     text += table(headers, peaks)
+    if found.missing:
+        text += "\n\nDid not start: " + "; ".join(found.missing.values())
     data = {
         "measurement": "compare",
         "shape": settings.pair.name,
@@ -290,7 +307,7 @@ def _report(
         "answered_exactly": found.right,
         "cells": records,
     }
-    return Report(text, data, bars(settings.pair.name, cells, found))
+    return Report(text, data, bars(settings.pair.name, cells, found), tuple(found.missing.values()))
 
 
 def _outcome_cells(outcomes: list[Outcome]) -> list[str]:

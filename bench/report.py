@@ -102,16 +102,19 @@ class Report:
     Attributes:
         text: Markdown.
         data: the same and more, for programs.
+        failures: what could not be measured, one line each.
     """
 
     text: str
     data: dict[str, Any]
     bars: list[Bar]
+    failures: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
         """All of it, fit for JSON."""
         return {
             **self.data,
+            "failures": self.failures,
             "bars": [
                 asdict(bar) | {"values": list(bar.values), "median": bar.median, "met": bar.met} for bar in self.bars
             ],

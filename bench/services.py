@@ -136,14 +136,33 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def running(services: list[Service], on_start: Callable[[str], None]) -> AsyncIterator[None]:
-    """All services started and frozen; ended at the end, whatever happens."""
+async def running(
+    services: list[Service],
+    on_start: Callable[[str], None],
+    on_failure: Callable[[Service, BenchError], None] | None = None,
+) -> AsyncIterator[None]:
+    """All services started and frozen; ended at the end, whatever happens.
+
+    Args:
+        on_failure: called with a service that did not start, and why; the others go on.
+
+    Raises:
+        BenchError: one did not start, and there is no ``on_failure``.
+    """
     started: list[Service] = []
     try:
         for service in services:
             on_start(service.name)
             started.append(service)
-            await service.start()
+            try:
+                await service.start()
+            except BenchError as error:
+                if on_failure is None:
+                    raise
+                on_failure(service, error)
+                # What is left of it would hold memory that the next one needs.
+                await started.pop().stop()
+                continue
             processes.freeze(service.pid)
         yield
     finally:
