@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from training.command import run_command
 from training.errors import SettingsError
 from training.graph import STAGES
+from training.launcher import world_size
 
 if TYPE_CHECKING:
     from training.project import Project
@@ -69,7 +69,7 @@ def run_stage(stage: str, config: Path, overrides: Sequence[str]) -> None:
     Raises:
         CollmError: what is wrong, in one line.
     """
-    several = _launched()
+    several = world_size() > 1
     if several and stage != "train":
         raise SettingsError(f"{stage} is one process's work: start it without a launcher; of several, train runs")
     project = _project(config, overrides)
@@ -85,11 +85,6 @@ def run_stage(stage: str, config: Path, overrides: Sequence[str]) -> None:
         names = ["calibrate", "export"]
     for name in names:
         STAGES[name].run(project)
-
-
-def _launched() -> bool:
-    """Whether a launcher such as torchrun has started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _train_together(project: Project) -> None:

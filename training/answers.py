@@ -23,12 +23,16 @@ class AnswerCache:
         label: names the models in progress bars.
         gate: None serves only what needs none.
         experts: whether there are any beside the base.
+
+    Attributes:
+        members: how many models there are.
     """
 
     def __init__(
         self, project: Project, folder: Path, label: str, base: Path, gate: Path | None, *, experts: bool = True
     ) -> None:
         paths = project.expert_paths if experts else {}
+        self.members = 1 + len(paths)
         self._folder = folder
         self._label = label
         self._tokenizer = project.tokenizer

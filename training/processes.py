@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from training import launcher
 from training.errors import SettingsError
 
 _LONGEST_WAIT = datetime.timedelta(hours=2)
@@ -69,15 +70,15 @@ def started_by_launcher(environment: Mapping[str, str] = os.environ) -> Processe
     """What a launcher says in the environment, without starting anything.
 
     Raises:
-        SettingsError: a launcher told only a part of it.
+        SettingsError: a launcher told only a part of it, or something that is no number.
     """
-    count = int(environment.get("WORLD_SIZE", "1"))
+    count = launcher.world_size(environment)
     if count == 1:
         return ALONE
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in environment:
             raise SettingsError(f"WORLD_SIZE is {count}, but {name} is not set: start the processes with torchrun")
-    return Processes(int(environment["RANK"]), count)
+    return Processes(launcher.rank(environment), count)
 
 
 @cache

@@ -31,8 +31,11 @@ from training.errors import SettingsError
 from training.files import ContentHashes, hash_of_all
 from training.graph import mode_of
 from training.scoring import ModelScores
-from training.settings import DataSettings, Method, Settings, Split
+from training.settings import DataSettings, Method, Settings, Split, StrategyRow
 from training.tracking import check_tracker
+
+ONE_VOCABULARY: tuple[StrategyRow, ...] = ("mixture", "product")
+"""Blends that are not defined over several."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,16 @@ class Project:
             self.data(split)
         check_engine_options(self.settings.engine, ("base", *self.settings.expert_names), self.settings.out)
         check_tracker(self.settings)
+        self._check_strategies()
+
+    def _check_strategies(self) -> None:
+        for row in self.settings.evaluate.strategies:
+            own = [name for name in self.expert_paths if self.own_speller(name) is not None]
+            if row in ONE_VOCABULARY and own:
+                raise SettingsError(
+                    f"evaluate.strategies: {row} is for members of one vocabulary, and {own[0]} has its own: "
+                    "union and characters take several"
+                )
 
     @property
     def splits(self) -> list[Split]:

@@ -31,11 +31,22 @@ _LEGEND = (
     "validation questions. The oracle is computed from teacher-forced scores, and defers only where an expert's argmax "
     "is the gold token and the base's is not."
 )
+_ASKED_FOR = (
+    "Vetoes were chosen on the validation questions too. Samples are drawn at temperature 0.7; all of them "
+    "count in the seconds."
+)
+_ALWAYS = (FINETUNED, COLLM, WEAK, RANDOM, CONFIDENCE, CALIBRATED_CONFIDENCE, UNTRAINED_CONFIDENCE)
+"""Rows of every evaluation that has them, in their order, between the members alone and what was asked for beside."""
 
 
-def alone(expert: str) -> str:
-    """The row of an expert alone."""
-    return f"{expert} alone"
+def alone(member: str) -> str:
+    """The row of a member alone."""
+    return f"{member} alone"
+
+
+def sampled(member: str, samples: int) -> str:
+    """The row of a member alone with several tries."""
+    return f"{alone(member)}, likeliest of {samples} samples"
 
 
 def write(folder: Path, rows: Rows, curves: Curves, experts: Sequence[str]) -> None:
@@ -43,12 +54,10 @@ def write(folder: Path, rows: Rows, curves: Curves, experts: Sequence[str]) -> N
 
     The answers' rights and wrongs ("right") are in no file: intervals are made of them.
     """
-    order = [
-        BASE, *map(alone, experts), FINETUNED, COLLM, WEAK, RANDOM, CONFIDENCE, CALIBRATED_CONFIDENCE,
-        UNTRAINED_CONFIDENCE, ORACLE,
-    ]  # fmt: skip
-    rows = {name: rows[name] for name in order if name in rows}
-    text = table(rows)
+    order = [BASE, *map(alone, experts), *_ALWAYS]
+    others = [name for name in rows if name not in (*order, ORACLE)]
+    rows = {name: rows[name] for name in (*order, *others, ORACLE) if name in rows}
+    text = table(rows) + (f"\n{_ASKED_FOR}\n" if others else "")
     summary = {
         name: {key: _mean_and_spread(by_seed, key) for key in ("exact_match", "deferral_rate")}
         for name, by_seed in rows.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,15 +13,18 @@ import msgspec
 from tqdm import tqdm
 
 from engine.adapters import is_adapter
+from engine.blends import Blend
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
 from engine.errors import EngineDeadError, EngineStartupError
 from engine.offline import Engine
-from engine.types import Collaboration, Completion, GenerationRequest, PolicyName, SamplingSpec
+from engine.types import BASE, Collaboration, Completion, GenerationRequest, PolicyName, SamplingSpec, StrategyName
 from training.checkpoints import load_tokenizer
 from training.data import Example, TokenExample, spread
 from training.errors import TrainingError
 from training.project import Project
 from training.settings import EngineSettings, Split
+
+SAMPLE_TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Answer:
     Attributes:
         text: without the end-of-sequence token.
         ended: whether there was one.
-        sources: lane numbers, 0 the base.
+        sources: lane numbers, 0 the base; BLEND where several wrote together.
         complete: whether the gold completion is one, or only the start of one.
     """
 
@@ -81,8 +84,8 @@ class Result:
 
     @property
     def expert_tokens(self) -> int:
-        """Completion tokens that an expert wrote."""
-        return sum(source > 0 for answer in self.answers for source in answer.sources)
+        """Completion tokens that an expert wrote, or had a part in."""
+        return sum(source != BASE for answer in self.answers for source in answer.sources)
 
     @property
     def deferral_rate(self) -> float:
@@ -135,6 +138,12 @@ def by_task(answers: Iterable[tuple[str, bool]]) -> dict[str, float]:
     for task, right in answers:
         tasks.setdefault(task, []).append(right)
     return {task: sum(found) / len(found) for task, found in sorted(tasks.items())}
+
+
+def mean_logprob(completion: Completion) -> float:
+    """Of the completion's tokens, which were asked for with their log-probabilities."""
+    entries = completion.logprobs or []
+    return sum(entry.logprobs[0] for entry in entries) / max(1, len(entries))
 
 
 def asked_numbers(project: Project, split: Split, limit: int | None) -> list[int]:
@@ -229,26 +238,61 @@ class Pair:
         threshold: float | None = None,
         rate: float = 0.0,
         member: int | None = None,
+        veto: float | None = None,
+        blend: dict[str, Any] | None = None,
+        strategy: StrategyName | None = None,
+        samples: int = 0,
         seed: int = 0,
     ) -> Result:
         """Answer all questions together.
 
         Args:
             member: a lane alone: 0 the base, k expert k; None is the joint model under ``policy``.
-            seed: of the random policy's draws.
+            veto: see :class:`~engine.types.Collaboration`, as for ``strategy``.
+            blend: the fields of a :class:`~engine.blends.Blend`.
+            samples: the likeliest of so many answers sampled at ``SAMPLE_TEMPERATURE`` counts; all cost.
+            seed: of the random policy's draws, and of samples.
 
         Raises:
             TrainingError: the engine fails a request or ends; nothing of this call is kept.
         """
-        collaboration = Collaboration(member=member, policy=policy, threshold=threshold, rate=rate)
+        collaboration = Collaboration(
+            member=member,
+            policy=policy,
+            threshold=threshold,
+            rate=rate,
+            veto=veto,
+            blend=None if blend is None else msgspec.convert(blend, Blend),
+            strategy=strategy,
+        )
         if not self._warm:
             # The first steps compile and allocate; they are no part of what is timed.
             self._warm = True
             few = Questions(questions.examples[:2], questions.tokens[:2], questions.room)
             self.complete(few, collaboration, "warm up", seed=seed)
         started = time.monotonic()
-        completions = self.complete(questions, collaboration, label, seed=seed)
-        return self.result(questions, completions, time.monotonic() - started, member)
+        if not samples:
+            completions = self.complete(questions, collaboration, label, seed=seed)
+            return self.result(questions, completions, time.monotonic() - started, member)
+        tries = [
+            self.complete(
+                questions,
+                collaboration,
+                f"{label} {number + 1}",
+                seed=seed * samples + number,
+                temperature=SAMPLE_TEMPERATURE,
+                logprobs=0,
+            )
+            for number in range(samples)
+        ]
+        seconds = time.monotonic() - started
+        likeliest = [max(each, key=mean_logprob) for each in zip(*tries, strict=True)]
+        spent = [self.result(questions, each, seconds, member) for each in tries]
+        return replace(
+            self.result(questions, likeliest, seconds, member),
+            expert_seconds=sum(each.expert_seconds for each in spent),
+            lane_seconds=sum(each.lane_seconds for each in spent),
+        )
 
     def result(
         self, questions: Questions, completions: Sequence[Completion], seconds: float, member: int | None = None
@@ -313,5 +357,8 @@ class Pair:
     def _answer(self, example: Example, completion: Completion, member: int | None) -> Answer:
         ended = completion.finish_reason == "stop"
         tokenizer = self._tokenizer if member is None else self._own.get(member, self._tokenizer)
-        text = tokenizer.decode(completion.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if completion.texts:
+            text = b"".join(completion.texts).decode(errors="replace")
+        else:
+            text = tokenizer.decode(completion.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Answer(example.task, text, example.completion, ended, completion.sources, example.complete)

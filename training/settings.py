@@ -22,6 +22,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What all libraries take, also multiplied by a million for the draws of single steps and questions."""
 Method = Literal["collm", "weak", "finetuned"]
 Split = Literal["train", "validation", "test"]
+StrategyRow = Literal["veto", "mixture", "product", "union", "characters"]
 
 
 class Section(BaseModel):
@@ -255,6 +256,13 @@ class EvaluateSettings(Section):
     """Only so many questions, spread evenly."""
     room: int = Field(default=16, ge=1)
     """An answer may have so many tokens more than the gold completion."""
+    strategies: tuple[StrategyRow, ...] = ()
+    """Rows beside deferral, for each gate of Co-LLM: a veto chosen on the validation questions, what members write
+    together where the gate asks (a mixture by the gate's probabilities; a product or a union of all with equal
+    weights), or character by character."""
+    samples: int = Field(default=0, ge=0)
+    """So many answers of the member that is best alone are sampled, of which the likeliest counts: what more steps of
+    a single model buy. 0: no such row."""
 
 
 class TrackSettings(Section):

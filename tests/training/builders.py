@@ -132,6 +132,8 @@ RATES: dict[str, Callable[[float], float]] = {
     "threshold": lambda threshold: 1 - threshold,
     "confidence": lambda threshold: (1 - threshold) ** 2,
 }
+BLEND_RATES = {"mixture": 0.45, "product": 0.5, "union": 0.55}
+CHARACTERS_RATE = 0.6
 BEST_RATE = 0.4
 EXPERT_SECONDS = 0.01
 """Per token that an expert writes."""
@@ -158,12 +160,20 @@ class FakePair:
         threshold: float | None = None,
         rate: float = 0.0,
         member: int | None = None,
+        veto: float = 0.0,
+        blend: dict[str, Any] | None = None,
+        strategy: str | None = None,
+        samples: int = 0,
         seed: int = 0,
     ) -> Result:
         if member is not None:
             rate = float(member > 0)
+            assert samples in (0, 2)
+        elif strategy is not None:
+            rate = CHARACTERS_RATE
         elif policy != "random":
             rate = RATES[policy](threshold or 0.0)
+            rate = rate * (1 - veto) if blend is None else BLEND_RATES[blend["kind"]]
         deferred = round(100 * rate)
         right = round((1 - abs(rate - BEST_RATE)) * len(questions))
         answers = [

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from engine.types import Completion, GenerationRequest
+from engine.blends import Blend
+from engine.types import BASE, BLEND, NO_TOKEN, Completion, Cost, GenerationRequest, TokenLogprobs
 from tests.training.builders import BEST_RATE, TinyProject, examples, write_jsonl
 from training.__main__ import main
 from training.data import Example, TokenExample
 from training.report import CALIBRATED_CONFIDENCE, COLLM, CONFIDENCE, ORACLE, RANDOM, UNTRAINED_CONFIDENCE
 from training.scoring import ModelScores, PairScores
-from training.serving import Answer, Pair, Questions, Result
+from training.serving import SAMPLE_TEMPERATURE, Answer, Pair, Questions, Result
 from training.stages.evaluate import _oracle
 
 pytest.importorskip("matplotlib")
@@ -87,6 +88,40 @@ def test_thresholds_of_confidence_are_chosen_on_the_questions_of_the_calibration
         assert UNTRAINED_CONFIDENCE in rows_of(tiny)
         for lane in ("collm-0", "members"):
             assert {len(found["answers"]) for found in answers(tiny, lane, "confidence, validation")} == {limit}
+
+
+@pytest.mark.usefixtures("fake_pair")
+def test_rows_of_other_strategies_and_of_as_many_steps_of_one_member(tiny: TinyProject) -> None:
+    for number, split in enumerate(("validation", "test")):
+        write_jsonl(tiny.folder / f"{split}.jsonl", examples(20, number))
+    assert main(["pipeline", "--config", str(tiny.write())]) == 0
+    before = rows_of(tiny)
+    tiny.content["evaluate"] |= {
+        "strategies": ["veto", "mixture", "product", "union", "characters", "veto"],
+        "samples": 2,
+    }
+    tiny.content["seeds"] = [0, 1]
+    # Always deferred: so a veto has something to better.
+    tiny.content["calibrate"]["rates"] = [1.0]
+    tiny.content["calibrate"]["refine"] = 0
+    assert main(["pipeline", "--config", str(tiny.write())]) == 0
+    table = json.loads((tiny.folder / "out" / "evaluate" / "table.json").read_text())["rows"]
+    rows = rows_of(tiny)
+    others = ["Co-LLM, veto", "Co-LLM, mixture", "Co-LLM, product", "Co-LLM, union", "characters"]
+    sampled = "base alone, likeliest of 2 samples"
+    assert [name for name in rows if name not in before] == [*others, sampled]
+    assert list(rows)[-1] == ORACLE
+    assert all(set(table[name]) == {"0", "1"} for name in others)
+    # As often as is best, of the vetoes that are tried.
+    assert rows["Co-LLM, veto"]["veto"] == 0.5
+    rates = {name: rows[name]["deferral_rate"] for name in others}
+    assert rates == pytest.approx(dict(zip(others, (0.5, 0.45, 0.5, 0.55, 0.6), strict=True)), abs=0.01)
+    assert all(rows[name]["expert_seconds"] > 0 for name in others)
+    (asked,) = (found for found in answers(tiny, "members", "samples"))
+    assert (asked["how"]["member"], asked["how"]["samples"]) == (0, 2)
+    (mixture,) = answers(tiny, "collm-1", "mixture")
+    assert mixture["how"]["blend"]["from_gate"] is True
+    assert mixture["how"]["blend"]["weights"] == [[0, 0.0], [1, 0.0]]
 
 
 def hand_made() -> PairScores:
@@ -171,6 +206,54 @@ def test_experts_with_vocabularies_of_their_own_are_asked_in_their_own_tokens(
         pair.answer(questions, "test", member=1)
     assert (joint.prompt, joint.collaboration.prompts) == ([1], ((1, own),))
     assert (asked[-1].prompt, asked[-1].collaboration.prompts) == (own, ())
+
+
+def test_of_several_samples_the_likeliest_counts_and_all_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[GenerationRequest]] = []
+
+    class Sampling(FakeEngine):
+        def generate(
+            self, requests: list[GenerationRequest], on_done: Callable[[Completion], None]
+        ) -> list[Completion]:
+            """Of the samples, the second is the likeliest by its mean, though not by its sum."""
+            calls.append(requests)
+            text, logprob = ("ok", -0.1) if len(calls) == 3 else ("o", -0.15)
+            entries = [TokenLogprobs([ord(c)], [logprob], 1) for c in text]
+            tokens, sources, cost = [ord(c) for c in text], [0] * len(text), Cost(seconds=[1.0, 0.5])
+            return [Completion(r.request_id, tokens, sources, [], "stop", entries, cost=cost) for r in requests]
+
+    monkeypatch.setattr("training.serving.Engine", Sampling)
+    config: Any = None
+    questions = Questions([Example("one", "ok"), Example("two", "ok")], [TokenExample([1], [0])] * 2, 20)
+    with Pair(config, Letters()) as pair:
+        result = pair.answer(questions, "test", member=0, samples=3)
+        plain = pair.answer(questions, "test", blend={"kind": "union", "weights": [[0, 0.5], [1, 0.5]]})
+    _warm_up, *tries, blended = calls
+    sampled = [request for each in tries for request in each]
+    assert result.score == 1.0
+    assert (result.expert_seconds, result.lane_seconds) == (3.0, 9.0)
+    assert plain.expert_seconds == 1.0
+    assert len({request.sampling.seed for request in sampled}) == 6
+    assert {request.sampling.temperature for request in sampled} == {SAMPLE_TEMPERATURE}
+    assert blended[0].collaboration.blend == Blend("union", ((0, 0.5), (1, 0.5)))
+    assert blended[0].sampling.temperature == 0.0
+
+
+def test_what_is_written_in_pieces_or_together_is_an_answer_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Pieces(FakeEngine):
+        def generate(
+            self, requests: list[GenerationRequest], on_done: Callable[[Completion], None]
+        ) -> list[Completion]:
+            tokens, sources, texts = [NO_TOKEN] * 4, [1, BASE, BLEND, 1], [b"o\xc3", b"\xa4", b"k", b""]
+            return [Completion(each.request_id, tokens, sources, [], "stop", texts=texts) for each in requests]
+
+    monkeypatch.setattr("training.serving.Engine", Pieces)
+    config: Any = None
+    with Pair(config, Letters()) as pair:
+        questions = Questions([Example("say it", "oäk")], [TokenExample([1], [0])], 20)
+        result = pair.answer(questions, "test", strategy="characters")
+    assert result.score == 1.0
+    assert (result.expert_tokens, result.tokens) == (3, 4)
 
 
 def test_an_answer_to_the_start_of_a_completion_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:

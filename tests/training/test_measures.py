@@ -46,6 +46,9 @@ def test_the_interval_is_that_of_the_normal_approximation_where_there_are_many_q
     # Seeds that answer the same questions alike tell nothing more about other questions.
     assert interval([right, right]) == (low, high)
     assert interval([right, [not each for each in right]]) == (0.5, 0.5)
+    assert interval([[True] * 10]) == (1.0, 1.0)
+    # Differences between two ways to answer, question by question.
+    assert interval([[each - 1 for each in right]]) == (pytest.approx(low - 1), pytest.approx(high - 1))
 
 
 @pytest.mark.usefixtures("fake_pair")

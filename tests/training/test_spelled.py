@@ -147,3 +147,16 @@ def test_the_pipeline_makes_a_gate_for_the_pair(spelled: TinyProject) -> None:
     assert identity.tokenizer_sha256 == own.identity.tokenizer_sha256 != base.identity.tokenizer_sha256
     artifact.check_fits(base, [own])
     assert "own" in json.loads(file.read_text())["experts"]
+
+
+def test_blends_of_one_vocabulary_are_refused_before_anything_runs(
+    spelled: TinyProject, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spelled.content["evaluate"]["strategies"] = ["union", "veto", "mixture"]
+    assert main(["score", "--config", str(spelled.write())]) == 1
+    assert (
+        "evaluate.strategies: mixture is for members of one vocabulary, and own has its own" in capsys.readouterr().err
+    )
+    assert not (spelled.folder / "out" / "score").exists()
+    spelled.content["evaluate"]["strategies"] = ["union", "veto", "characters"]
+    spelled.project.check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.training.builders import TinyProject, save_model
 from tests.training.together import Stopped, stopped_at
+from training import command
 from training.__main__ import main
 from training.errors import SettingsError
 from training.fit import CHECKPOINT
@@ -36,11 +38,14 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def launch(*projects: Any) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    run = [*command, "-m", "tests.training.together", *map(str, projects)]
-    launched = subprocess.run(run, env=environment, text=True, capture_output=True, timeout=240)
+    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=240)
+
+
+def launch(*projects: Any) -> None:
+    launched = torchrun("tests.training.together", *map(str, projects))
     assert launched.returncode == 0, launched.stderr
 
 
@@ -135,6 +140,52 @@ def test_a_batch_is_shared_out_whole_and_evenly() -> None:
                 assert sorted(n for share in shares for batch in share for n in batch) == numbers
 
 
+@pytest.mark.parametrize(
+    ("number", "launcher_ends_it", "said"),
+    [("0", False, "error: no\n"), ("1", True, ""), ("1", False, "error: process 1: no\n")],
+    ids=["the main process", "ended with the main process", "alone with its error"],
+)
+def test_what_fails_in_all_processes_is_said_once(
+    number: str,
+    launcher_ends_it: bool,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", number)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if launcher_ends_it:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(command.time, "sleep", sleep)
+
+    def fail() -> None:
+        raise SettingsError("no")
+
+    assert command.run_command(fail) == 1
+    assert capsys.readouterr().err == said
+    assert slept == ([] if number == "0" else [command.GRACE])
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    assert command.run_command(interrupt) == command.INTERRUPTED
+    assert ("interrupted" in capsys.readouterr().err) == (number == "0")
+
+
+def test_two_processes_say_once_what_both_fail_at(tmp_path: Path) -> None:
+    failed = torchrun("training", "train", "--config", str(tmp_path / "absent.toml"))
+    assert failed.returncode != 0
+    said = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    # Where starting took so long that the launcher had ended nobody, the other one says who it is.
+    (line,) = (each for each in said if not each.startswith("error: process 1: "))
+    assert "absent.toml: cannot be read" in line
+
+
 def test_what_one_process_has_to_do_is_refused_by_name(
     tiny: TinyProject, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +194,16 @@ def test_what_one_process_has_to_do_is_refused_by_name(
     assert "pipeline is one process's work: start it without a launcher" in capsys.readouterr().err
     with pytest.raises(SettingsError, match="WORLD_SIZE is 2, but RANK is not set"):
         started_by_launcher({"WORLD_SIZE": "2"})
+    for value in ("two", "0", "-1", "1.5", ""):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        assert main(["train", "--config", str(tiny.write())]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: WORLD_SIZE is {value!r}, which is not a whole number from 1 up")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    started = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for number, message in (("main", "RANK is 'main'"), ("2", "RANK is 2, but WORLD_SIZE is 2")):
+        with pytest.raises(SettingsError, match=message):
+            started_by_launcher(started | {"RANK": number})
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     with pytest.raises(SettingsError, match=r"compute\.device: cuda:0: each process has a GPU of its own"):

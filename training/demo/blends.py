@@ -7,7 +7,6 @@ over the questions.
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer
 from engine.blends import Blend
 from engine.gate import GateArtifact
 from engine.vllm_hooks.blend import combine
+from training.bootstrap import interval
 from training.checkpoints import load_causal, quiet
 from training.command import run_command
 from training.demo.blending import Rows, Rule, alone, best_of, blend, write
@@ -26,7 +26,6 @@ from training.demo.tokenizer import EOS_ID
 from training.files import read_json, write_json
 
 MAX_TOKENS = 64
-RESAMPLES = 1000
 BASE_ALONE, BEST_OF = "base alone", "base alone, best of as many samples as cost what all members do"
 
 
@@ -71,13 +70,6 @@ def by_gate(gate: GateArtifact, members: Sequence[str]) -> Rule:
         ).logits_AV
 
     return rule
-
-
-def interval(exact: Sequence[bool], seed: int) -> tuple[float, float]:
-    """95 % of the means of resampled questions."""
-    rng = random.Random(seed)
-    means = sorted(sum(rng.choices(exact, k=len(exact))) / len(exact) for _ in range(RESAMPLES))
-    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
 
 
 def run(pair: Path, out: Path, every: int, seed: int) -> None:
@@ -135,7 +127,7 @@ def run(pair: Path, out: Path, every: int, seed: int) -> None:
         if way not in found:
             written, asked = answers(way)
             exact = list(map(list.__eq__, written, wanted))
-            found[way] = {"exact": sum(exact) / len(exact), "interval": interval(exact, seed), "asked": asked}
+            found[way] = {"exact": sum(exact) / len(exact), "interval": interval([exact], seed=seed), "asked": asked}
             write_json(file, {"settings": settings, "found": found})
         one = found[way]
         low, high = one["interval"]

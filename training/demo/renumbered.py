@@ -33,9 +33,9 @@ from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig
 from engine.gate import GateArtifact
 from engine.offline import Engine
 from engine.types import NO_TOKEN, Collaboration, GenerationRequest, SamplingSpec
+from training.bootstrap import interval
 from training.checkpoints import load_causal, quiet
 from training.command import run_command
-from training.demo.blends import interval
 from training.demo.pretrain import one_thread
 from training.errors import ModelError
 from training.files import read_json, write_json
@@ -222,7 +222,7 @@ class Table:
         for wanted in ("codes", "arithmetic"):
             of = [one for one, kind in zip(cell["right"], cell["skills"], strict=True) if kind == wanted]
             shares.append(f"{sum(of) / len(of):.3f}" if of else "-")
-        low, high = interval(cell["right"], 0)
+        low, high = interval([cell["right"]])
         mean = sum(cell["right"]) / len(cell["right"])
         print(
             f"| {name} | {mean:.3f} | {low:.3f} to {high:.3f} | {' | '.join(shares)} | {cell['per_second']:.0f} |",
@@ -272,7 +272,7 @@ def compare(table: Table, rounds: int) -> None:
     cells = [[table.cells[f"{name}, {DEFERRAL}, round {n + 1}"] for n in range(rounds)] for name in NAMES]
     ratios = [ours["per_second"] / theirs["per_second"] for theirs, ours in zip(*cells, strict=True)]
     differences = [ours - theirs for theirs, ours in zip(*(cell[0]["right"] for cell in cells), strict=True)]
-    low, high = interval(differences, 0)
+    low, high = interval([differences])
     mean = sum(differences) / len(differences)
     print(
         f"\nrenumbered less shipped, {DEFERRAL}: {100 * mean:.1f} points "

@@ -27,7 +27,7 @@ from training.command import run_command
 from training.data import Example, TokenExample
 from training.demo.corpus import Corpus, tokenized
 from training.demo.pretrain import RECIPES, SEED
-from training.serving import Pair, Questions, Result, engine_config
+from training.serving import SAMPLE_TEMPERATURE, Pair, Questions, Result, engine_config, mean_logprob
 from training.settings import EngineSettings
 
 CONFIDENCES = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -35,7 +35,6 @@ VETOES = (0.5, 0.7, 0.8, 0.9, 0.95)
 EXPERTS = tuple(name for name in RECIPES if name != "base")
 ROOM = 8
 SAMPLES = 2
-TEMPERATURE = 0.7
 
 
 @dataclass(frozen=True)
@@ -220,10 +219,12 @@ class _Bench:
         for seed in range(SAMPLES):
             how = Collaboration(member=BASE)
             label = f"base, sample {seed + 1}"
-            tries.append(self._pair.complete(self._test, how, label, seed=seed, temperature=TEMPERATURE, logprobs=0))
+            tries.append(
+                self._pair.complete(self._test, how, label, seed=seed, temperature=SAMPLE_TEMPERATURE, logprobs=0)
+            )
         rights = [[a.exact for a in self._pair.result(self._test, each, 1.0, BASE).answers] for each in tries]
         pairs = [list(each) for each in zip(*tries, strict=True)]
-        odds = [[_mean_logprob(completion) for completion in each] for each in pairs]
+        odds = [[mean_logprob(completion) for completion in each] for each in pairs]
         likelier = [each.index(max(each)) for each in odds]
         everything = [completion for each in tries for completion in each]
         best = [rights[seed][number] for number, seed in enumerate(likelier)]
@@ -241,11 +242,6 @@ class _Bench:
         started = time.monotonic()
         completions = self._pair.complete(questions, how, label)
         return self._pair.result(questions, completions, time.monotonic() - started, how.member), completions
-
-
-def _mean_logprob(completion: Completion) -> float:
-    entries = completion.logprobs or []
-    return sum(entry.logprobs[0] for entry in entries) / max(1, len(entries))
 
 
 def _row(name: str, right: Sequence[bool], completions: Sequence[Completion]) -> str:

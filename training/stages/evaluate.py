@@ -34,6 +34,7 @@ from training.scoring import PairScores
 from training.serving import Questions, Result, asked_numbers, by_task, questions_of
 from training.settings import Method
 from training.stages.score import score_split
+from training.strategies import sampled_row, strategy_rows
 from training.thresholds import LOG_ODDS, Point, probability, quantile, reach, within_noise
 
 _CONFIDENCE_POINTS = 11
@@ -87,6 +88,10 @@ class _Evaluation:
             )
             if first:
                 self._curve(cache, method, result, log_odds_N)
+            if method == "collm":
+                threshold = artifact.default_threshold
+                for row, found, chosen in strategy_rows(project, cache, self.questions, self.validation, threshold):
+                    self._add(row, seed, found, **chosen)
         self._add(COLLM if method == "collm" else WEAK, seed, result, **_tokens(scores, log_odds_N))
         if method == "collm":
             # What no gate decides is answered once for all runs that serve the user's base.
@@ -127,6 +132,11 @@ class _Evaluation:
             self._add(BASE, seed, cache.answers("base", questions, member=0))
             for number, name in enumerate(project.settings.expert_names, start=1):
                 self._add(alone(name), seed, cache.answers(f"expert {name}", questions, member=number))
+            samples = project.settings.evaluate.samples
+            if samples:
+                best, found = sampled_row(cache, questions, self.validation, samples)
+                member = ["base", *project.settings.expert_names][best]
+                self._add(report.sampled(member, samples), seed, found)
             trained = project.settings.train.mode == "joint" and COLLM in self.rows and len(project.expert_paths) == 1
             if trained:
                 rate = statistics.mean(_validation_rate(project, seed) for seed in self.rows[COLLM])
