@@ -79,7 +79,7 @@ def looped(
     return decode(method, prompts, tokens, seeds=seeds, form=form if pattern else None, **fields)
 
 
-def same(got: Sequence[Completion], want: Sequence[Blended]) -> None:
+def same(got: Sequence[Completion], want: Sequence[Blended], tolerance: float = LOG_PROBABILITY) -> None:
     """Token for token, with the same sources, and each member's log-probability of each token."""
     for number, (one, expected) in enumerate(zip(got, want, strict=True)):
         assert one.error is None
@@ -92,7 +92,7 @@ def same(got: Sequence[Completion], want: Sequence[Blended]) -> None:
             told = expected.support[index]
             assert told is not None
             # Relative where a token is improbable: what float32 rounds in other shapes of a batch.
-            assert support == pytest.approx([told[lane] for lane in sorted(told)], abs=LOG_PROBABILITY, rel=2e-5)
+            assert support == pytest.approx([told[lane] for lane in sorted(told)], abs=tolerance, rel=2e-5)
         if one.logprobs is not None:
             assert [entry.logprobs[0] for entry in one.logprobs] == pytest.approx(expected.logprobs, abs=1e-3)
             for entry, row in zip(one.logprobs, expected.rows, strict=True):
