@@ -86,6 +86,9 @@ measure start 600 coordination --shape demo --concurrency 1 --rounds 1 --request
 oracle=(tests/oracle/test_greedy.py tests/oracle/test_sampling.py tests/oracle/test_run_ahead.py tests/oracle/test_steps_in_flight.py)
 if [[ -z "$quick" ]]; then oracle=(tests/oracle); fi
 part oracle 7200 env TRITON_F32_DEFAULT=ieee "$PYTHON" -m pytest "${oracle[@]}" -q -n0
+# The same on vLLM's other model runner. Which is the default on CUDA is decided by these and by runner-v2 below.
+part oracle-v2 1800 env TRITON_F32_DEFAULT=ieee "$PYTHON" -m pytest tests/oracle/test_model_runner_v2.py \
+    tests/oracle/test_one_lane.py -m "" -q -n0
 
 # What keeps the device busy (the reports' "device busy"): each step waited for, lanes interleaved, the base ahead too.
 depths=(0 1 2)
@@ -94,6 +97,8 @@ for depth in "${depths[@]}"; do
     measure "in-flight-$depth" 1800 coordination --shape "$shape" --concurrency 1 32 256 --deferral 0 0.3 \
         --scheduler "steps_in_flight=$depth" "${size[@]}"
 done
+measure runner-v2 1800 coordination --shape "$shape" --concurrency 1 32 256 --deferral 0 0.3 \
+    --scheduler model_runner=v2 "${size[@]}"
 # What is drawn instead of the most probable token; a gate, of the shipped pair and on large models; long prompts.
 measure sampling 1800 coordination --shape "$shape" --concurrency 1 32 256 --deferral 0.3 --temperature 1 --top-p 0.95 \
     "${size[@]}"

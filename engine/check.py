@@ -18,7 +18,7 @@ def report(config: EngineConfig) -> Iterator[str]:
     Raises:
         ConfigError, GateError: as at start, in the same words.
     """
-    prepare_environment(config.lanes)
+    prepare_environment(config.lanes, config.scheduler.model_runner)
     plan = make_plan(config)
     adapters = {each.number: each.adapter for each in plan.adapters}
     for number, (name, lane) in enumerate(zip(config.lane_names, config.lanes, strict=True)):

@@ -177,6 +177,11 @@ class SchedulerConfig(_Config):
     launched before the samples of the last one are read; a row that was deferred has drafted one token by then. "auto":
     2 on a GPU, 0 on a CPU. What is written does not depend on it."""
 
+    model_runner: Literal["v1", "v2"] = "v1"
+    """Which of vLLM's two model runners lanes have. vLLM calls "v1" deprecated, and "v2" is its own default on GPUs.
+    Here "v2" is experimental: it was run on a CPU in Triton's interpreter, never on a GPU. It needs Triton. What is
+    written does not depend on it."""
+
     guidance: bool = False
     """Serve the blend "cfg": a request has a second row in the base, with its negative prompt. The base keeps places
     for twice as many rows, which on a GPU takes memory. Needs executor "uni"."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING
 
-from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.request import Request
 
 from engine.lanes.interface import Computed
@@ -30,7 +30,7 @@ def account(
         lane: number of the lane.
         scoring: rows that write nothing: all their tokens are the prompt's.
     """
-    fresh = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+    fresh = {new.req_id: new.num_computed_tokens for new in _arrived(scheduled, requests)}
     computed = []
     for row, tokens in scheduled.num_scheduled_tokens.items():
         request = requests[row]
@@ -46,6 +46,11 @@ def account(
             cached = min(fresh.get(row, 0), length)
             computed.append(Computed(number, request_id, tokens, min(tokens, left), cached))
     return computed
+
+
+def _arrived(scheduled: SchedulerOutput, requests: Mapping[str, Request]) -> list[NewRequestData]:
+    """Requests that are in their first step: to the V2 model runner those are new, too, that come back to the lane."""
+    return [new for new in scheduled.scheduled_new_reqs if not requests[new.req_id].num_preemptions]
 
 
 def count(
@@ -71,7 +76,7 @@ def count(
     if not caches or not scheduled.scheduled_new_reqs:
         return
     lanes = {row: of.lane for row, of in zip(scheduled.num_scheduled_tokens, computed, strict=True)}
-    for new in scheduled.scheduled_new_reqs:
+    for new in _arrived(scheduled, requests):
         each = stats[lanes[new.req_id]]
         each.cache_queries += requests[new.req_id].num_tokens
         each.cache_hits += new.num_computed_tokens

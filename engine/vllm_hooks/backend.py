@@ -31,7 +31,7 @@ def load(
     Raises:
         ConfigError, GateError: what does not fit; see :func:`engine.vllm_hooks.load.make_plan`.
     """
-    log = prepare_environment(config.lanes)
+    log = prepare_environment(config.lanes, config.scheduler.model_runner)
     if log is not None:
         on_progress(f"vLLM logs to {log}")
     on_progress("checking checkpoints and gate")

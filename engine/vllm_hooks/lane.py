@@ -20,7 +20,6 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from engine.errors import ConfigError
 from engine.grammar.checker import Templates
 from engine.lanes.interface import Computed, Failure, LaneReport, LaneWork, Launched, Refusal, Sample
 from engine.lanes.shelf import Shelf
@@ -32,7 +31,7 @@ from engine.types import (
     SamplingSpec,
     StructuredOutputs,
 )
-from engine.vllm_hooks import processor
+from engine.vllm_hooks import processor, runner
 from engine.vllm_hooks.account import account, count
 from engine.vllm_hooks.grammars import LaneGrammar, VllmForms, setup_of
 from engine.vllm_hooks.guest import GuestLane, lora_request
@@ -106,8 +105,8 @@ class VllmLane:
             changes, self.notes = processor.suited(name, arguments, config.model_config)
             if changes:
                 config = EngineArgs(**arguments | changes).create_engine_config(usage_context=_USAGE)
-        if config.use_v2_model_runner:
-            raise ConfigError("these options make vLLM use its V2 model runner, which lanes do not drive")
+        self._model_runner: str = arguments["additional_config"][SETTINGS_KEY]["model_runner"]
+        runner.check_made(config, self._model_runner)
         executor = Executor.get_class(config)
         self._core = EngineCore(config, executor, log_stats=False, executor_fail_callback=on_failure)
         self._scheduler = cast("LaneScheduler", self._core.scheduler)
@@ -138,6 +137,7 @@ class VllmLane:
         self._private_ends = [[end] for end in private_ends if end in eos_token_ids]
         self._vocab_size: int = arguments["additional_config"][SETTINGS_KEY]["vocab_size"]
         fixed = what_cannot_be_cut(self._scheduler.kv_cache_config)
+        runner.check_state(fixed, self._model_runner)
         self._depth = min(depth, 1 if fixed is not None else 2) if self._in_process else 0
         if self._depth:
             self._worker.collm_is_asynchronous = True
@@ -337,7 +337,7 @@ class VllmLane:
         if held:
             found.append(f"{held} KV blocks")
         if self._in_process:
-            found += [f"worker state of {request_id}" for request_id in self._worker.model_runner.requests]
+            found += [f"worker state of {request_id}" for request_id in self._worker.collm_held()]
         for number in (self._number, *self._guests):
             found += [f"distributions of {request_id}" for request_id in self._shelf.held(number)]
         return found
@@ -377,10 +377,10 @@ class VllmLane:
 
     def _complaint(self, spec: SamplingSpec) -> str | None:
         try:
-            self._sampling_params(spec)
+            params = self._sampling_params(spec)
         except (ValueError, VLLMValidationError) as error:
             return str(error)
-        return None
+        return runner.excess(params) if self._model_runner == "v2" else None
 
     def _sampling_params(self, spec: SamplingSpec) -> SamplingParams:
         follows = self._reads_forms_itself and spec.structured_outputs is not None

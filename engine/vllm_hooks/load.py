@@ -21,6 +21,7 @@ from engine.spelling.speller import Speller
 from engine.types import NEGATIVE, GateInfo, PolicyName, Relation
 from engine.vllm_hooks.adapters import LaneAdapter, lora_arguments
 from engine.vllm_hooks.memory import devices_of, memory_shares
+from engine.vllm_hooks.runner import check_composed, check_config, check_triton
 from engine.vocabulary import Member, SharedVocabulary, missing_rows
 
 
@@ -106,6 +107,7 @@ def make_plan(config: EngineConfig) -> Plan:
             field and the entries.
         GateError: the gate does not fit, or is damaged.
     """
+    check_config(config)
     labels = ["base", *(f"experts.{expert.name}" for expert in config.experts)]
     checkpoints = []
     members = []
@@ -123,6 +125,7 @@ def make_plan(config: EngineConfig) -> Plan:
             if is_composed(checkpoint.directory):
                 if lane.adapter is not None:
                     raise ConfigError(f"{label}.adapter: {lane.model} is a composed model, which takes no adapters")
+                check_composed(config, label)
                 Composition.load(checkpoint.directory).check()
             members.append(Member(name, checkpoint.vocabulary, checkpoint.rows, checkpoint.ends))
         except (CheckpointError, CompositionError) as error:
@@ -267,6 +270,7 @@ def load_lanes(
     from engine.vllm_hooks.processor import vector_units
     from engine.vllm_hooks.shared_shelf import SharedShelf
 
+    check_triton(config)
     lanes: list[VllmLane | GuestLane] = []
     hashes = PromptHashes()
     shares = _memory_shares(config)
@@ -295,6 +299,7 @@ def load_lanes(
             guests=len(guests) + (is_base and config.scheduler.guidance),
             record=config.record if is_base else None,
             shelf=shelf.layout if isinstance(shelf, SharedShelf) else None,
+            model_runner=config.scheduler.model_runner,
         )
         speller = plan.spoken[number].speller
         try:

@@ -53,6 +53,7 @@ _FIXED = {
         "set as 'adapter', beside the table 'vllm'",
     ),
     "enable_prompt_embeds": "prompts are token ids",
+    "enable_batch_sharded_sampling": "a lane's worker reads whole rows",
     **dict.fromkeys(
         (
             "pipeline_parallel_size",
@@ -67,16 +68,19 @@ _FIXED = {
 }
 
 
-def prepare_environment(lanes: tuple[LaneConfig, ...]) -> Path | None:
+def prepare_environment(lanes: tuple[LaneConfig, ...], model_runner: str = "v1") -> Path | None:
     """Set what vLLM reads from the environment. Call before anything of vLLM is imported; keeps what a user set.
 
-    One model runner for both platforms (CPU has only V1), executors in the process where asked for, no usage report.
+    One model runner for all lanes, executors in the process where asked for, no usage report.
+
+    Args:
+        model_runner: see SchedulerConfig.
 
     Returns:
         The file that vLLM logs to, on a GPU; None where only its errors show.
     """
     cores = sorted(os.sched_getaffinity(0))
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1" if model_runner == "v2" else "0"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     defaults = {
         "VLLM_NO_USAGE_STATS": "1",
@@ -236,6 +240,7 @@ def engine_arguments(
     guests: int = 0,
     record: RecordConfig | None = None,
     shelf: Layout | None = None,
+    model_runner: str = "v1",
 ) -> dict[str, Any]:
     """Keyword arguments for vLLM's ``EngineArgs``.
 
@@ -250,6 +255,7 @@ def engine_arguments(
         guests: adapters whose rows it computes beside its own.
         record: where the worker writes what it reads of scored positions.
         shelf: where its workers find the one that all lanes share, if they are processes of their own.
+        model_runner: as for :func:`prepare_environment`.
 
     Raises:
         ConfigError: an option that vLLM does not have, or that the lane sets itself.
@@ -266,6 +272,7 @@ def engine_arguments(
         _check_ray(label)
     is_cpu = current_platform.is_cpu()
     worker = "worker_cpu.CpuLaneWorker" if is_cpu else "worker_gpu.GpuLaneWorker"
+    worker += model_runner.upper()
     arguments: dict[str, Any] = {
         "enable_prefix_caching": True,
         "enable_chunked_prefill": True,
@@ -315,6 +322,7 @@ def engine_arguments(
                 "gate_in_head": gate_in_head,
                 "record": None if record is None else record.model_dump(),
                 "shelf": None if shelf is None else list(shelf),
+                "model_runner": model_runner,
             },
         },
     }

@@ -35,7 +35,7 @@ class PendingOutput(AsyncModelRunnerOutput):
     Args:
         output: vLLM's; it lacks the samples where these are ``sampled``.
         sampled: None if vLLM has waited for them itself.
-        gate_RK: see :meth:`engine.vllm_hooks.worker.RowReader.take`.
+        gate_RK: see :meth:`engine.vllm_hooks.rows.RowReader.take`.
         top_R: likewise.
         asked: samples of the asked positions, and what they are blends of.
         blending: what the rows' ends are blends of.

@@ -35,8 +35,9 @@ def seed_of(spec: SamplingSpec) -> int | None:
     """The seed of a request's rows, of its own where it has none: the generators of all workers begin alike."""
     if spec.seed is None:
         return secrets.randbits(63) if spec.temperature >= GREEDY else None
-    # vLLM takes -1 for no seed at all.
-    return spec.seed if spec.seed != -1 else (1 << 63) - 1
+    # What counts of it, as vLLM keeps it, which takes -1 for no seed at all.
+    seed = _signed(spec.seed & ((1 << 64) - 1))
+    return seed if seed != -1 else (1 << 63) - 1
 
 
 def _signed(value: int) -> int:

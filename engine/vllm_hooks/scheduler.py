@@ -359,9 +359,10 @@ class LaneScheduler(Scheduler):
         while not output.total_num_scheduled_tokens and self.waiting and self._evict_one():
             # Everything in the lane is parked and a request waits for its memory (or its place). Nothing else would
             # ever free it: what the parked rows wait for may be waiting for this very request in the other lane.
-            finished = output.finished_req_ids
+            finished, preempted = output.finished_req_ids, output.preempted_req_ids or set()
             output = super().schedule(throttle_prefills)
             output.finished_req_ids |= finished
+            output.preempted_req_ids = preempted | (output.preempted_req_ids or set())
         # Whole texts of rows that sat out a step, a context's length for each visit on the way to the workers. Only
         # asynchronous scheduling reads them.
         output.scheduled_cached_reqs.all_token_ids.clear()

@@ -50,6 +50,9 @@ class LaneEdits(NamedTuple):
     scored: frozenset[str] = frozenset()
 
 
+NO_EDITS = LaneEdits({}, top_probability=False, asked={}, parts={}, draw_offsets={})
+
+
 class Readings(NamedTuple):
     """What a worker read off the rows that were sampled, in the order of ``ModelRunnerOutput.req_ids``.
 

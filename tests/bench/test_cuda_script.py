@@ -33,7 +33,9 @@ def test_what_it_would_run_can_be_run(options: tuple[str, ...]) -> None:
     wanted = {
         "start",
         "oracle",
+        "oracle-v2",
         "in-flight-2",
+        "runner-v2",
         "sampling",
         "gate",
         "context",
@@ -54,7 +56,7 @@ def test_what_it_would_run_can_be_run(options: tuple[str, ...]) -> None:
 
 
 def test_every_part_reports(tmp_path: Path) -> None:
-    """Stand-ins for nvidia-smi and Python; the second one fails for the oracle, and writes what the bench would."""
+    """Stand-ins for nvidia-smi and Python; the second one fails for the oracles, and writes what the bench would."""
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 81559\necho 81559\n")
     (tmp_path / "python").write_text(
         '#!/bin/sh\ncase "$*" in *"-m pytest"*) echo "1 failed"; exit 3;; esac\n'
@@ -74,7 +76,7 @@ def test_every_part_reports(tmp_path: Path) -> None:
     assert "1 failed" in done.stderr
     lines = [json.loads(line) for line in (results / "parts.jsonl").read_text().splitlines()]
     assert [line["part"] for line in lines] == list(dry_run())
-    assert {line["part"]: line["status"] for line in lines if line["status"]} == {"oracle": 3}
+    assert {line["part"]: line["status"] for line in lines if line["status"]} == {"oracle": 3, "oracle-v2": 3}
     summary = (results / "summary.md").read_text()
     measured = [line["part"] for line in lines if "-m bench" in line["command"]]
     assert sorted(measured) == sorted(line[3:] for line in summary.splitlines() if line.startswith("## "))

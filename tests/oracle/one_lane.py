@@ -1,6 +1,6 @@
 """One vLLM lane, driven by hand: a program of its own, since what vLLM sets in a process stays set.
 
-    python -m tests.oracle.one_lane CHECKPOINT
+    python -m tests.oracle.one_lane CHECKPOINT v1|v2
 
 Prints one JSON object, which tests/oracle/test_one_lane.py looks at.
 """
@@ -39,19 +39,36 @@ def main() -> None:
         kv_cache_memory_bytes=64 << 20,
         vllm={"dtype": "float32", "max_model_len": 192},
     )
-    prepare_environment((options,))
+    model_runner = sys.argv[2]
+    prepare_environment((options,), model_runner)
     logging.disable()
     from engine.vllm_hooks.hashes import PromptHashes
     from engine.vllm_hooks.lane import VllmLane
 
     arguments = engine_arguments(
-        options, label="base", max_num_seqs=4, vocab_size=512, gate_path=None, gate_in_head=False
+        options,
+        label="base",
+        max_num_seqs=4,
+        vocab_size=512,
+        gate_path=None,
+        gate_in_head=False,
+        model_runner=model_runner,
     )
     templates = Templates()
     lane = VllmLane("base", arguments, eos_token_ids=[0], hashes=PromptHashes(), templates=templates)
+    if model_runner == "v2":
+        warm_up(lane)
     found = {"drafts": drafts(lane), "texts": texts(lane), "masks": masks(lane, templates)}
     json.dump(found, sys.stdout)
     lane.shutdown()
+
+
+def warm_up(lane: Any) -> None:
+    """vLLM's own steps, which nobody has scheduled, as on a GPU before the first request."""
+    from vllm.v1.worker.gpu.warmup import warmup_kernels
+
+    worker = lane._worker
+    warmup_kernels(worker.model_runner, worker.execute_model, worker.sample_tokens)
 
 
 def added(request_id: str, written: list[int], final: int) -> LaneRequest:

@@ -28,8 +28,8 @@ with warnings.catch_warnings():
     from vllm.v1.sample.sampler import Sampler
 
     from engine.vllm_hooks.device_clock import DeviceClock, events_of
+    from engine.vllm_hooks.rows import RowReader
     from engine.vllm_hooks.sampling import KeyedSampler, draw, exact_draw, metadata_of
-    from engine.vllm_hooks.worker import RowReader
 
 Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 WIDTH = 300

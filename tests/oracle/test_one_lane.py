@@ -5,26 +5,34 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from tests.oracle import pairs
+from tests.oracle.triton_on_cpu import interpreted
 from tests.packaging.sources import ROOT
 
 
-@pytest.fixture(scope="module")
-def found(random_pair: pairs.Served) -> dict[str, Any]:
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.oracle.one_lane", str(random_pair.base)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture(
+    scope="module",
+    params=["v1", pytest.param("v2", marks=pytest.mark.slow)],  # interpreted, it takes a minute
+)
+def found(request: pytest.FixtureRequest, random_pair: pairs.Served, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """On each of vLLM's model runners; on V2 vLLM's own steps, which warm it up, come first."""
+    with ExitStack() as stack:
+        if request.param == "v2":
+            stack.enter_context(interpreted(tmp_path_factory.mktemp("triton")))
+        result = subprocess.run(
+            [sys.executable, "-m", "tests.oracle.one_lane", str(random_pair.base), request.param],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
     assert result.returncode == 0, result.stderr
-    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return answer
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def test_drafts_are_never_in_a_block_that_others_read(found: dict[str, Any]) -> None:

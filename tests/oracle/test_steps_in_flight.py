@@ -20,7 +20,7 @@ from tests.oracle.reference import Written
 IN_FLIGHT: dict[str, Any] = {"scheduler": {"steps_in_flight": 2}, **CHUNKED, **TIGHT}
 
 
-def mixed(prompts: list[list[int]], count: int) -> list[GenerationRequest]:
+def mixed(prompts: list[list[int]], count: int, *, most_tokens: int = 49) -> list[GenerationRequest]:
     """Whatever depends on the tokens before a position, and whatever does not."""
     dice = random.Random(5)
     kinds: list[dict[str, Any]] = [
@@ -51,7 +51,10 @@ def mixed(prompts: list[list[int]], count: int) -> list[GenerationRequest]:
             f"mixed-{number}",
             prompts[number % len(prompts)],
             SamplingSpec(
-                temperature=dice.choice((0.0, 1.0)), seed=number, max_tokens=dice.randrange(1, 50), **dice.choice(kinds)
+                temperature=dice.choice((0.0, 1.0)),
+                seed=number,
+                max_tokens=dice.randrange(1, most_tokens + 1),
+                **dice.choice(kinds),
             ),
             Collaboration(**dice.choice(ways)),
         )

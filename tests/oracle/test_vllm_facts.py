@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import LaneConfig
+from engine.config import EngineConfig, LaneConfig
+from engine.errors import ConfigError
 from engine.vllm_hooks.options import engine_arguments, prepare_environment
 from tests.oracle import pairs
 
@@ -38,11 +39,16 @@ with warnings.catch_warnings():
     from vllm.v1.sample.metadata import SamplingMetadata
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.worker import workspace
+    from vllm.v1.worker.gpu import async_utils, input_batch
+    from vllm.v1.worker.gpu import model_runner as model_runner_v2
+    from vllm.v1.worker.gpu.sample.penalties import PenaltiesState
+    from vllm.v1.worker.gpu.sample.sampler import Sampler as SamplerV2
     from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
     from vllm.v1.worker.gpu_model_runner import ExecuteModelState, GPUModelRunner
     from vllm.v1.worker.gpu_worker import Worker
 
-    from engine.vllm_hooks.worker import gather_logprobs
+    from engine.vllm_hooks import runner
+    from engine.vllm_hooks.scores import gather_logprobs
 
 
 if current_platform.is_cpu():
@@ -405,3 +411,65 @@ def test_a_returning_row_copies_its_prompt() -> None:
     array = np.asarray(given, dtype=np.int64)
     as_array = min(timeit.repeat(lambda: row.__setitem__(slice(None), array), number=20, repeat=5))
     assert as_array * 5 < as_list
+
+
+def test_the_v2_runner_reads_a_text_up_to_its_prefill_length_and_samples_where_it_has_computed_as_much() -> None:
+    source = inspect.getsource(input_batch)
+    prefill, combine, sampled = (
+        source[source.index(f"def {kernel}") :]
+        for kernel in ("_prepare_prefill_inputs_kernel", "_combine_sampled", "_get_num_sampled_and_rejected_kernel")
+    )
+    assert "if num_computed >= prefill_len:\n        # Not prefill.\n        return" in prefill
+    assert "if seq_len <= prefill_len:\n        # Handling prefill tokens. No sampled or draft tokens." in combine
+    assert "is_chunked_prefilling = seq_len < prefill_len" in sampled
+
+
+def test_edits_on_the_v2_runner_come_before_the_sampler_counts_tokens() -> None:
+    kind = model_runner_v2.GPUModelRunner
+    execute = inspect.getsource(kind.execute_model)
+    order = [
+        execute.index(f"self.{call}(")
+        for call in ("finish_requests", "add_requests", "update_requests", "gather_batch_req_state", "prepare_inputs")
+    ]
+    assert order == sorted(order)
+    assert execute.index("self.step_timing.forward_start()") < execute.index("self.model(**model_inputs)")
+    add = inspect.getsource(kind.add_requests)
+    assert add.index("self.req_states.apply_staged_writes()") < add.index("self.sampler.apply_staged_writes()")
+    assert "self._new_penalties_reqs" in inspect.getsource(PenaltiesState.apply_staged_writes)
+    # Rows that come back bring all their tokens, as new ones do.
+    schedule = inspect.getsource(Scheduler.schedule)
+    assert "scheduled_new_reqs.extend(scheduled_resumed_reqs)" in schedule
+    assert "finished_req_ids.union(preempted_req_ids)" in inspect.getsource(kind.finish_requests)
+
+
+def test_the_v2_runner_samples_where_the_lanes_worker_stands_between() -> None:
+    sample = inspect.getsource(model_runner_v2.GPUModelRunner.sample)
+    assert "logits = self.model.compute_logits(sample_hidden_states)" in sample
+    assert "self.sampler(logits, input_batch)" in sample
+    assert "self.sample(\n            hidden_states, input_batch, grammar_output\n        )" in inspect.getsource(
+        model_runner_v2.GPUModelRunner.sample_tokens
+    )
+    assert list(inspect.signature(SamplerV2._sample_random).parameters)[1:] == [
+        "processed_logits",
+        "expanded_idx_mapping",
+        "idx_mapping_np",
+        "pos",
+        "top_k",
+        "top_p",
+        "use_fused_sampler",
+    ]
+    assert "return self.model_runner_output" in inspect.getsource(async_utils.AsyncOutput.get_output)
+
+
+def test_the_v2_runner_is_refused_without_triton() -> None:
+    """vLLM's build for CPUs has none of its own."""
+    config = EngineConfig.model_validate({"base": {"model": "none"}, "scheduler": {"model_runner": "v2"}})
+    with pytest.raises(ConfigError, match=r'^scheduler\.model_runner: "v2" needs Triton'):
+        runner.check_triton(config)
+
+
+def test_what_the_v2_runners_tables_have_room_for() -> None:
+    assert runner.excess(SamplingParams(logit_bias=dict.fromkeys(range(1024), 1.0))) is None
+    found = runner.excess(SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0)))
+    assert found is not None
+    assert found.startswith("logit_bias: 1025 are more than the 1024")
