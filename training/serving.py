@@ -216,6 +216,7 @@ class Pair:
             except EngineStartupError as error:
                 raise TrainingError(f"the engine does not start: {error}") from error
         self._warm = False
+        self._answered = 0
         # By lane, the tokenizers of experts with vocabularies of their own.
         info = self._engine.info
         own = info.lanes if info.vocabularies == "spelled" else []
@@ -266,13 +267,20 @@ class Pair:
             strategy=strategy,
         )
         if not self._warm:
-            # The first steps compile and allocate; they are no part of what is timed.
+            # A lane's first steps compile and allocate; they are no part of what is timed. All lanes', whoever is asked
+            # first: it may be the base alone.
             self._warm = True
             few = Questions(questions.examples[:2], questions.tokens[:2], questions.room)
+            for lane in range(len(self._engine.info.lanes)):
+                self.complete(few, Collaboration(member=lane), "warm up")
             self.complete(few, collaboration, "warm up", seed=seed)
+        # Each set reads its prompts anew, as a server reads new ones: from the lanes' prefix caches all sets but the
+        # first would have them for nothing.
+        self._answered += 1
+        salt = f"set {self._answered}"
         started = time.monotonic()
         if not samples:
-            completions = self.complete(questions, collaboration, label, seed=seed)
+            completions = self.complete(questions, collaboration, label, seed=seed, salt=salt)
             return self.result(questions, completions, time.monotonic() - started, member)
         tries = [
             self.complete(
@@ -282,6 +290,7 @@ class Pair:
                 seed=seed * samples + number,
                 temperature=SAMPLE_TEMPERATURE,
                 logprobs=0,
+                salt=salt,
             )
             for number in range(samples)
         ]
@@ -321,6 +330,7 @@ class Pair:
         seed: int = 0,
         temperature: float = 0.0,
         logprobs: int | None = None,
+        salt: str | None = None,
     ) -> list[Completion]:
         """The questions' completions, in their order.
 
@@ -328,6 +338,7 @@ class Pair:
             label: of the progress bar.
             seed: each question draws by one of its own, derived from this.
             logprobs: as in :class:`~engine.types.SamplingSpec`.
+            salt: the prefix caches are shared with what has the same.
 
         Raises:
             TrainingError: the engine fails a request or ends.
@@ -337,7 +348,11 @@ class Pair:
         for number, (example, tokens) in enumerate(zip(questions.examples, questions.tokens, strict=True)):
             room = len(tokens.completion) + questions.room
             sampling = SamplingSpec(
-                temperature=temperature, seed=seed * 1_000_003 + number, max_tokens=room, logprobs=logprobs
+                temperature=temperature,
+                seed=seed * 1_000_003 + number,
+                max_tokens=room,
+                logprobs=logprobs,
+                cache_salt=salt,
             )
             readers = self._own if example.conversation is None else {**self._templates, **self._own}
             prompt = example.prompt_ids(readers[member]) if member in readers else tokens.prompt

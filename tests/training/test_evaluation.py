@@ -179,6 +179,30 @@ class Letters:
         return "".join(map(chr, tokens))
 
 
+def test_all_lanes_are_warm_before_anything_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the base alone is asked first, as calibration does; and no set finds its prompts read by another."""
+    asked: list[GenerationRequest] = []
+
+    class Listening(FakeEngine):
+        info = SimpleNamespace(vocabularies="same", lanes=[None, None, None])
+
+        def generate(
+            self, requests: list[GenerationRequest], on_done: Callable[[Completion], None]
+        ) -> list[Completion]:
+            asked.extend(requests)
+            return super().generate(requests, on_done)
+
+    monkeypatch.setattr("training.serving.Engine", Listening)
+    config: Any = None
+    questions = Questions([Example("p", "ok")], [TokenExample([1], [1])], 2)
+    with Pair(config, Letters()) as pair:
+        pair.answer(questions, "test", policy="never")
+        pair.answer(questions, "test", policy="always")
+    assert [request.collaboration.member for request in asked[:3]] == [0, 1, 2]
+    assert [request.collaboration.policy for request in asked[3:]] == ["never", "never", "always"]
+    assert len({request.sampling.cache_salt for request in asked[3:]}) == 3
+
+
 def test_experts_with_vocabularies_of_their_own_are_asked_in_their_own_tokens(
     tiny: TinyProject, monkeypatch: pytest.MonkeyPatch
 ) -> None:
