@@ -21,7 +21,7 @@ from engine.types import Collaboration, GenerationRequest, SamplingSpec, Structu
 from engine.vllm_hooks.load import make_plan
 from tests.oracle.adapters import Adapted, adapted_model, adapted_pair, save_adapter
 from tests.oracle.blended import LOOPS, PARAMETERS, engine_blend, looped, requests, same
-from tests.oracle.checks import assert_empty, assert_same, preemptions, run
+from tests.oracle.checks import LOG_PROBABILITY, assert_empty, assert_same, preemptions, run
 from tests.oracle.pairs import PRESSED
 from tests.oracle.reference import Pair, Written, greedy
 
@@ -134,7 +134,8 @@ def test_blends_with_adapters(kind: str, pair: Adapted, engine: Engine, prompts:
     for parameters in ("greedy", "sampled"):
         fields = {"tokens": 20, "run_ahead": "off" if parameters == "greedy" else 4, **PARAMETERS[parameters]}
         got = engine.generate(requests(prompts[:6], blend, f"{kind} {parameters}", **fields))
-        same(got, looped(pair.served, loop, prompts[:6], **fields))
+        # The loop's adapters are merged into the weights, which rounds otherwise: 2.7e-4 was seen.
+        same(got, looped(pair.served, loop, prompts[:6], **fields), tolerance=5 * LOG_PROBABILITY)
     assert_empty(engine)
 
 
