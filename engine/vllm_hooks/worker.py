@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_tp_group
 from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.sampler import Sampler
@@ -152,7 +152,12 @@ class LaneWorker(_Worker):
         # Of shards that all hold the logits one lays them down.
         if get_tensor_model_parallel_rank() == 0:
             blend.offer(self.collm_shelf, places, logits_RV, gate_RK)
-        return blend.blended(self.collm_shelf, places, logits_RV)
+        blending = blend.blended(self.collm_shelf, places, logits_RV)
+        if blending is not None and get_tensor_model_parallel_world_size() > 1:
+            # The first shard's answer lets the engine empty the shelf. One that read it later would draw another token,
+            # and go on from that.
+            get_tp_group().barrier()
+        return blending
 
     def _collm_sample_asked(self) -> tuple[SamplerOutput, blend.Blending | None] | None:
         """Sample the positions that were asked for before the end of a row, as if they were its end.

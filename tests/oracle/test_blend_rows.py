@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -152,3 +154,29 @@ def test_rows_without_a_blend_are_left_alone() -> None:
     assert done is not None
     assert torch.equal(done.logits_RV[[0, 2]], before[[0, 2]])
     assert not torch.equal(done.logits_RV[1], before[1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # vLLM's, while it is imported
+@pytest.mark.parametrize(("shards", "writes", "waits"), [(2, True, True), (1, True, False), (2, False, False)])
+def test_shards_wait_until_all_have_read(
+    shards: int, writes: bool, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one's answer lets the engine empty the shelf, and a later one would draw another token by itself."""
+    from engine.vllm_hooks import worker
+
+    happened: list[str] = []
+
+    class Watched(Shelf):
+        def get(self, *arguments: Any) -> Offer | None:
+            happened.append("read")
+            return super().get(*arguments)
+
+    shelf = Watched()
+    shelf.put(0, "a", 0, Offer(torch.zeros(4)))
+    part = Part(1 if writes else 0, "a", Blend("mixture", ((0, 0.5), (1, 0.5))))
+    monkeypatch.setattr(worker, "get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr(worker, "get_tensor_model_parallel_world_size", lambda: shards)
+    monkeypatch.setattr(worker, "get_tp_group", lambda: SimpleNamespace(barrier=lambda: happened.append("wait")))
+    lane: Any = SimpleNamespace(collm_masses=None, collm_shelf=shelf)
+    worker.LaneWorker._collm_blend(lane, [Place(0, 0, part)], torch.zeros(1, 4), lambda: None)
+    assert happened == ["read"] * writes + ["wait"] * waits
