@@ -172,6 +172,25 @@ class FakeEngine:
         pass
 
 
+def listening(asked: list[GenerationRequest], found: SimpleNamespace = FakeEngine.info) -> type[FakeEngine]:
+    """An engine that writes down what it is asked.
+
+    Args:
+        found: what it says of itself.
+    """
+
+    class Listening(FakeEngine):
+        info = found
+
+        def generate(
+            self, requests: list[GenerationRequest], on_done: Callable[[Completion], None]
+        ) -> list[Completion]:
+            asked.extend(requests)
+            return super().generate(requests, on_done)
+
+    return Listening
+
+
 class Letters:
     """A tokenizer of code points."""
 
@@ -183,16 +202,8 @@ def test_all_lanes_are_warm_before_anything_is_timed(monkeypatch: pytest.MonkeyP
     """Also where the base alone is asked first, as calibration does; and no set finds its prompts read by another."""
     asked: list[GenerationRequest] = []
 
-    class Listening(FakeEngine):
-        info = SimpleNamespace(vocabularies="same", lanes=[None, None, None])
-
-        def generate(
-            self, requests: list[GenerationRequest], on_done: Callable[[Completion], None]
-        ) -> list[Completion]:
-            asked.extend(requests)
-            return super().generate(requests, on_done)
-
-    monkeypatch.setattr("training.serving.Engine", Listening)
+    info = SimpleNamespace(vocabularies="same", lanes=[None, None, None])
+    monkeypatch.setattr("training.serving.Engine", listening(asked, info))
     config: Any = None
     questions = Questions([Example("p", "ok")], [TokenExample([1], [1])], 2)
     with Pair(config, Letters()) as pair:
@@ -208,19 +219,11 @@ def test_experts_with_vocabularies_of_their_own_are_asked_in_their_own_tokens(
 ) -> None:
     asked: list[GenerationRequest] = []
 
-    class Spelled(FakeEngine):
-        info = SimpleNamespace(
-            vocabularies="spelled",
-            lanes=[SimpleNamespace(tokenizer="unused"), SimpleNamespace(tokenizer=str(tiny.folder / "expert1"))],
-        )
-
-        def generate(
-            self, requests: list[GenerationRequest], on_done: Callable[[Completion], None]
-        ) -> list[Completion]:
-            asked.extend(requests)
-            return super().generate(requests, on_done)
-
-    monkeypatch.setattr("training.serving.Engine", Spelled)
+    info = SimpleNamespace(
+        vocabularies="spelled",
+        lanes=[SimpleNamespace(tokenizer="unused"), SimpleNamespace(tokenizer=str(tiny.folder / "expert1"))],
+    )
+    monkeypatch.setattr("training.serving.Engine", listening(asked, info))
     own = tiny.project.tokenizer("say it")["input_ids"]
     config: Any = None
     with Pair(config, Letters()) as pair:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from engine.types import Completion, GenerationRequest
+from engine.types import GenerationRequest
 from tests.training.builders import TinyProject, write_jsonl
-from tests.training.test_evaluation import FakeEngine, Letters
+from tests.training.test_evaluation import Letters, listening
 from training import graph
 from training.checkpoints import forward, load_causal
 from training.serving import Pair, questions_of
@@ -71,14 +70,7 @@ def test_other_templates_make_other_scores_of_experts_alone(talking: TinyProject
 def test_the_engine_is_asked_by_the_same_prompts(talking: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[GenerationRequest] = []
 
-    class Listening(FakeEngine):
-        def generate(
-            self, requests: list[GenerationRequest], on_done: Callable[[Completion], None]
-        ) -> list[Completion]:
-            asked.extend(requests)
-            return super().generate(requests, on_done)
-
-    monkeypatch.setattr("training.serving.Engine", Listening)
+    monkeypatch.setattr("training.serving.Engine", listening(asked))
     project = talking.project
     reader = project.own_template("e1")
     assert (reader is None, project.own_template("e2")) == (False, None)
