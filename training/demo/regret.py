@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -388,19 +389,15 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
         revoked = [100 * row["revoked"] / len(row["right"]) for row in rows]
         cells = [
             method,
-            f"{_mean(scores):.3f}",
+            f"{fmean(scores):.3f}",
             ", ".join(f"{score:.3f}" for score in scores) if len(set(scores)) > 1 else "",
             "-" if method == VETO else f"{100 * low:+.1f} to {100 * high:+.1f} points",
-            f"{_mean([row['deferral_rate'] for row in rows]):.3f}",
-            f"{_mean(revoked):.0f}",
-            f"{_mean(aurocs):.3f}" if aurocs else "-",
+            f"{fmean([row['deferral_rate'] for row in rows]):.3f}",
+            f"{fmean(revoked):.0f}",
+            f"{fmean(aurocs):.3f}" if aurocs else "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
