@@ -76,6 +76,11 @@ def quantile(observed_N: torch.Tensor, rate: float, bounds: Bounds = PROBABILITI
     return _clipped(float((1 - share) * ordered_N[low] + share * ordered_N[high]), bounds)
 
 
+def ends(observed_N: torch.Tensor, bounds: Bounds = PROBABILITIES) -> tuple[float, float]:
+    """The greatest and the least observed value as thresholds: nothing is above the one, all else above the other."""
+    return _clipped(float(observed_N.max()), bounds), _clipped(float(observed_N.min()), bounds)
+
+
 def _clipped(threshold: float, bounds: Bounds) -> float:
     return min(bounds.greatest, max(bounds.least, threshold))
 

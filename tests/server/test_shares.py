@@ -29,9 +29,48 @@ def test_the_curve_s_own_points(share: float, threshold: float) -> None:
     assert threshold_of(share, CURVE) == pytest.approx(threshold)
 
 
-def test_between_points_log_odds_count() -> None:
-    odds = (math.log(9) + 0.0) / 2
-    assert threshold_of(0.15, CURVE) == pytest.approx(1 / (1 + math.exp(-odds)))
+def odds(probability: float) -> float:
+    return math.log(probability / (1 - probability))
+
+
+def test_between_points_log_odds_of_both_are_in_proportion() -> None:
+    part = (odds(0.15) - odds(0.1)) / (odds(0.2) - odds(0.1))
+    assert odds(threshold_of(0.15, CURVE)) == pytest.approx((1 - part) * odds(0.9))
+
+
+TAIL = [(16.0, 0.0134), (14.0, 0.0359), (11.955, 0.0937), (10.8, 0.1468), (-8.1, 0.292), (-10.8, 0.4839), (-14, 0.775)]
+"""(Log-odds of the threshold, share) of the demo's gate on its validation questions."""
+
+
+def stored(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """As a calibration has them, with what defers nothing and all."""
+    return [(1.0, 0.0), *((1 / (1 + math.exp(-at)), share) for at, share in points), (-1.0, 1.0)]
+
+
+@pytest.mark.parametrize("at", [0, 1, 6])
+def test_beyond_the_points_of_an_old_curve_the_outer_lines_go_on(at: int) -> None:
+    """Without the gate's greatest and least values in it, the lines say nearly what was measured there."""
+    threshold, share = TAIL[at]
+    found = odds(threshold_of(share, stored(TAIL[2:6])))
+    assert found == pytest.approx(threshold, abs=1.5)
+
+
+def test_a_single_point_of_an_old_curve() -> None:
+    assert odds(threshold_of(0.05, stored([(3.0, 0.1)]))) == pytest.approx(3.0 + odds(0.1) - odds(0.05))
+    assert threshold_of(0.2, stored([])) == pytest.approx(0.8)
+
+
+def test_shares_below_the_first_rate_of_a_sweep_stay_below_the_gate_s_greatest_value() -> None:
+    """A gate that says 0.6 at most, with a twentieth of its tokens at 0.58 or more."""
+    curve = [(1.0, 0.0), (0.6, 0.0), (0.58, 0.05), (0.3, 0.2), (0.1, 0.9), (0.08, 1.0), (-1.0, 1.0)]
+    assert 0.58 < threshold_of(0.02, curve) < 0.6
+    assert 0.08 < threshold_of(0.98, curve) < 0.1
+    assert 0.58 < threshold_within(0.02, curve) < 0.6
+
+
+def test_noise_near_the_first_point_makes_no_steep_line() -> None:
+    curve = stored([(3.0, 0.0999), (2.0, 0.1), (1.0, 0.3)])
+    assert odds(threshold_of(0.05, curve)) < 5
 
 
 @given(curves, st.floats(0.0, 1.0), st.floats(0.0, 1.0))
@@ -52,10 +91,14 @@ async def test_a_share_becomes_a_threshold(build: Build) -> None:
 
 @pytest.mark.parametrize(
     ("cost", "threshold"),
-    [(0.0, 1.0), (0.002, 0.5), (0.003, 0.25), (0.004, 0.1), (0.01, 0.0), (1.0, 0.0)],
+    [(0.0, 1.0), (0.002, 0.5), (0.004, 0.1), (0.01, 0.0), (1.0, 0.0)],
 )
 def test_the_lowest_threshold_that_a_cost_allows(cost: float, threshold: float) -> None:
     assert threshold_within(cost, COSTS) == pytest.approx(threshold)
+
+
+def test_between_points_a_cost_counts_as_its_part_of_the_greatest() -> None:
+    assert threshold_within(0.003, COSTS) == pytest.approx(threshold_of(0.3, [(0.5, 0.2), (0.1, 0.4)]))
 
 
 def test_what_costs_more_than_was_measured_is_the_lowest_threshold_that_was() -> None:

@@ -18,6 +18,7 @@ from training.__main__ import main
 from training.checkpoints import forward, load_causal
 from training.errors import DivergedError
 from training.fit import CHECKPOINT, Group, Plan, fit
+from training.gate_only import Gate
 from training.project import Project
 from training.report import ORACLE, table
 from training.serving import Answer, Result
@@ -193,6 +194,19 @@ def test_a_curve_says_what_experts_cost(tiny: TinyProject) -> None:
     assert calibrate.calibrate_run(project, "collm", 0).measured("expert_seconds_per_token") == []
 
 
+@pytest.mark.usefixtures("fake_pair")
+def test_a_curve_has_the_gate_s_greatest_and_least_value(tiny: TinyProject) -> None:
+    """Without them, nothing says where shares below the first measured rate begin, and those above the last end."""
+    tiny.content["calibrate"] |= {"rates": [0.0, 0.5, 1.0], "refine": 0}
+    project = tiny.project
+    train.run(project)
+    gate = calibrate.calibrate_run(project, "collm", 0)
+    observed_N = Gate.of(gate).log_odds_of(score_split(project, "validation").base)
+    thresholds = [threshold for threshold, _ in gate.measured("deferral_rate")]
+    for value in (observed_N.max(), observed_N.min()):
+        assert any(threshold == pytest.approx(float(value.sigmoid()), abs=1e-12) for threshold in thresholds)
+
+
 def test_changed_settings_make_a_stage_step_aside_and_come_back(
     tiny: TinyProject, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,7 +233,7 @@ def test_lora_is_merged_into_a_plain_checkpoint(tiny: TinyProject) -> None:
 
 def test_fit_defers_what_only_the_expert_knows(tiny: TinyProject) -> None:
     """Where the base is hopeless and the expert sure, or the other way round, and the hidden state tells which."""
-    from training.gate_only import Gate, GateFit, fit_gate
+    from training.gate_only import GateFit, fit_gate
     from training.losses import marginal
     from training.scoring import ModelScores, PairScores
 

@@ -18,7 +18,7 @@ from training.reliability import calibration_error, reliability
 from training.serving import Questions, questions_of
 from training.settings import Method
 from training.stages.score import score_split
-from training.thresholds import LOG_ODDS, Point, choose, probability, quantile, reach, refine, remarks
+from training.thresholds import LOG_ODDS, Point, choose, ends, probability, quantile, reach, refine, remarks
 from training.tracking import tracked
 
 _MISSED = 0.05
@@ -74,9 +74,11 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
     with AnswerCache(project, folder / "answers", f"calibrate {method}-{seed}", base.path, gate) as cache:
         decoder = _Decoder(cache, questions_of(project, "validation", calibrate.limit), observed_N)
         swept = points = [decoder.at_rate(rate) for rate in calibrate.rates]
+        # For the curve alone: beyond its outermost values a gate says nothing that could be interpolated with.
+        outermost = [decoder.at_threshold(threshold) for threshold in ends(observed_N, LOG_ODDS)]
         warnings: list[str] = []
         if calibrate.target_rate is not None:
-            chosen = reach(points, calibrate.target_rate, decoder.at_threshold, LOG_ODDS)
+            chosen = reach([*points, *outermost], calibrate.target_rate, decoder.at_threshold, LOG_ODDS)
             if abs(chosen.deferral_rate - calibrate.target_rate) > _MISSED:
                 warnings.append(
                     f"calibrate.target_rate {calibrate.target_rate} is missed: the nearest rate that a threshold gave "
@@ -92,7 +94,8 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
                 "calibrate.target_rate, or compare the answers in this folder with the gold completions"
             )
     threshold = min(1.0, max(0.0, probability(chosen.threshold)))
-    points = sorted({point.threshold: point for point in [*points, chosen]}.values(), key=lambda p: -p.threshold)
+    found = [*outermost, *points, chosen]
+    points = sorted({point.threshold: point for point in found}.values(), key=lambda p: -p.threshold)
     warnings = [*remarks(swept, points), *warnings]
     curve = [point.to_json() for point in points]
     calibrated = replace(artifact, default_threshold=threshold, calibration=curve, reliability=believed)

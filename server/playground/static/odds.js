@@ -31,38 +31,64 @@ export function shown(p) {
 }
 
 /**
- * The threshold at which experts write about so many of the tokens; as the server's `collaboration.share`, between two
- * points of the curve by log-odds.
+ * The threshold at which experts write about so many of the tokens; as the server's `collaboration.share`: log-odds of
+ * thresholds and shares, in straight lines from point to point of the curve, of which the outer two go on.
  * @param {number} share
  * @param {{threshold: number, share: number}[]} curve
  */
 export function thresholdFor(share, curve) {
   if (share <= 0) return 1;
   if (share >= 1) return 0;
-  const [below, above] = around(share, curve, "share");
-  const part = (share - below.share) / (above.share - below.share);
-  return 1 / (1 + Math.exp(-((1 - part) * odds(below.threshold) + part * odds(above.threshold))));
+  return probability(along(odds(share), line(curve).map(({ threshold, share }) => [share, threshold])));
 }
 
 /** The share of tokens that experts write at a threshold, by the same curve. */
 export function shareAt(threshold, curve) {
-  const [above, below] = around(threshold, curve, "threshold");
-  const [low, high] = [odds(above.threshold), odds(below.threshold)];
-  const part = high > low ? (odds(threshold) - low) / (high - low) : 0;
-  return (1 - part) * above.share + part * below.share;
+  if (threshold >= 1) return 0;
+  if (threshold <= 0) return 1;
+  const points = line(curve).map(({ threshold, share }) => [-threshold, share]);
+  return probability(along(-odds(threshold), points));
 }
 
-/** The two points that a value lies between. */
-function around(value, curve, name) {
-  const points = [{ threshold: 1, share: 0 }, ...curve, { threshold: 0, share: 1 }];
-  points.sort((a, b) => a[name] - b[name] || (name === "share" ? b.threshold - a.threshold : b.share - a.share));
-  const next = points.findIndex((point) => point[name] > value);
-  return next < 0 ? [points.at(-1), points.at(-1)] : [points[Math.max(next - 1, 0)], points[next]];
+const LEAST = 1e-3; // a share measured to be nearer to 0 or 1 counts as this
+const FAR = 100; // log-odds beyond the points, where the outer lines are taken to end
+
+/** The curve's points in log-odds, the share never falling, and an end of either outer line. */
+function line(curve) {
+  const inside = curve.filter(({ threshold }) => threshold > 0 && threshold < 1);
+  let greatest = LEAST;
+  const points = inside
+    .toSorted((a, b) => b.threshold - a.threshold || b.share - a.share)
+    .map(({ threshold, share }) => {
+      greatest = Math.max(greatest, Math.min(share, 1 - LEAST));
+      return { threshold: odds(threshold), share: odds(greatest) };
+    });
+  if (!points.length) points.push({ threshold: 0, share: 0 });
+  return [beyond(points, -FAR), ...points, beyond(points.toReversed(), FAR)];
+}
+
+/** A point so far before the first, on the line to the first other one whose odds differ by half or more. */
+function beyond(points, far) {
+  const [first] = points;
+  const other = points.find((point) => Math.abs(point.share - first.share) >= Math.log(1.5));
+  const slope = other ? (other.threshold - first.threshold) / (other.share - first.share) : -1;
+  return { threshold: first.threshold + slope * far, share: first.share + far };
+}
+
+/** The value at x of the lines through points [x, y] whose x rises. */
+function along(x, points) {
+  const found = points.findIndex(([at]) => at > x);
+  const above = found < 0 ? points.length - 1 : Math.max(found, 1);
+  const [[x1, y1], [x2, y2]] = [points[above - 1], points[above]];
+  return x2 > x1 ? y1 + ((x - x1) / (x2 - x1)) * (y2 - y1) : y1;
 }
 
 function odds(p) {
-  const inside = Math.min(Math.max(p, 1e-9), 1 - 1e-9);
-  return Math.log(inside / (1 - inside));
+  return Math.log(p) - Math.log1p(-p);
+}
+
+function probability(logOdds) {
+  return 1 / (1 + Math.exp(-logOdds));
 }
 
 function round(p) {

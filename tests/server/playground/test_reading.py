@@ -5,6 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from server.shares import threshold_of
 from tests.live import LiveServer
 from tests.server.fakes import byte_level_tokenizer, writes
 from tests.server.playground.conftest import Open, scripted
@@ -207,3 +208,24 @@ def test_a_threshold_by_the_share_of_tokens(demo: LiveServer, open_page: Open) -
     assert body["collaboration"] == {"threshold": 1, "report": True}
     page.one("#threshold-reset").click()
     assert share.get_attribute("value") == "22"
+
+
+def test_the_page_reckons_shares_as_the_server_does(slow: str, open_page: Open) -> None:
+    page = open_page(slow)
+    shares = [0.0, 0.004, 0.05, 0.1, 0.15, 0.2, 0.31, 0.7, 0.999, 1.0]
+    for curve in (
+        [(1.0, 0.0), (0.97, 0.0), (0.95, 0.1), (0.9, 0.09), (0.5, 0.2), (0.1, 0.4), (0.02, 1.0), (0.0, 1.0)],
+        [(1.0, 0.0), (0.0, 1.0)],
+        [(1.0, 0.0), (0.7, 0.1), (0.0, 1.0)],
+    ):
+        thresholds, back = page.js(
+            "const [curve, shares] = arguments;"
+            "return import('/static/odds.js').then((odds) => {"
+            "  const thresholds = shares.map((share) => odds.thresholdFor(share, curve));"
+            "  return [thresholds, thresholds.map((threshold) => odds.shareAt(threshold, curve))];"
+            "});",
+            [{"threshold": threshold, "share": share} for threshold, share in curve],
+            shares,
+        )
+        assert thresholds == pytest.approx([threshold_of(share, curve) for share in shares], rel=1e-6)
+        assert back == pytest.approx(shares, rel=1e-6)
