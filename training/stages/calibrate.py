@@ -74,7 +74,7 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
     with AnswerCache(project, folder / "answers", f"calibrate {method}-{seed}", base.path, gate) as cache:
         decoder = _Decoder(cache, questions_of(project, "validation", calibrate.limit), observed_N)
         swept = points = [decoder.at_rate(rate) for rate in calibrate.rates]
-        # For the curve alone: beyond its outermost values a gate says nothing that could be interpolated with.
+        # For the curve alone, not to choose from: beyond these a gate says nothing that could be interpolated with.
         outermost = [decoder.at_threshold(threshold) for threshold in ends(observed_N, LOG_ODDS)]
         warnings: list[str] = []
         if calibrate.target_rate is not None:
