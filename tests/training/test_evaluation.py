@@ -47,7 +47,7 @@ def test_baselines_defer_at_the_rate_of_the_gate(tiny: TinyProject) -> None:
     scores = [
         point["score"]
         for point in curve["points"]
-        if not (point["nominal_rate"] == 0 and point["threshold"] < 1 or 0.95 < point["nominal_rate"] < 1)
+        if not ((point["nominal_rate"] == 0 and point["threshold"] < 1) or 0.95 < point["nominal_rate"] < 1)
     ]
     assert done["score"] == max(scores) > min(scores) > 0
     rows = rows_of(tiny)
