@@ -26,6 +26,7 @@ class AnswerCache:
 
     Attributes:
         members: how many models there are.
+        has_gate: whether a gate says which of them writes.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class AnswerCache:
     ) -> None:
         paths = project.expert_paths if experts else {}
         self.members = 1 + len(paths)
+        self.has_gate = gate is not None
         self._folder = folder
         self._label = label
         self._tokenizer = project.tokenizer

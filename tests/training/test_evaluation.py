@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine.blends import Blend
 from engine.types import BASE, BLEND, NO_TOKEN, Completion, Cost, GenerationRequest, TokenLogprobs
 from tests.training.builders import BEST_RATE, TinyProject, examples, write_jsonl
 from training.__main__ import main
+from training.answers import AnswerCache
 from training.data import Example, TokenExample
 from training.report import CALIBRATED_CONFIDENCE, COLLM, CONFIDENCE, ORACLE, RANDOM, UNTRAINED_CONFIDENCE
 from training.scoring import ModelScores, PairScores
@@ -72,6 +74,24 @@ def test_what_no_gate_decides_is_answered_once_for_all_seeds(tiny: TinyProject) 
         assert {json.loads(file.read_text())["how"]["policy"] for file in asked} <= {"threshold", "always", "never"}
     thresholds = [found["how"]["threshold"] for found in answers(tiny, "members", "confidence, validation")]
     assert len(thresholds) == len(set(thresholds)) >= 11
+
+
+@pytest.mark.usefixtures("fake_pair")
+def test_which_of_several_experts_writes_is_the_gate_s_choice_in_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a gate it would be the first expert, always."""
+    asked: list[tuple[str, bool]] = []
+    answers_of = AnswerCache.answers
+
+    def noted(cache: AnswerCache, what: str, questions: Questions, **how: Any) -> Result:
+        asked.append((how.get("policy", "member"), cache.has_gate))
+        return answers_of(cache, what, questions, **how)
+
+    monkeypatch.setattr(AnswerCache, "answers", noted)
+    assert main(["pipeline", "--config", str(TinyProject.make(tmp_path, experts=2).write())]) == 0
+    assert {policy for policy, has_gate in asked if has_gate} >= {"confidence", "random"}
+    assert not any(policy in ("confidence", "random") for policy, has_gate in asked if not has_gate)
 
 
 @pytest.mark.usefixtures("fake_pair")

@@ -94,8 +94,11 @@ class _Evaluation:
                     self._add(row, seed, found, **chosen)
         self._add(COLLM if method == "collm" else WEAK, seed, result, **_tokens(scores, log_odds_N))
         if method == "collm":
-            # What no gate decides is answered once for all runs that serve the user's base.
-            with self._cache("members" if base.run is None else name, base.path, None) as cache:
+            # What no gate decides is answered once for all runs that serve the user's base. Which of several experts
+            # writes is the gate's choice, in all rows.
+            alone = base.run is None and len(project.expert_paths) == 1
+            chooses = gate if len(project.expert_paths) > 1 else None
+            with self._cache("members" if alone else name, base.path, chooses) as cache:
                 self._baselines(cache, seed, result.deferral_rate)
                 if first:
                     self._baseline_curves(cache)
