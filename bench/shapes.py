@@ -339,15 +339,18 @@ def _tensors(
     import torch
 
     kind: torch.dtype = getattr(torch, dtype)
-    generator = torch.Generator().manual_seed(shape.hidden)
+    # One core draws nine billion numbers in minutes, a GPU in a second.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(shape.hidden)
 
     def normal(rows: int, columns: int, std: float) -> torch.Tensor:
-        # Computed in float32 and rounded: the same on every machine.
-        return (torch.randn(rows, columns, generator=generator) * std).to(kind)
+        # Computed in float32 and rounded: the same on every machine of a kind.
+        return (torch.randn(rows, columns, generator=generator, device=device) * std).to(kind).cpu()
 
     width, ffn = shape.hidden, shape.ffn
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    embedding = torch.nn.functional.normalize(torch.randn(vocab_size, width, generator=generator), dim=-1)
+    embedding = torch.randn(vocab_size, width, generator=generator, device=device)
+    embedding = torch.nn.functional.normalize(embedding, dim=-1).cpu()
     head = torch.zeros(vocab_size, width)
     written = sorted(set(successors[1:]))
     predecessors = {successor: token for token, successor in enumerate(successors)}

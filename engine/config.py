@@ -175,12 +175,12 @@ class SchedulerConfig(_Config):
     """How many steps of a lane that computes in the engine's own process may wait for its device. 0: each step is
     waited for. 1: a lane's step is prepared while the device computes another lane's. 2: the base's next step, too, is
     launched before the samples of the last one are read; a row that was deferred has drafted one token by then. "auto":
-    2 on a GPU, 0 on a CPU. What is written does not depend on it."""
+    1 on a GPU, 0 on a CPU; 2 is worth trying where little is deferred. What is written does not depend on it."""
 
     model_runner: Literal["v1", "v2"] = "v1"
     """Which of vLLM's two model runners lanes have. vLLM calls "v1" deprecated, and "v2" is its own default on GPUs.
-    Here "v2" is experimental: it was run on a CPU in Triton's interpreter, never on a GPU. It needs Triton. What is
-    written does not depend on it."""
+    Here "v2" is experimental, and was slower on the one GPU that ran both wherever tokens were deferred. It needs
+    Triton. What is written does not depend on it."""
 
     guidance: bool = False
     """Serve the blend "cfg": a request has a second row in the base, with its negative prompt. The base keeps places

@@ -24,6 +24,7 @@ from engine import draws
 from tests.oracle.reference import Pair, adjusted, probabilities
 
 current_platform.import_kernels()
+DEVICE = current_platform.device_type
 
 BASE = 0
 BLEND = -1
@@ -121,10 +122,16 @@ def combine(blend: Blend, rows: dict[int, torch.Tensor], weights: dict[int, floa
 
 
 def noisy_argmax(logits: torch.Tensor, seed: int, position: int) -> int:
-    """A draw from softmax(logits) [V] by the noise that vLLM's CPU sampler takes for this key."""
+    """A draw from softmax(logits) [V] by the noise that vLLM's sampler on this platform takes for this key."""
     key = draws.key(seed, draws.TOKEN_STREAM, position)
-    noise = torch.tensor([key - (1 << 64) if key >> 63 else key])
-    return int(torch.ops._C.fused_gumbel_argmax(logits[None].float().contiguous(), noise)[0])
+    noise = torch.tensor([key - (1 << 64) if key >> 63 else key], device=DEVICE)
+    row = logits[None].float().contiguous().to(DEVICE)
+    if current_platform.is_cpu():
+        return int(torch.ops._C.fused_gumbel_argmax(row, noise)[0])
+    # A GPU's noise comes from a kernel that has no other form.
+    from engine.vllm_hooks.sampling import draw
+
+    return int(draw(row, noise)[0])
 
 
 def drawn(

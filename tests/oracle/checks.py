@@ -17,11 +17,12 @@ from engine.types import Collaboration, Completion, GenerationRequest, SamplingS
 from tests.oracle.reference import Written
 from tests.waiting import eventually
 
-LOG_PROBABILITY = 3e-4 if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 1e-4
+LOG_PROBABILITY = 3e-4 if torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability() == "DEFAULT" else 1e-4
 """How far float32 log-probabilities of the engine and of a loop may lie apart, in nats.
 
 Both sum the same products in another order, in as many partial sums as a vector has lanes: with four of them instead of
-eight or sixteen the sums are longer and round more (up to 1.9e-4 was seen).
+eight or sixteen the sums are longer and round more (up to 1.9e-4 was seen). A GPU splits the sums in its
+own way (1.2e-4 was seen on an H200).
 """
 
 

@@ -31,6 +31,8 @@ from tests.oracle.reference import Pair
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 KV_BYTES = 64 << 20
+BLOCK = 32
+"""Tokens; a GPU's own would be another than a CPU's, and so would how many requests fit."""
 
 CHUNKED: dict[str, Any] = {"max_num_batched_tokens": 32, "max_num_seqs": 32}
 # The longest request of the tests' prompts needs 4 blocks of 32 tokens; 32 of them at once would need over 100.
@@ -49,7 +51,7 @@ def kv_memory(folder: Path, blocks: int | None) -> int:
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     token: int = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * 4
     # One block is vLLM's null block.
-    return token * 32 * (blocks + 1)
+    return token * BLOCK * (blocks + 1)
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Served:
         **vllm: Any,
     ) -> EngineConfig:
         """``kv_blocks``: usable KV blocks of the base and of each expert; None is plenty."""
-        options = {"dtype": "float32", "max_model_len": self.max_model_len, **vllm}
+        options = {"dtype": "float32", "max_model_len": self.max_model_len, "block_size": BLOCK, **vllm}
 
         def kv_bytes(path: Path, lane: int) -> int:
             return kv_memory(path, None if kv_blocks is None else kv_blocks[lane])

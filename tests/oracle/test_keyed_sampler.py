@@ -24,6 +24,7 @@ prepare_environment((LaneConfig(model="none"),))
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import vllm._custom_ops  # noqa: F401 - loads the compiled kernels
+    from vllm.platforms import current_platform
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.sampler import Sampler
 
@@ -33,15 +34,16 @@ with warnings.catch_warnings():
 
 Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 WIDTH = 300
+DEVICE = current_platform.device_type
 kinds = pytest.mark.parametrize("kind", [draw, exact_draw])
 
 
 def keys(count: int, seed: int = 5) -> torch.Tensor:
-    return torch.from_numpy(draws.keys([seed] * count, draws.TOKEN_STREAM, range(count)).view("int64"))
+    return torch.from_numpy(draws.keys([seed] * count, draws.TOKEN_STREAM, range(count)).view("int64")).to(DEVICE)
 
 
 def logits(rows: int, width: int = WIDTH) -> torch.Tensor:
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
 @kinds
@@ -70,7 +72,7 @@ def test_the_noise_is_splitmix_s() -> None:
     of = keys(3)
     noise = [[draws.mix((int(key) & ((1 << 64) - 1)) ^ token) >> 11 for token in range(50)] for key in of]
     expected = [max(range(50), key=row.__getitem__) for row in noise]
-    assert exact_draw(torch.zeros(3, 50), of).tolist() == expected
+    assert exact_draw(torch.zeros(3, 50, device=DEVICE), of).tolist() == expected
 
 
 INTERPRETED = """
@@ -152,7 +154,7 @@ def test_rows_without_a_seed_are_drawn_anew_each_time_and_the_others_not() -> No
 
     def sample() -> list[int]:
         replaced.prepare([3, 9], [1, -4], [20, 1 << 20])
-        flat = torch.zeros(64, 5000)
+        flat = torch.zeros(64, 5000, device=DEVICE)
         drawn: list[int] = sampler(flat, metadata_of(params, flat)).sampled_token_ids[:, 0].tolist()
         return drawn
 
@@ -182,7 +184,7 @@ def test_asked_positions_are_in_the_one_product_of_the_head() -> None:
     wanted[:, 5] = float("-inf")
     assert torch.equal(torch.cat((ends, asked)), wanted)
     # Those of the asked positions are the last ones.
-    assert torch.equal(reader.asked_gate_AK, hidden[3:] @ weight[5:].T)
+    torch.testing.assert_close(reader.asked_gate_AK, hidden[3:] @ weight[5:].T)
     gate, top = reader.take()
     assert gate is not None
     assert top is not None

@@ -142,7 +142,8 @@ def test_ray_is_refused_where_it_would_fail_or_go_past_the_lanes_worker(
                 )
         return str(caught.value)
 
-    assert "vLLM on this cpu has none: use 'mp'" in refusal()
+    monkeypatch.setattr(type(current_platform), "ray_device_key", "")
+    assert f"vLLM on this {current_platform.device_type} has none: use 'mp'" in refusal()
     monkeypatch.setattr(type(current_platform), "ray_device_key", "GPU")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "experts.e.executor: 'ray' needs the package ray: make install-ray" in refusal()

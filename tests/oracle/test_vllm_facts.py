@@ -461,6 +461,7 @@ def test_the_v2_runner_samples_where_the_lanes_worker_stands_between() -> None:
     assert "return self.model_runner_output" in inspect.getsource(async_utils.AsyncOutput.get_output)
 
 
+@pytest.mark.skipif(not current_platform.is_cpu(), reason="GPU builds of vLLM bring Triton")
 def test_the_v2_runner_is_refused_without_triton() -> None:
     """vLLM's build for CPUs has none of its own."""
     config = EngineConfig.model_validate({"base": {"model": "none"}, "scheduler": {"model_runner": "v2"}})
