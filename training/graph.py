@@ -1,9 +1,10 @@
 """The graph of stages: what each reads, which settings its output depends on, and where that output is.
 
-    score ──> init ──> train ──> calibrate ──> export
-      └─────────┴────────┴───────────┴───────> evaluate
+    score ──> init ──> train ──> (rollouts) ──> calibrate ──> export
+      └─────────┴────────┴───────────┴──────────────┴───────> evaluate
 
-A stage has an output for each split and model (score), each seed (init) or each method and seed (train, calibrate).
+A stage has an output for each split and model (score), each seed (init, rollouts) or each method and seed (train,
+calibrate). Without rollouts, which are off by default, calibrate reads what train made.
 An output is a ``StageFolder``, whose fingerprint is of its settings and of the fingerprints of what it reads; so what
 changes anywhere makes all later outputs stale.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from training.files import StageFolder
@@ -68,8 +70,12 @@ STAGES = {
             settings=("train.warm_up", "train.bias", "train.weak_positive_weight"),
         ),
         Stage(
+            "rollouts", "let the gate learn from answers that it draws (off by default)", inputs=("score", "train"),
+            settings=("rollouts", "calibrate.rates", "calibrate.limit", "engine", "evaluate.room"),
+        ),
+        Stage(
             "calibrate", "decode validation questions at a sweep of thresholds and choose one",
-            inputs=("score", "train"),
+            inputs=("score", "train", "rollouts"),
             settings=("calibrate.rates", "calibrate.refine", "calibrate.limit", "engine", "evaluate.room"),
         ),
         Stage("export", "copy the pair to be served into one folder", inputs=("calibrate",), settings=("engine",)),
@@ -154,12 +160,30 @@ def training_run(project: Project, method: Method, seed: int) -> StageFolder:
     return StageFolder(project.run(method, seed), resolved, inputs)
 
 
+def rollouts(project: Project, seed: int) -> StageFolder:
+    """What the gate of a seed learned from the answers that it drew."""
+    resolved = STAGES["rollouts"].resolve(project.settings) | {"seed": seed} | _templates(project)
+    inputs = {
+        "trained gate": project.hash_of(project.run("collm", seed) / "gate"),
+        "training data": project.data("train").fingerprint,
+        "validation scores": scores(project, "validation", BASE, project.base_of("collm", seed)).fingerprint,
+        **{name: project.hash_of_expert(name) for name in project.expert_paths},
+    }
+    return StageFolder(project.folder("rollouts", f"collm-{seed}"), resolved, inputs)
+
+
+def trained_gate(project: Project, method: Method, seed: int) -> Path:
+    """Where the gate is that is calibrated."""
+    drawn = method == "collm" and project.settings.rollouts.rounds > 0
+    return (project.folder("rollouts", f"{method}-{seed}") if drawn else project.run(method, seed)) / "gate"
+
+
 def calibration(project: Project, method: Method, seed: int) -> StageFolder:
     """The calibration of a run. A wished rate is no part of what it is: the answers are the same for all."""
     base = project.base_of(method, seed)
     inputs = {
         # No expert can have the names with a space.
-        "trained gate": project.hash_of(project.run(method, seed) / "gate"),
+        "trained gate": project.hash_of(trained_gate(project, method, seed)),
         "validation scores": scores(project, "validation", BASE, base).fingerprint,
         **{name: project.hash_of_expert(name) for name in project.expert_paths},
     }
@@ -177,6 +201,17 @@ def evaluation(project: Project) -> StageFolder:
 
 
 def need_run(project: Project, method: Method, seed: int) -> None:
+    """Raise unless a run, with these settings, is there, and what it learned from rollouts.
+
+    Raises:
+        TrainingError: saying which command has to be run first.
+    """
+    need_training(project, method, seed)
+    if method == "collm" and project.settings.rollouts.rounds:
+        rollouts(project, seed).need("rollouts")
+
+
+def need_training(project: Project, method: Method, seed: int) -> None:
     """Raise unless a run, with these settings, is there.
 
     Raises:

@@ -231,6 +231,28 @@ class TrainSettings(Section):
     joint: JointSettings = JointSettings()
 
 
+class RolloutSettings(Section):
+    """Learning from answers that the trained gate draws, graded as in the evaluation: see training.rollouts."""
+
+    rounds: int = Field(default=0, ge=0)
+    """Each starts the engine with the gate as it is by then. 0: the gate stays as it was trained."""
+    questions: int = Field(default=512, ge=1)
+    """Training questions a round."""
+    samples: int = Field(default=4, ge=2)
+    """Answers to each."""
+    cost: float = Field(default=0.002, ge=0)
+    """Taken off an answer's grade, 1 or 0, for each token that an expert writes."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the gate's logits before the first round: more of its sure decisions are drawn otherwise."""
+    learning_rate: float = Field(default=2e-2, gt=0)
+    steps: int = Field(default=32, ge=1)
+    """A round."""
+    answers: int = Field(default=512, ge=1)
+    """A step."""
+    clip: float = Field(default=0.2, gt=0)
+    """Largest change of a decision's probability, as a part of it, that a round rewards."""
+
+
 class CalibrateSettings(Section):
     """The choice of the threshold, by decoding on the serving engine."""
 
@@ -320,6 +342,7 @@ class Settings(Section):
     gate: GateSettings = GateSettings()
     init: InitSettings = InitSettings()
     train: TrainSettings = TrainSettings()
+    rollouts: RolloutSettings = RolloutSettings()
     calibrate: CalibrateSettings = CalibrateSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     engine: EngineSettings = EngineSettings()

@@ -58,10 +58,16 @@ def outputs(project: Project) -> Iterator[Output]:
         trained = _of("train", name, graph.training_run(project, method, seed), waits_for=gates[seed])
         yield trained
         if method in GATED:
+            if method == "collm" and project.settings.rollouts.rounds:
+                if trained.state == "done":
+                    trained = _of("rollouts", name, graph.rollouts(project, seed))
+                else:
+                    trained = Output("rollouts", name, "waits", (f"train ({name})",))
+                yield trained
             if trained.state == "done":
                 found = _of("calibrate", name, graph.calibration(project, method, seed))
             else:
-                found = Output("calibrate", name, "waits", (f"train ({name})",))
+                found = Output("calibrate", name, "waits", (f"{trained.stage} ({name})",))
             calibrated &= found.state == "done"
             yield found
             if method == "collm" and seed == project.settings.seeds[0]:

@@ -61,7 +61,7 @@ def run(project: Project) -> None:
 
 def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
     """The calibrated gate of a run."""
-    settings, gate = project.settings, project.run(method, seed) / "gate"
+    settings, gate = project.settings, graph.trained_gate(project, method, seed)
     base = project.base_of(method, seed)
     stage = graph.calibration(project, method, seed).claim()
     folder = stage.path
