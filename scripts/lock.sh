@@ -13,23 +13,28 @@ trap 'rm -rf "$work"' EXIT
 "$work/venv/bin/pip" --quiet --disable-pip-version-check install 'uv>=0.9' packaging
 
 args=(--quiet --universal --python-version 3.11 --no-header --no-annotate --index-strategy unsafe-best-match "$@")
-# vLLM declares these three for pictures, sound and video. Their usual builds do not fit the CPU build of torch: with
-# torchvision there, transformers does not import ("operator torchvision::nms does not exist").
-without=(torchvision torchaudio torchcodec)
+# vLLM declares these for pictures, sound and video. Their usual builds do not fit the CPU build of torch: with torchvision
+# there, transformers does not import ("operator torchvision::nms does not exist"). On a GPU vLLM does not start without
+# torchvision, whatever the model is.
+without=(torchaudio torchcodec)
+not_on_cpus=torchvision
 for package in "${without[@]}"; do args+=(--no-emit-package "$package"); done
 
 compile() { # compile NAME OPTION...
   local name=$1
   shift
+  [[ $name == gpu ]] || set -- --no-emit-package "$not_on_cpus" "$@"
   "$work/venv/bin/uv" pip compile pyproject.toml "${args[@]}" "$@" --output-file "$work/$name.txt"
 }
 
 publish() { # publish NAME HEADING: drops what no supported machine needs, adds the heading
+  local left_out=("${without[@]}")
+  [[ $1 == gpu ]] || left_out=("$not_on_cpus" "${left_out[@]}")
   {
     echo "# $2"
     echo "# Made by scripts/lock.sh from pyproject.toml; do not edit."
     echo "# Install with: pip install --no-deps -r requirements/$1.txt"
-    echo "# Left out on purpose: ${without[*]} (scripts/lock.sh says why)."
+    echo "# Left out on purpose: ${left_out[*]} (scripts/lock.sh says why)."
     "$work/venv/bin/python" scripts/lock_markers.py <"$work/$1.txt"
   } >"requirements/$1.txt"
 }

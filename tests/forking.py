@@ -37,6 +37,11 @@ READ_AT_IMPORT = (
     "TRITON_", "VLLM_", "XDG_", "HOME",
 )  # fmt: skip
 """How names of environment variables begin that libraries may read while they are imported."""
+SET_BY_VLLM = frozenset({
+    "LD_PRELOAD", "LOCAL_WORLD_SIZE", "NUMEXPR_MAX_THREADS", "TORCHINDUCTOR_COMPILE_THREADS",
+    "TORCHINDUCTOR_CPP_DYNAMIC_THREADS", "VLLM_DISABLE_SHARED_EXPERTS_STREAM", "VLLM_SSM_CONV_STATE_LAYOUT",
+})  # fmt: skip
+"""What making an engine's configuration for a CPU leaves in the environment: where a test did that, it is no setting."""
 LONGEST_MESSAGE = 1 << 20
 _template: _Template | None = None
 _starting = threading.Lock()
@@ -94,12 +99,12 @@ class _Template:
     """The template's process, from the side of pytest. Its environment is that of the first engine."""
 
     def __init__(self) -> None:
-        self._before = _read_at_import(os.environ)
+        self._before = _read_at_import(_settings(os.environ))
         self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "tests.forking", str(theirs.fileno())],
-                env=safe_environment(),
+                env=_settings(safe_environment()),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
@@ -110,7 +115,7 @@ class _Template:
 
     def differences(self) -> list[str]:
         """Names of variables in which libraries, had they been imported now, would see something else."""
-        now = _read_at_import(os.environ)
+        now = _read_at_import(_settings(os.environ))
         # Imports set some themselves, in this process too.
         return [
             name
@@ -121,7 +126,7 @@ class _Template:
     def fork(self, directory: Path) -> ForkedProcess:
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         standard_input, keep = os.pipe()
-        order = {"directory": str(directory), "folder": str(Path.cwd()), "environment": safe_environment()}
+        order = {"directory": str(directory), "folder": str(Path.cwd()), "environment": _settings(safe_environment())}
         with theirs:
             socket.send_fds(self._orders, [json.dumps(order).encode()], [theirs.fileno(), standard_input, 1, 2])
         os.close(standard_input)
@@ -137,6 +142,10 @@ def _the_template() -> _Template:
     with _starting:
         _template = _template or _Template()
         return _template
+
+
+def _settings(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in SET_BY_VLLM}
 
 
 def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from packaging.utils import canonicalize_name
 from tests.packaging.sources import ROOT
 
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
+"""On CPUs; on a GPU vLLM does not start without the first one (seen on an H200)."""
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -34,9 +35,9 @@ def test_everything_is_pinned(name: str) -> None:
     assert [str(r) for r in requirements if [s.operator for s in r.specifier] != ["=="] or r.url] == []
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "dev", "ray"])
-def test_left_out(name: str) -> None:
-    assert {canonicalize_name(r.name) for r in locked(name)} & LEFT_OUT == set()
+@pytest.mark.parametrize(("name", "kept"), [("cpu", set()), ("gpu", {"torchvision"}), ("dev", set()), ("ray", set())])
+def test_left_out(name: str, kept: set[str]) -> None:
+    assert {canonicalize_name(r.name) for r in locked(name)} & LEFT_OUT == kept
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
