@@ -41,7 +41,7 @@ SET_BY_VLLM = frozenset({
     "LD_PRELOAD", "LOCAL_WORLD_SIZE", "NUMEXPR_MAX_THREADS", "TORCHINDUCTOR_COMPILE_THREADS",
     "TORCHINDUCTOR_CPP_DYNAMIC_THREADS", "VLLM_DISABLE_SHARED_EXPERTS_STREAM", "VLLM_SSM_CONV_STATE_LAYOUT",
 })  # fmt: skip
-"""What making an engine's configuration for a CPU leaves in the environment: where a test did that, it is no setting."""
+"""What making an engine's configuration on a CPU leaves in the environment: no setting, where a test did that."""
 LONGEST_MESSAGE = 1 << 20
 _template: _Template | None = None
 _starting = threading.Lock()
