@@ -6,6 +6,7 @@ That is what a user serves who does without the other, or who wants the expert's
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 
 from bench.account import Account
@@ -52,6 +53,9 @@ def stock_service(
         else:
             arguments += [f"--{flag}", str(value)]
     env = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if settings.cuda:
+        # As in our own lanes: FlashInfer compiles its sampler while vLLM starts, and without nvcc vLLM does not start.
+        env["VLLM_USE_FLASHINFER_SAMPLER"] = os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0")
     if cores and not settings.cuda:
         env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
     return HttpService(name, arguments, "/health", settings, env)

@@ -85,6 +85,15 @@ def test_the_base_drafts_for_a_stock_expert_and_two_devices_are_processes(tiny: 
     assert [(lane.executor, lane.devices) for lane in config.lanes] == [("mp", (0,)), ("mp", (1,))]
 
 
+def test_a_stock_server_on_a_gpu_needs_no_nvcc(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.settings.cuda_memory_bytes", lambda: 80 << 30)
+    settings = Settings(tiny, max_num_seqs=8, request_tokens=128, cuda=True)
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
+    assert stock_service("stock", tiny.expert, settings)._env["VLLM_USE_FLASHINFER_SAMPLER"] == "0"
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "1")
+    assert stock_service("stock", tiny.expert, settings)._env["VLLM_USE_FLASHINFER_SAMPLER"] == "1"
+
+
 def test_a_server_that_does_not_start_ends_the_bench(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
