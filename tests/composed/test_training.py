@@ -21,7 +21,7 @@ from training.checkpoints import check_models, load_causal
 from training.compose import learn
 from training.compose.__main__ import run_stage
 from training.compose.learn import new_model, planned
-from training.compose.settings import ComposeSettings
+from training.compose.settings import ComposeSettings, ConnectSettings
 from training.compose.stages import folded, table
 from training.engine_options import vllm_version
 from training.errors import SettingsError
@@ -238,6 +238,9 @@ def test_connections_by_hand(project: Path) -> None:
     found = planned(settings, members[0], members[1:])
     assert found.connections == (Connection("facts", 2, 3),)
     assert found.heads == Heads(4, 1, 16)
+    many = settings.model_copy(update={"connect": ConnectSettings(count=50)})
+    with pytest.raises(SettingsError, match=r"connect\.count: of 50 connections some would read and write the same"):
+        planned(many, members[0], members[1:])
 
 
 def test_a_composed_base_is_not_trained_with_its_gate(composed: Callable[[str], Path]) -> None:

@@ -36,16 +36,27 @@ def planned(settings: ComposeSettings, anchor: Member, augmenting: Sequence[Memb
     goes into a layer of the anchor that others follow, which can work with what was read.
 
     Raises:
-        SettingsError: heads that do not divide the anchor's hidden size, or connections that cannot be made.
+        SettingsError: heads that do not divide the anchor's hidden size, connections that cannot be made, or more of
+            them than have layers of their own.
     """
     connect = settings.connect
     connections = [Connection(c.augmenting, c.layer, c.into) for c in connect.connections]
     if not connections:
         for member in augmenting:
-            for number in range(1, connect.count + 1):
-                layer = max(1, number * member.layers // connect.count)
-                into = max(1, number * anchor.layers // (connect.count + 1))
-                connections.append(Connection(member.name, layer, into))
+            spaced = {
+                Connection(
+                    member.name,
+                    layer=max(1, number * member.layers // connect.count),
+                    into=max(1, number * anchor.layers // (connect.count + 1)),
+                ): None
+                for number in range(1, connect.count + 1)
+            }
+            if len(spaced) < connect.count:
+                raise SettingsError(
+                    f"connect.count: of {connect.count} connections some would read and write the same layers, since"
+                    f" {member.name!r} has {member.layers} and the anchor {anchor.layers}: take fewer"
+                )
+            connections += spaced
     heads = connect.heads or int(anchor.identity.architecture["num_attention_heads"])
     size = connect.head_size or anchor.hidden_size // heads
     if connect.head_size is None and anchor.hidden_size % heads:
