@@ -47,18 +47,20 @@ failed=0
 
 # part NAME SECONDS COMMAND...: run it, at most so long; note how it went.
 part() {
-    local name="$1" limit="$2" begin status
+    local name="$1" limit="$2" begin status command
     shift 2
+    printf -v command '%q ' "$@"
     if [[ -n "$dry" ]]; then
-        printf '%s (at most %s s): %s\n' "$name" "$limit" "$*"
+        printf '%s (at most %s s): %s\n' "$name" "$limit" "$command"
         return
     fi
+    command="${command//\\/\\\\}"
     begin=$SECONDS
     echo "== $name: $*" >&2
     timeout "$limit" "$@" >"$out/$name.log" 2>&1
     status=$?
     printf '{"part": "%s", "status": %d, "seconds": %d, "command": "%s"}\n' \
-        "$name" "$status" "$((SECONDS - begin))" "${*//\"/\\\"}" >>"$out/parts.jsonl"
+        "$name" "$status" "$((SECONDS - begin))" "${command//\"/\\\"}" >>"$out/parts.jsonl"
     if [[ "$status" -ne 0 ]]; then
         failed=1
         echo "   failed with $status; the end of $out/$name.log:" >&2

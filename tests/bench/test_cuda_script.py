@@ -24,7 +24,7 @@ def script(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 def dry_run(*options: str) -> dict[str, list[str]]:
     lines = script("--dry-run", *options).stdout.splitlines()
-    return {line.split()[0]: line.partition("): ")[2].split() for line in lines}
+    return {line.split()[0]: shlex.split(line.partition("): ")[2]) for line in lines}
 
 
 @pytest.mark.parametrize("options", [(), ("--quick",)])
@@ -87,6 +87,7 @@ def test_every_part_reports(tmp_path: Path) -> None:
     assert sorted(measured) == sorted(line[3:] for line in summary.splitlines() if line.startswith("## "))
     assert summary.count("| cell |") == len(measured)
     assert "1B-8B" in next(line["command"] for line in lines if line["part"] == "compare")
+    assert shlex.split(next(line["command"] for line in lines if line["part"] == "oracle-v2"))[-4:] == ["-m", "", "-q", "-n0"]
     for line in lines:
         assert shlex.split(line["command"])
         assert (results / f"{line['part']}.log").exists()
