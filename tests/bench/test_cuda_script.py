@@ -87,7 +87,12 @@ def test_every_part_reports(tmp_path: Path) -> None:
     assert sorted(measured) == sorted(line[3:] for line in summary.splitlines() if line.startswith("## "))
     assert summary.count("| cell |") == len(measured)
     assert "1B-8B" in next(line["command"] for line in lines if line["part"] == "compare")
-    assert shlex.split(next(line["command"] for line in lines if line["part"] == "oracle-v2"))[-4:] == ["-m", "", "-q", "-n0"]
+    assert shlex.split(next(line["command"] for line in lines if line["part"] == "oracle-v2"))[-4:] == [
+        "-m",
+        "",
+        "-q",
+        "-n0",
+    ]
     for line in lines:
         assert shlex.split(line["command"])
         assert (results / f"{line['part']}.log").exists()
