@@ -64,6 +64,12 @@ class Boundaries:
             inside = self._pattern.finditer(text) if self._pattern else ()
             self._across += [(text[: match.start()], text[match.start() :]) for match in inside]
 
+    def at(self, text: bytes | bytearray, offset: int) -> bool:
+        """Whether an offset in ``text`` is a safe boundary; those at its ends are none."""
+        if self._pattern is None or not 0 < offset < len(text) or self._pattern.match(text, offset) is None:
+            return False
+        return not (self._across and self._crossed(text, offset))
+
     def within(self, text: bytes | bytearray, begin: int, end: int) -> Iterator[int]:
         """Safe boundaries b with begin <= b <= end, in order; those at the ends of ``text`` are not among them."""
         if self._pattern is None:

@@ -23,10 +23,11 @@ from engine.spelling.symbols import (
     choose,
     choose_sparse,
     inside_character,
-    symbols,
     without,
     without_sparse,
 )
+
+_BYTES = [bytes([symbol]) for symbol in range(256)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class Chorus:
         self.strands = [Strand(speller) for speller in spellers]
         self.pieces = 0
         self._weights = list(weights)
+        self._children = [speller.vocabulary.children for speller in spellers]
         self._kind: Average = kind
         self._temperature = temperature
         self._draw = draw
@@ -107,56 +109,59 @@ class Chorus:
             SpellingError: a member cannot spell the piece; the chorus must not be used any more.
         """
         written = len(self.strands[0].text) + self.pieces
-        before = bytes(self.strands[0].text[-4:])
-        symbol, support = self._begin(masses, self._draw(written))
-        piece = b""
-        while symbol < EXACT:
-            piece += bytes([symbol])
-            symbol = self._go_on(masses, support, before, piece, self._draw(written + len(piece)))
-        best = max(
-            range(len(masses)),
-            key=lambda m: -math.inf if (heard := support[m]) is None else heard + math.log(self._weights[m]),
-        )
+        symbol = self._begin(masses, written)
         if symbol == END:
-            return Piece(b"", True, tuple(support), best)
+            return Piece(b"", True, *self._support([mass.end for mass in masses]))
+        piece = self._go_on(masses, symbol, written)
+        support, source = self._support([mass.at(piece) for mass in masses])
         self._append(piece, masses, support)
-        return Piece(piece, False, tuple(support), best)
+        return Piece(piece, False, support, source)
 
-    def _begin(self, masses: Sequence[Mass], uniform: float) -> tuple[int, list[float | None]]:
-        """The first symbol of a piece, of all that there are, and each member's log-probability of it."""
-        rows = [symbols(mass, b"") for mass in masses]
-        singing = [member for member, row in enumerate(rows) if row is not None]
-        row = average([row for row in rows if row is not None], [self._weights[m] for m in singing], self._kind)
+    def _begin(self, masses: Sequence[Mass], written: int) -> int:
+        """The first symbol of a piece, of all that there are."""
+        row = average([mass.first() for mass in masses], self._weights, self._kind)
         if self._ignore_end or self.pieces < self._min_pieces:
             row = without(row, END)
-        symbol = choose(row, self._temperature, uniform)
-        chances = [0.0 if own is None else float(own[symbol]) for own in rows]
-        return symbol, [math.log(chance) if chance else None for chance in chances]
+        return choose(row, self._temperature, self._draw(written) if self._temperature else 0.0)
 
-    def _go_on(
-        self, masses: Sequence[Mass], support: list[float | None], before: bytes, piece: bytes, uniform: float
-    ) -> int:
-        """The symbol after the beginning of a piece, of the few that can follow; updates ``support``."""
-        rows: list[Sparse] = []
-        totals: list[float] = []
-        weights: list[float] = []
-        singing: list[int] = []
-        for member, heard in enumerate(support):
-            if heard is not None and (total := sum((row := masses[member].following(piece)).values())) > 0:
-                rows.append(row)
-                totals.append(total)
-                weights.append(self._weights[member])
-                singing.append(member)
+    def _go_on(self, masses: Sequence[Mass], symbol: int, written: int) -> bytes:
+        """The piece that begins with a symbol, each further one of the few that can follow."""
+        piece = _BYTES[symbol]
+        # Members that have a token which begins like this, and find it possible.
+        singing = [member for member, mass in enumerate(masses) if mass.begins(symbol)]
+        while singing:
+            nodes = [self._children[member](piece) for member in singing]
+            following = nodes[0].symbols
+            if len(following) == 1 and all(node.symbols == following for node in nodes[1:]):
+                (symbol,) = following  # whoever sings: nothing has to be weighed
             else:
-                support[member] = None
-        joint = average_sparse(rows, totals, weights, self._kind)
-        if len(masses) > 1 and EXACT in joint and inside_character(before + piece):
+                rows = [
+                    dict(zip(node.symbols, masses[member].following(node), strict=True))
+                    for member, node in zip(singing, nodes, strict=True)
+                ]
+                symbol, singing = self._weigh(singing, rows, piece, written)
+            if symbol == EXACT:
+                break
+            piece += _BYTES[symbol]
+        return piece
+
+    def _weigh(self, singing: list[int], rows: list[Sparse], piece: bytes, written: int) -> tuple[int, list[int]]:
+        """A symbol, and who of those that sing finds it possible."""
+        joint = rows[0]
+        if len(rows) > 1:
+            totals = [sum(row.values()) for row in rows]
+            joint = average_sparse(rows, totals, [self._weights[member] for member in singing], self._kind)
+        unfinished = piece[-1] >= 0x80 and inside_character(bytes(self.strands[0].text[-4:]) + piece)
+        if unfinished and EXACT in joint and len(self._weights) > 1:
             joint = without_sparse(joint, EXACT)
+        uniform = self._draw(written + len(piece)) if self._temperature else 0.0
         symbol = choose_sparse(joint, self._temperature, uniform)
-        for member, row, total in zip(singing, rows, totals, strict=True):
-            heard, chance = support[member], row.get(symbol, 0.0)
-            support[member] = None if heard is None or chance == 0.0 else heard + math.log(chance / total)
-        return symbol
+        return symbol, [member for member, row in zip(singing, rows, strict=True) if row.get(symbol)]
+
+    def _support(self, chances: Sequence[float]) -> tuple[tuple[float | None, ...], int]:
+        """The members' log-probabilities of what was written, and who finds it the most probable, by weight."""
+        weighted = [chance * weight for chance, weight in zip(chances, self._weights, strict=True)]
+        return tuple([math.log(chance) if chance > 0 else None for chance in chances]), weighted.index(max(weighted))
 
     def _append(self, piece: bytes, masses: Sequence[Mass], support: Sequence[float | None]) -> None:
         # Those that find the piece most probable wrote it, and go on from their very token; the others follow.

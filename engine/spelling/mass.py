@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.spelling.vocabulary import Vocabulary
+from engine.spelling.vocabulary import Children, Vocabulary
 
 EXACT = 256
 """Symbol: the token ends here."""
@@ -38,7 +38,7 @@ class Mass:
         ValueError: a probability is not finite, or no token of the vocabulary has any.
     """
 
-    __slots__ = ("_cumulative", "_text", "_vocabulary", "end")
+    __slots__ = ("_cumulative", "_first", "_text", "_vocabulary", "end")
 
     def __init__(self, vocabulary: Vocabulary, probabilities: NDArray[np.floating]) -> None:
         text = probabilities[vocabulary.order].astype(np.float64)
@@ -52,28 +52,49 @@ class Mass:
         self._text = text
         self._cumulative = np.concatenate([[0.0], np.cumsum(text)])
         self.end = end / total
+        self._first: NDArray[np.float64] | None = None
 
     @classmethod
-    def summed(cls, vocabulary: Vocabulary, text: NDArray[np.float64], sums: NDArray[np.float64], end: float) -> Mass:
+    def summed(
+        cls,
+        vocabulary: Vocabulary,
+        text: NDArray[np.float64],
+        sums: NDArray[np.float64],
+        end: float,
+        first: NDArray[np.float64] | None = None,
+    ) -> Mass:
         """From what was gathered and added up elsewhere.
 
         Args:
             text: [N] probability of each of ``vocabulary.order``.
             sums: [N + 1] their sums up to each, from 0 on.
             end: probability that the text ends.
+            first: [SYMBOLS] what :meth:`first` is to say, if that was worked out there too.
         """
         mass = cls.__new__(cls)
         mass._vocabulary, mass._text, mass._cumulative, mass.end = vocabulary, text, sums, end
+        mass._first = first
         return mass
 
     @property
     def nbytes(self) -> int:
         """Memory that it takes, in bytes."""
-        return int(self._text.nbytes + self._cumulative.nbytes)
+        return int(self._text.nbytes + self._cumulative.nbytes + (0 if self._first is None else self._first.nbytes))
 
     def copy(self) -> Mass:
         """One that keeps no other rows in memory that it was computed with."""
-        return Mass.summed(self._vocabulary, self._text.copy(), self._cumulative.copy(), self.end)
+        first = None if self._first is None else self._first.copy()
+        return Mass.summed(self._vocabulary, self._text.copy(), self._cumulative.copy(), self.end, first)
+
+    def first(self) -> NDArray[np.float64]:
+        """[SYMBOLS]: probability of the next token's first byte, and of the end of the text; not to be written to.
+
+        Differences of sums: below 1e-6 :meth:`of` knows more digits, and whether there is anything at all.
+        """
+        if self._first is None:
+            # Sums of another device may fall where nothing is added.
+            self._first = np.maximum(self.next(b""), 0.0)
+        return self._first
 
     def of(self, prefix: bytes) -> float:
         """Probability that the next token begins with ``prefix``; for b"" that the text goes on."""
@@ -127,24 +148,36 @@ class Mass:
         masses[END] = 0.0 if prefix else self.end
         return masses
 
-    def following(self, prefix: bytes) -> dict[int, float]:
-        """What :meth:`next` says of a prefix that is not empty, without the symbols that no token has; by symbol, in
-        order.
+    def begins(self, byte: int) -> bool:
+        """Whether any token that begins with a byte is possible."""
+        if self.first()[byte] >= _FAINT:
+            return True
+        begin, end = self._vocabulary.span(bytes([byte]))
+        return bool(self._text[begin:end].any())
+
+    def following(self, children: Children) -> list[float]:
+        """What :meth:`next` says of a prefix that is not empty, without the symbols that no token has.
+
+        Args:
+            children: the prefix's, in the model's vocabulary.
+
+        Returns:
+            The probability of each of ``children.symbols``.
         """
-        begin, end, symbols, starts = self._vocabulary.children(prefix)
+        begin, end, symbols, starts = children
         if end - begin == 1:
-            return {symbols[0]: float(self._text[begin])}
+            return [float(self._text[begin])]
         if not symbols:
-            return {}
+            return []
         sums = self._cumulative
         if end - begin <= _SHORT or sums[end] - sums[begin] < _FAINT:
-            masses = np.add.reduceat(self._text[begin:end], starts).tolist()
+            masses: list[float] = np.add.reduceat(self._text[begin:end], starts).tolist()
         else:
-            masses = np.diff(sums[starts + begin], append=sums[end]).tolist()
+            masses = np.maximum(np.diff(sums[starts + begin], append=sums[end]), 0.0).tolist()
         if symbols[-1] == EXACT:
             # Its tokens are the first of the span.
             masses.append(masses.pop(0))
-        return dict(zip(symbols, masses, strict=True))
+        return masses
 
     def _sum(self, begin: int, end: int) -> float:
         mass = float(self._cumulative[end] - self._cumulative[begin])

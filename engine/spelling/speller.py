@@ -7,6 +7,7 @@ Unicode normalisation (what a model has written must not change), and a text tha
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,9 @@ from tokenizers.models import BPE
 
 from engine.spelling.boundaries import Boundaries
 from engine.spelling.vocabulary import Vocabulary
+
+_CACHED_TEXTS, _CACHED_BYTES = 4096, 32
+"""How many spellings are kept, of texts how long: what members spell anew of each other's is mostly a word."""
 
 
 class SpellingError(Exception):
@@ -33,6 +37,7 @@ class Speller:
         self.vocabulary = vocabulary
         self.boundaries = Boundaries(vocabulary)
         self._tokenizer = _inside_a_document(tokenizer)
+        self._spelled = lru_cache(_CACHED_TEXTS)(self._spell_begun)
 
     def spell(self, text: bytes) -> list[int]:
         """The tokens of a text. A character that is cut at its end is spelled in parts of characters.
@@ -51,6 +56,12 @@ class Speller:
         Raises:
             SpellingError: the vocabulary cannot spell it, whatever follows.
         """
+        if len(text) > _CACHED_BYTES:
+            return self._spell_begun(text)
+        tokens, rest = self._spelled(text)
+        return tokens.copy(), rest
+
+    def _spell_begun(self, text: bytes) -> tuple[list[int], bytes]:
         tokens: list[int] = []
         at = 0
         while at < len(text):

@@ -17,6 +17,10 @@ _AGREE = 8
 """Tokens in a row that must come out as they stand before a restart at no safe boundary is believed."""
 
 
+_NEAR = 12
+"""Tokens whose ends are tried one by one before a search for a safe boundary."""
+
+
 class Change(NamedTuple):
     """What made a strand follow some text.
 
@@ -184,12 +188,20 @@ class Strand:
         """The last safe boundary up to ``since`` at which a token ends, within reach; of ``text``, which begins at
         ``offset`` of the strand's.
         """
-        near = max(since - REACH // 8, 1)
-        for begin, end in ((near, since), (max(since - REACH, 1), near - 1)):
-            for boundary in reversed(list(self.speller.boundaries.within(text, begin, end))):
-                place = self._place(boundary + offset)
-                if place and self.ends[place - 1] == boundary + offset:
-                    return boundary
+        boundaries, ends = self.speller.boundaries, self.ends
+        count = self._place(since + offset)
+        # Mostly one of the last tokens begins a word; a search further back is for texts without words.
+        near = max(count - _NEAR, 0)
+        for end in reversed(ends[near:count]):
+            if end - offset < max(since - REACH, 1):
+                return None
+            if boundaries.at(text, end - offset):
+                return end - offset
+        if not near:
+            return None
+        for boundary in reversed(list(boundaries.within(text, max(since - REACH, 1), ends[near - 1] - offset))):
+            if ends[self._place(boundary + offset) - 1] == boundary + offset:
+                return boundary
         return None
 
     def _restart(self, since: int, back: int = REACH // 2) -> int:

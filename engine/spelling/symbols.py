@@ -15,30 +15,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.spelling.mass import END, EXACT, Mass
+from engine.spelling.mass import END, EXACT
 
 Average = Literal["mixture", "geometric"]
 
 Symbols = NDArray[np.float64]
 """[SYMBOLS]: a probability for each symbol."""
-
-
-def symbols(mass: Mass, piece: bytes) -> Symbols | None:
-    """One member's distribution of the symbol after the bytes that were drawn since it was asked.
-
-    Args:
-        mass: the member's, at the position at which it was asked.
-        piece: the bytes drawn since then.
-
-    Returns:
-        None if none of the member's tokens begins like this: it has no opinion until it is asked again.
-    """
-    row = mass.next(piece)
-    total = row.sum()
-    if total <= 0:
-        return None
-    row /= total
-    return row
 
 
 def average(rows: Sequence[Symbols], weights: Sequence[float], kind: Average) -> Symbols:
@@ -47,8 +29,8 @@ def average(rows: Sequence[Symbols], weights: Sequence[float], kind: Average) ->
     Args:
         rows: of the members that have one.
         weights: of these members, positive; they are normalised.
-        kind: "mixture" is the weighted mean; "geometric" the normalised weighted geometric mean, on what all of them
-            allow. Where they allow nothing in common, it is the mixture.
+        kind: "mixture" is the weighted mean; "geometric" the weighted geometric mean, not normalised, on what all of
+            them allow. Where they allow nothing in common, it is the mixture.
     """
     total = sum(weights)
     if len(rows) == 1:
@@ -61,7 +43,7 @@ def average(rows: Sequence[Symbols], weights: Sequence[float], kind: Average) ->
             logs = shares @ np.log(stacked[:, common])
             joint = np.zeros(stacked.shape[1])
             joint[common] = np.exp(logs - logs.max())
-            return _normalised(joint)
+            return joint
     # Of normalised rows with normalised weights: nothing is left to be divided by.
     mixture = rows[0] * (weights[0] / total)
     for row, weight in zip(rows[1:], weights[1:], strict=True):
@@ -70,24 +52,24 @@ def average(rows: Sequence[Symbols], weights: Sequence[float], kind: Average) ->
 
 
 def without(row: Symbols, symbol: int) -> Symbols:
-    """The distribution given that a symbol is not drawn; unchanged if there is no other."""
+    """The distribution given that a symbol is not drawn, which is not normalised again; unchanged if there is no
+    other.
+    """
+    if not row[symbol]:
+        return row
     others = row.copy()
     others[symbol] = 0.0
-    return _normalised(others) if others.any() else row
-
-
-def _normalised(row: Symbols) -> Symbols:
-    normalised: Symbols = row / row.sum()
-    return normalised
+    return others if others.any() else row
 
 
 def choose(row: Symbols, temperature: float, uniform: float) -> int:
     """Draw a symbol.
 
     Args:
+        row: need not be normalised.
         temperature: flattens or sharpens the distribution of symbols; 0 takes the most probable one, of equal ones
             the lowest.
-        uniform: in [0, 1).
+        uniform: in [0, 1); temperature 0 does not look at it.
     """
     if temperature == 0:
         return int(row.argmax())
@@ -143,8 +125,11 @@ def choose_sparse(row: Sparse, temperature: float, uniform: float) -> int:
     if len(row) == 1:
         return next(iter(row))
     if temperature == 0:
-        most = max(row.values())
-        return min(symbol for symbol, chance in row.items() if chance == most)
+        most, first = -1.0, 0
+        for symbol, chance in row.items():
+            if chance > most or (chance == most and symbol < first):
+                most, first = chance, symbol
+        return first
     possible = {symbol: row[symbol] for symbol in sorted(row) if row[symbol] > 0}
     if temperature != 1:
         most = max(possible.values())
@@ -169,5 +154,5 @@ def inside_character(text: bytes) -> bool:
 
 __all__ = [
     "END", "EXACT", "Average", "Sparse", "Symbols", "average", "average_sparse", "choose", "choose_sparse",
-    "inside_character", "symbols", "without", "without_sparse",
+    "inside_character", "without", "without_sparse",
 ]  # fmt: skip

@@ -113,6 +113,8 @@ class Vocabulary:
         """How the tokens that begin with some bytes go on, see :class:`Branches`."""
         self.children = lru_cache(_CACHED_PREFIXES)(self._children)
         """The same without what does not occur, see :class:`Children`."""
+        self.places = lru_cache(_CACHED_PREFIXES)(self._places)
+        """Where in ``order`` the tokens are that have exactly some bytes: [begin, end)."""
 
     def __len__(self) -> int:
         """Number of text tokens."""
@@ -134,8 +136,7 @@ class Vocabulary:
             return begin, len(self._sorted)
         return begin, bisect_left(self._sorted, stem[:-1] + bytes([stem[-1] + 1]), begin)
 
-    def places(self, text: bytes) -> tuple[int, int]:
-        """Where in ``order`` the tokens are that have exactly these bytes: [begin, end)."""
+    def _places(self, text: bytes) -> tuple[int, int]:
         begin = bisect_left(self._sorted, text)
         end = begin
         while end < len(self._sorted) and self._sorted[end] == text:

@@ -3,7 +3,8 @@
 Gathering, normalising and summing up are done for all rows at once, on the lane's device: of a vocabulary of 150,000
 entries a row has 2.4 MB then, and nothing of it goes through the scheduler's messages.
 
-Tensor shapes are suffixes: A positions, R rows, V vocabulary, N text tokens.
+Tensor shapes are suffixes: A positions, R rows, V vocabulary, N text tokens,
+S symbols.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.lanes.shelf import Offer, Shelf
-from engine.spelling.mass import Mass
+from engine.spelling.mass import END, EXACT, SYMBOLS, Mass
 from engine.spelling.vocabulary import Vocabulary
 from engine.vllm_hooks.blend import Place
 
@@ -28,6 +29,8 @@ class MassReader:
 
     def __init__(self, vocabulary: Vocabulary, device: torch.device) -> None:
         self._vocabulary = vocabulary
+        bounds = torch.as_tensor(vocabulary.branches(b"").bounds, dtype=torch.int64, device=device)
+        self._begins, self._ends = bounds[:-1], bounds[1:]
         self._order_N = torch.as_tensor(vocabulary.order, dtype=torch.int64, device=device)
         self._stops = torch.tensor(vocabulary.stops, dtype=torch.int64, device=device)
 
@@ -47,10 +50,14 @@ class MassReader:
         total_A = text_AN.sum(-1) + end_A
         text_AN /= total_A.unsqueeze(-1)
         sums_AN = torch.nn.functional.pad(text_AN.cumsum(-1), (1, 0))
-        ends, totals = (end_A / total_A).tolist(), total_A.tolist()
-        texts, sums = text_AN.cpu().numpy(), sums_AN.cpu().numpy()
+        end_A /= total_A
+        first_AS = text_AN.new_zeros(len(wanted), SYMBOLS)
+        first_AS[:, :EXACT] = (sums_AN[:, self._ends] - sums_AN[:, self._begins]).clamp_min(0)
+        first_AS[:, END] = end_A
+        ends, totals = end_A.tolist(), total_A.tolist()
+        texts, sums, firsts = text_AN.cpu().numpy(), sums_AN.cpu().numpy(), first_AS.cpu().numpy()
         for number, place in enumerate(wanted):
             mass = None
             if 0 < totals[number] < float("inf"):
-                mass = Mass.summed(self._vocabulary, texts[number], sums[number], ends[number])
+                mass = Mass.summed(self._vocabulary, texts[number], sums[number], ends[number], firsts[number])
             shelf.put(place.part.lane, place.part.request_id, place.written, Offer(mass))

@@ -191,7 +191,7 @@ class CharactersMachine(RuleBasedStateMachine):
         decoding: Any = self.scheduler._running.get(stray.request_id)
         if decoding is None or lane not in decoding.lanes:
             return
-        position = len(stray.prompt_of(lane)) + len(decoding._strand(lane).tokens) + offset
+        position = len(stray.prompt_of(lane)) + len(decoding.strands[lane].tokens) + offset
         self.scheduler.land(lane, [Sample(stray.request_id, position, 1)])
         assert self.scheduler.take_deltas() == []
 

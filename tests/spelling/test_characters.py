@@ -315,6 +315,40 @@ def test_those_that_have_no_such_token_drop_out_until_the_next_piece() -> None:
     assert chorus.strands[0].tokens == SPELLERS["demo pair"].spell(b" the")
 
 
+@pytest.mark.parametrize("noise", [1e-15, -1e-15])
+def test_sums_of_another_device_may_fall_where_nothing_is_added(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parallel sums are not monotone: a member that has no token for a byte then seems to have less than none."""
+    monkeypatch.setattr("engine.spelling.mass._SHORT", 1)  # as in a vocabulary of many tokens
+    spellers = [SPELLERS["demo pair"]] * 2
+    vocabulary = spellers[0].vocabulary
+    masses = []
+    for text in (b"x", b"a"):
+        row = np.zeros(len(vocabulary))
+        row[slice(*vocabulary.places(text))] = 1.0
+        sums = np.concatenate([[0.0], np.cumsum(row)])
+        sums[vocabulary.span(b"x")[1] :] += noise if text == b"a" else 0.0
+        masses.append(Mass.summed(vocabulary, row, sums, 0.0))
+    chorus = Chorus(spellers, [0.75, 0.25], draw=lambda _: 0.5)
+    piece = chorus.write(masses)
+    assert (piece.text, piece.support, piece.source) == (b"x", (0.0, None), 0)
+
+
+def test_a_first_byte_that_sums_are_too_coarse_for_is_heard_all_the_same() -> None:
+    """Beside a sum near one 1e-20 is nothing; yet of those tokens the member knows which it means."""
+    vocabulary = SPELLERS["demo pair"].vocabulary
+    rows = [np.zeros(1024, np.float32) for _ in range(2)]
+    rows[0][vocabulary.exact(b"a")[0]] = 1.0
+    for text, chance in ((b"x", 0.5), (b"xml", 0.5)):
+        for token in vocabulary.exact(text):
+            rows[1][token] = chance
+    faint = vocabulary.exact(b"x")[0]
+    rows[0][faint] = 1e-20
+    chorus = Chorus([SPELLERS["demo pair"]] * 2, [0.25, 0.75], draw=lambda _: 0.9)
+    piece = chorus.write([Mass(vocabulary, row) for row in rows])
+    assert piece.text == b"x"
+    assert piece.support[0] == pytest.approx(np.log(1e-20))
+
+
 def test_ties_go_to_the_lowest_symbol_and_nothing_impossible_is_drawn() -> None:
     row = np.zeros(258)
     row[[7, 9, END]] = [0.4, 0.4, 0.2]

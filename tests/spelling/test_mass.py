@@ -59,9 +59,10 @@ def test_the_few_symbols_that_can_follow_are_those_of_all(
     prefix = token[: data.draw(st.integers(1, max(1, len(token))))] + data.draw(st.sampled_from([b"", b"", b"\xf7"]))
     row = np.random.default_rng(seed).random(max(vocabulary.order) + 1).astype(np.float32)
     mass = Mass(vocabulary, row)
-    dense, sparse = mass.next(prefix), mass.following(prefix)
-    assert list(sparse) == sorted(sparse) == list(map(int, np.flatnonzero(dense)))
-    np.testing.assert_allclose(list(sparse.values()), dense[list(sparse)], rtol=1e-9)
+    children = vocabulary.children(prefix)
+    dense, symbols = mass.next(prefix), list(children.symbols)
+    assert symbols == sorted(symbols) == list(map(int, np.flatnonzero(dense)))
+    np.testing.assert_allclose(mass.following(children), dense[symbols], rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["demo pair", "SentencePiece BPE, legacy", "byte-level, added tokens", "Tekken"])

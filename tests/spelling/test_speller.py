@@ -155,6 +155,32 @@ def test_a_position_is_aligned_where_the_whole_has_a_boundary(name: str, before:
 
 @complete
 @settings(max_examples=20, deadline=None)
+@given(text=texts, tokens=st.lists(st.integers(0, 1 << 30), max_size=40), since=st.integers(0, 1 << 30))
+def test_a_restart_is_at_the_last_boundary_where_a_token_ends(
+    name: str, text: str, tokens: list[int], since: int
+) -> None:
+    boundaries, vocabulary = speller_of(name).boundaries, vocabulary_of(name)
+    own = [int(vocabulary.order[token % len(vocabulary)]) for token in tokens]
+    strand = grown(name, text.encode())
+    strand.follow(vocabulary.text_of(own), own)
+    whole = bytes(strand.text)
+    since = since % (len(whole) + 1)
+    safe = list(boundaries.within(whole, 1, len(whole)))
+    assert safe == [offset for offset in range(len(whole) + 1) if boundaries.at(whole, offset)]
+    ends = [offset for offset in safe if offset in strand.ends and since - REACH <= offset <= since]
+    assert strand._boundary(whole, since, 0) == max(ends, default=None)
+
+
+def test_a_spelling_that_is_kept_is_not_changed_by_who_gets_it() -> None:
+    speller = speller_of("demo pair")
+    tokens = speller.spell(b"Liberia")
+    assert tokens == speller.spell(b"Liberia") is not tokens
+    tokens.clear()
+    assert speller.spell(b"Liberia")
+
+
+@complete
+@settings(max_examples=20, deadline=None)
 @given(steps=st.lists(st.tuples(st.booleans(), texts, st.integers(0, 1 << 30)), max_size=8))
 def test_a_lane_holds_the_strand_whoever_writes(name: str, steps: list[tuple[bool, str, int]]) -> None:
     """Own tokens are any tokens, canonical or not; what is settled never changes."""

@@ -81,13 +81,16 @@ class CharactersDecoding(Decoding):
 
     Attributes:
         lanes: of the members that take part.
-        chorus: draws the pieces, and keeps each member's tokens.
+        chorus: draws the pieces.
+        strands: by lane, the text in the member's tokens; the chorus appends to them.
         masses: by lane, what it said after the tokens that it holds.
         unheard: lanes that are asked and have not spoken.
         told: those of them that know what they are asked; what others sample is of the round before.
     """
 
-    __slots__ = ("_finals", "_prompts", "_shared", "_weights", "chorus", "lanes", "masses", "told", "unheard")
+    __slots__ = (
+        "_finals", "_prompts", "_shared", "_weights", "chorus", "lanes", "masses", "strands", "told", "unheard",
+    )  # fmt: skip
 
     def __init__(self, answer: Answer, shared: Characters, weights: list[tuple[int, float]]) -> None:
         super().__init__(answer, weights[0][0])
@@ -109,6 +112,7 @@ class CharactersDecoding(Decoding):
             min_pieces=sampling.min_tokens,
             ignore_end=sampling.ignore_eos,
         )
+        self.strands = dict(zip(self.lanes, self.chorus.strands, strict=True))
         self.masses: dict[int, Mass] = {}
         self.unheard = set(self.lanes)
         self.told: set[int] = set()
@@ -124,11 +128,11 @@ class CharactersDecoding(Decoding):
 
     def awaits(self, lane: int, position: int) -> bool:
         """After all the tokens that the lane was told, once."""
-        return lane in self.told and position == len(self._prompts[lane]) + len(self._strand(lane).tokens)
+        return lane in self.told and position == len(self._prompts[lane]) + len(self.strands[lane].tokens)
 
     def open(self, lane: int) -> LaneRequest:
         """The member's own prompt, and the text in its tokens."""
-        strand = self._strand(lane)
+        strand = self.strands[lane]
         strand.tell()
         self.told.add(lane)
         request_id = self.answer.request.request_id
@@ -143,7 +147,7 @@ class CharactersDecoding(Decoding):
 
     def extend(self, lane: int) -> Extension | None:
         """What the text's last piece changed in the member's tokens."""
-        strand = self._strand(lane)
+        strand = self.strands[lane]
         keep, tokens = strand.plan()
         if not tokens:
             return None
@@ -187,9 +191,6 @@ class CharactersDecoding(Decoding):
                 yield Finish("length")
         self.unheard.update(self.lanes)
         yield from map(Ask, self.lanes)
-
-    def _strand(self, lane: int) -> Strand:
-        return self.chorus.strands[self.lanes.index(lane)]
 
     def _final(self, lane: int, strand: Strand) -> int:
         """How many tokens of the lane can no longer be cut; behind by up to _BEHIND bytes, since to look takes time."""
