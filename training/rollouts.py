@@ -62,13 +62,9 @@ def policy_loss(
     return -torch.minimum(ratio_N * advantage_N, ratio_N.clamp(1 - clip, 1 + clip) * advantage_N).sum()
 
 
-def drawing(gate: Gate, threshold: float, temperature: float) -> Gate:
-    """The gate that draws what ``gate`` would decide by its threshold, the less surely the higher the temperature.
-
-    Args:
-        threshold: log-odds; where ``gate`` has them, the other has 0.
-    """
-    return replace(gate, theta_KD=gate.theta_KD / temperature, bias_K=(gate.bias_K - threshold) / temperature)
+def drawing(gate: Gate, threshold: float) -> Gate:
+    """The gate that draws where ``gate`` decides by a threshold: its log-odds are less by the threshold's."""
+    return replace(gate, bias_K=gate.bias_K - threshold)
 
 
 @dataclass(frozen=True)

@@ -242,8 +242,6 @@ class RolloutSettings(Section):
     """Answers to each."""
     cost: float = Field(default=0.002, ge=0)
     """Taken off an answer's grade, 1 or 0, for each token that an expert writes."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Divides the gate's logits before the first round: more of its sure decisions are drawn otherwise."""
     learning_rate: float = Field(default=2e-2, gt=0)
     steps: int = Field(default=32, ge=1)
     """A round."""

@@ -76,10 +76,9 @@ def test_a_drawing_gate_decides_as_by_the_threshold(kind: str) -> None:
     torch.manual_seed(2)
     inputs_NI = torch.randn(50, 4)
     scores = ModelScores(torch.zeros(50), torch.zeros(50), inputs_NI)
-    gate = new_gate(GateSettings.model_validate({"kind": kind, "width": 3}), scores, 1, 0, bias=True)
+    gate = new_gate(GateSettings.model_validate({"kind": kind, "width": 3}), scores, 2, 0, bias=True)
     gate.theta_KD.normal_()
-    found = drawing(gate, 0.7, 2.0)
-    torch.testing.assert_close(found.log_odds(inputs_NI), (gate.log_odds(inputs_NI) - 0.7) / 2)
+    torch.testing.assert_close(drawing(gate, 0.7).log_odds(inputs_NI), gate.log_odds(inputs_NI) - 0.7)
 
 
 def test_a_gate_learns_what_its_decisions_lead_to(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class _Learner:
         stage = graph.rollouts(project, self._seed).claim()
         start = Gate.of(self._trained)
         before, threshold = self._best("start", start)
-        gate = drawing(start, threshold, settings.temperature)
+        gate = drawing(start, threshold)
         rewards = []
         with tracked(project.settings, f"rollouts/collm-{self._seed}") as log:
             for number in range(settings.rounds):
