@@ -74,12 +74,14 @@ def check_fields(body: GenerationFields, collaboration: Collaboration, info: Eng
     by_characters = collaboration.strategy == "characters"
     if not (spelled or by_characters):
         return
-    reason = "which members that write by characters do not draw" if by_characters else "and members have their own"
+    reason = "which members that write by characters do not draw" if by_characters else "whose ids differ between members"
     for field in _of_tokens(body, spelled, by_characters):
-        raise invalid(f"'{field}' is about tokens, {reason}.", field)
+        if field == "prompt":
+            raise invalid("'prompt': token ids are another text to each member here: send text, or ask one alone.", field)
+        raise invalid(f"'{field}' is about tokens, {reason}: leave it out, or ask a member alone.", field)
     if by_characters:
         for field in _of_token_sampling(body):
-            raise invalid(f"'{field}' is about tokens, {reason}.", field)
+            raise invalid(f"'{field}' is about tokens, {reason}: leave it out, or ask a member alone.", field)
     elif collaboration.blend is not None:
         for field in _of_token_sampling(body):
             if field.endswith("_penalty"):
