@@ -24,7 +24,9 @@ def vector_units() -> str:
     if units in ("DEFAULT", "NO AVX"):
         return "none"
     native = torch.cpu.get_capabilities()
-    return f"{units}, bfloat16" if native.get("avx512_bf16") or native.get("amx_bf16") else units
+    # A torch that keeps to AVX2 does not use them.
+    has_bfloat16 = units.startswith("AVX512") and (native.get("avx512_bf16") or native.get("amx_bf16"))
+    return f"{units}, bfloat16" if has_bfloat16 else units
 
 
 def is_slow(dtype: torch.dtype) -> bool:
