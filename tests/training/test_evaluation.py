@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from training.data import Example, TokenExample
 from training.report import CALIBRATED_CONFIDENCE, COLLM, CONFIDENCE, ORACLE, RANDOM, UNTRAINED_CONFIDENCE
 from training.scoring import ModelScores, PairScores
 from training.serving import SAMPLE_TEMPERATURE, Answer, Pair, Questions, Result
-from training.stages.evaluate import _oracle
+from training.stages.evaluate import _oracle, _tokens
 
 pytest.importorskip("matplotlib")
 
@@ -330,3 +331,16 @@ def test_an_answer_is_exact_where_it_ended_with_the_gold() -> None:
     assert Answer("t", " x", " x", True, [0]).exact
     assert not Answer("t", " x", " x", False, [0]).exact
     assert not Answer("t", " xy", " x", True, [0]).exact
+
+
+def test_the_gate_is_judged_where_somebody_may_be_asked() -> None:
+    gold_N = torch.tensor([1, 1, 1, 1])
+    base = ModelScores(torch.zeros(4), torch.tensor([0, 1, 0, 1]), None)
+    expert = ModelScores(
+        torch.zeros(4), torch.tensor([1, 1, -1, -1]), None, None, torch.tensor([True, True, False, False])
+    )
+    scores = PairScores(gold_N, [0, 4], base, (expert,))
+    # Sure where the base errs and may ask; elsewhere it is as wrong as can be, which costs nobody anything.
+    assert _tokens(scores, torch.tensor([2.0, 1.0, -5.0, 5.0])) == {"auroc_base_wrong": 1.0, "auroc_expert_needed": 1.0}
+    shared = PairScores(gold_N, [0, 4], base, (replace(expert, aligned_N=None),))
+    assert _tokens(shared, torch.tensor([2.0, 1.0, -5.0, 5.0]))["auroc_base_wrong"] == 0.25

@@ -205,11 +205,13 @@ def _point(result: Result) -> tuple[float, float]:
 
 
 def _tokens(scores: PairScores, log_odds_N: torch.Tensor) -> dict[str, float | None]:
-    """What the gate says of gold tokens, teacher-forced: see ``auroc``."""
+    """What the gate says of gold tokens at which any expert may be asked, teacher-forced: see ``auroc``."""
+    aligned_NK = scores.aligned_NK
+    asked_N = torch.ones_like(log_odds_N, dtype=torch.bool) if aligned_NK is None else aligned_NK.any(dim=1)
     wrong_N = scores.base.top_N != scores.gold_N
     return {
-        "auroc_base_wrong": auroc(log_odds_N, wrong_N),
-        "auroc_expert_needed": auroc(log_odds_N, scores.weak_labels() > 0),
+        "auroc_base_wrong": auroc(log_odds_N[asked_N], wrong_N[asked_N]),
+        "auroc_expert_needed": auroc(log_odds_N[asked_N], (scores.weak_labels() > 0)[asked_N]),
     }
 
 
