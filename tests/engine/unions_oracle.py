@@ -124,7 +124,8 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
             mean = sum(weight * table.get(draft, 0.0) for (_, weight), table in zip(members, tables, strict=True))
             if sampling.temperature or not (mean > 0.5 or all(best(table) == draft for table in tables)):
                 kind = blend.score or "mass"
-                union = {string for table in tables for string in ranked(table)[: blend.top]}
+                # In order: in another one sums are rounded otherwise, and equal strings are none.
+                union = sorted({string for table in tables for string in ranked(table)[: blend.top]})
                 joint = dict.fromkeys(union, 0.0)
                 for (lane, weight), table in zip(members, tables, strict=True):
                     scores = {string: score(lane, table, string, kind) for string in union}
