@@ -373,3 +373,5 @@ def _tensors(
         yield prefix + "mlp.down_proj.weight", normal(width, ffn, _PASS_THROUGH_STD)
     yield "model.norm.weight", torch.ones(width, dtype=kind)
     yield "lm_head.weight", head.to(kind)
+    # Whoever is measured next wants the device's memory.
+    torch.cuda.empty_cache()

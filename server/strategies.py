@@ -75,14 +75,11 @@ def check_fields(body: GenerationFields, collaboration: Collaboration, info: Eng
     if not (spelled or by_characters):
         return
     reason = "which members that write by characters do not draw" if by_characters else "whose ids differ by member"
-    for field in _of_tokens(body, spelled, by_characters):
+    for field in (*_of_tokens(body, spelled, by_characters), *(_of_token_sampling(body) if by_characters else ())):
         if field == "prompt":
             raise invalid("'prompt': token ids are another text to each member: send text, or ask one alone.", field)
         raise invalid(f"'{field}' is about tokens, {reason}: leave it out, or ask a member alone.", field)
-    if by_characters:
-        for field in _of_token_sampling(body):
-            raise invalid(f"'{field}' is about tokens, {reason}: leave it out, or ask a member alone.", field)
-    elif collaboration.blend is not None:
+    if collaboration.blend is not None:
         for field in _of_token_sampling(body):
             if field.endswith("_penalty"):
                 raise invalid(

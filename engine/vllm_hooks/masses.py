@@ -3,8 +3,7 @@
 Gathering, normalising and summing up are done for all rows at once, on the lane's device: of a vocabulary of 150,000
 entries a row has 2.4 MB then, and nothing of it goes through the scheduler's messages.
 
-Tensor shapes are suffixes: A positions, R rows, V vocabulary, N text tokens,
-S symbols.
+Tensor shapes are suffixes: A positions, R rows, V vocabulary, N text tokens, S symbols.
 """
 
 from __future__ import annotations

@@ -43,15 +43,15 @@ def planned(settings: ComposeSettings, anchor: Member, augmenting: Sequence[Memb
     connections = [Connection(c.augmenting, c.layer, c.into) for c in connect.connections]
     if not connections:
         for member in augmenting:
-            spaced = {
+            spaced = [
                 Connection(
                     member.name,
                     layer=max(1, number * member.layers // connect.count),
                     into=max(1, number * anchor.layers // (connect.count + 1)),
-                ): None
+                )
                 for number in range(1, connect.count + 1)
-            }
-            if len(spaced) < connect.count:
+            ]
+            if len(set(spaced)) < connect.count:
                 raise SettingsError(
                     f"connect.count: of {connect.count} connections some would read and write the same layers, since"
                     f" {member.name!r} has {member.layers} and the anchor {anchor.layers}: take fewer"
