@@ -105,6 +105,15 @@ async def test_a_member_alone_is_served_in_its_own_tokens(spelled: House) -> Non
     assert (answer.json()["count"], answer.json()["max_model_len"]) == (2, 128)
 
 
+@pytest.mark.parametrize(
+    ("fields", "way_out"),
+    [({"prompt": [1, 2]}, "send text, or ask one alone."), ({"top_k": 2}, "leave it out, or ask a member alone.")],
+)
+async def test_a_refusal_says_the_way_out(spelled: House, fields: dict[str, Any], way_out: str) -> None:
+    error = check_error(await spelled.complete(**fields), 400, next(iter(fields)))
+    assert error["message"].endswith(way_out)
+
+
 async def test_the_smallest_room_counts(spelled: House) -> None:
     """120 tokens of the expert's 128, fewer of the base's 256."""
     await spelled.complete(prompt="hello " * 20, max_tokens=8)
