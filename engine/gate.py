@@ -29,6 +29,8 @@ from engine.gates import FEATURES, KINDS, GateFunction
 FORMAT_VERSIONS = (1, 2)
 TENSORS_FILE = "gate.safetensors"
 FIELDS_FILE = "gate.json"
+REGRET_TENSORS_FILE = "regret.safetensors"
+"""Of the regret artifact beside it, see :mod:`engine.regret`."""
 
 
 def gate_logits(hidden_BD: torch.Tensor, theta_KD: torch.Tensor, bias_K: torch.Tensor) -> torch.Tensor:
@@ -47,7 +49,7 @@ def gate_folder(name: str) -> Path:
         return path
     found, _, revision = name.partition("@")
     try:
-        return locate(found, revision or None, also=[TENSORS_FILE])
+        return locate(found, revision or None, also=[TENSORS_FILE, REGRET_TENSORS_FILE])
     except CheckpointError as error:
         raise GateError(f"gate.path: {error}") from error
 
@@ -244,30 +246,30 @@ def _parse(fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], direc
     version = fields.get("format_version", FORMAT_VERSIONS[0])
     if version not in FORMAT_VERSIONS:
         known = " and ".join(map(str, FORMAT_VERSIONS))
-        raise _wrong(file, "format_version", f"is {version}; this program reads {known}")
+        raise wrong(file, "format_version", f"is {version}; this program reads {known}")
     try:
         read = msgspec.convert(fields, GateFile)
     except msgspec.ValidationError as error:
-        raise _refusal(file, str(error)) from error
+        raise refusal(file, str(error)) from error
     experts = read.experts
     if not experts or not all(experts):
-        raise _wrong(file, "experts", "is not a list of names")
+        raise wrong(file, "experts", "is not a list of names")
     if len(set(experts)) != len(experts):
-        raise _wrong(file, "experts", "has a name twice")
+        raise wrong(file, "experts", "has a name twice")
     if len(read.expert_identities) != len(experts):
-        raise _wrong(file, "expert_identities", f"has {len(read.expert_identities)} for {len(experts)} experts")
+        raise wrong(file, "expert_identities", f"has {len(read.expert_identities)} for {len(experts)} experts")
     if not math.isfinite(read.default_threshold):
-        raise _wrong(file, "default_threshold", f"is {read.default_threshold}")
+        raise wrong(file, "default_threshold", f"is {read.default_threshold}")
     if read.kind not in KINDS:
-        raise _wrong(file, "kind", f"is {read.kind!r}; this program knows {', '.join(KINDS)}")
+        raise wrong(file, "kind", f"is {read.kind!r}; this program knows {', '.join(KINDS)}")
     for name in read.features:
         if name not in FEATURES or read.features.count(name) > 1:
-            raise _wrong(file, "features", f"has {name!r} twice, or it is none of {', '.join(FEATURES)}")
+            raise wrong(file, "features", f"has {name!r} twice, or it is none of {', '.join(FEATURES)}")
     kind, inputs = KINDS[read.kind], read.hidden_size + len(read.features)
     found = tensors.get("theta")
     width = found.shape[1] if found is not None and found.dim() == 2 else 0
     for name, shape in kind.shapes(inputs, len(experts), width).items():
-        _check_tensor(directory / TENSORS_FILE, name, tensors.get(name), shape)
+        check_tensor(directory / TENSORS_FILE, name, tensors.get(name), shape)
     return GateArtifact(
         theta=tensors["theta"],
         bias=tensors["bias"],
@@ -291,22 +293,28 @@ _MISSING = re.compile(r"Object missing required field `(?P<field>[^`]*)`(?: - at
 _TYPE = re.compile(r"Expected `[^`]*`, got `(?P<found>[^`]*)` - at `\$\.(?P<path>[^`]*)`")
 
 
-def _refusal(file: Path, message: str) -> GateError:
-    """msgspec's message in this program's words."""
+def refusal(file: Path, message: str) -> GateError:
+    """msgspec's message about an artifact's file in this program's words."""
     if match := _MISSING.fullmatch(message):
         if match["path"] is None:
-            return _wrong(file, match["field"], "missing")
-        return _wrong(file, f"{match['path']}.{match['field']}", "missing or of the wrong type")
+            return wrong(file, match["field"], "missing")
+        return wrong(file, f"{match['path']}.{match['field']}", "missing or of the wrong type")
     if match := _TYPE.fullmatch(message):
-        return _wrong(file, match["path"], f"has the wrong type, {match['found']}")
+        return wrong(file, match["path"], f"has the wrong type, {match['found']}")
     return GateError(f"{file}: {message}")
 
 
-def _wrong(file: Path, name: str, what: str) -> GateError:
+def wrong(file: Path, name: str, what: str) -> GateError:
+    """What is wrong with a field of an artifact's file."""
     return GateError(f"{file}: field {name}: {what}")
 
 
-def _check_tensor(file: Path, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+def check_tensor(file: Path, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Check that an artifact has a tensor, float32 and finite, of this shape.
+
+    Raises:
+        GateError: naming the file and the tensor.
+    """
     if tensor is None:
         raise GateError(f"{file}: field {name}: missing")
     if tensor.shape != shape:
