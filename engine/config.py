@@ -125,6 +125,10 @@ class GateConfig(_Config):
     """Default of ``collaboration.veto``: an expert whose top probability is below this stands back for the base's own
     token. 0: none does."""
 
+    regret: float = Field(default=1.0, ge=0, le=1)
+    """Default of ``collaboration.regret``: an expert's token is taken back where the base, having read on, regrets it
+    more than this. Needs a regret artifact beside the gate's. 1: none is."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.path is not None and self.in_lm_head:

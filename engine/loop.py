@@ -146,6 +146,8 @@ class StepLoop:
             counters.agreements,
             counters.unaligned_deferrals,
             counters.vetoed,
+            counters.regretted,
+            counters.revoked,
         )
 
     def shutdown(self) -> None:

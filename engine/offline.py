@@ -112,6 +112,7 @@ class Engine:
                 whole.texts,
                 whole.looks,
                 whole.vetoed,
+                whole.regretted,
             )
             if on_done is not None:
                 on_done(completion)

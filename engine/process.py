@@ -264,6 +264,8 @@ def build(
         policy=policy,
         threshold=gate.threshold if gate is not None else 0.5,
         veto=config.gate.veto,
+        hindsight=gate.hindsight if gate is not None else None,
+        regret=config.gate.regret,
         expert_failure=config.scheduler.expert_failure,
         run_ahead=config.scheduler.run_ahead,
         drafting=all(lane.info.can_cut for lane in lanes),
@@ -304,6 +306,7 @@ def build(
         loaded.vocabularies,
         tuple(strategies.served),
         config.gate.veto,
+        config.gate.regret,
     )
     return scheduler, lanes, info, pacer
 

@@ -93,6 +93,8 @@ class Sequence:
             delta.looks.append(token.look or NO_LOOK)
         if token.vetoed:
             delta.vetoed.append(len(delta.tokens) - 1)
+        if token.regretted:
+            delta.regretted.append(len(delta.tokens) - 1)
         if token.word is not None:
             length, logprob = token.word
             delta.words.append(WrittenWord(len(delta.tokens) - 1, length, token.credit, logprob))

@@ -56,6 +56,8 @@ class EngineStats(msgspec.Struct, array_like=True):
         unaligned_deferrals: deferred positions that the base wrote, since no word began there for an expert of another
             vocabulary.
         vetoed: deferred positions that the base wrote, since the expert was not sure enough.
+        regretted: deferred positions that the base wrote in the end, having read on behind the expert's token.
+        revoked: tokens that were taken back so, before anybody was told of them: the experts' and those behind them.
     """
 
     lanes: list[LaneStats]
@@ -72,3 +74,5 @@ class EngineStats(msgspec.Struct, array_like=True):
     agreements: int = 0
     unaligned_deferrals: int = 0
     vetoed: int = 0
+    regretted: int = 0
+    revoked: int = 0

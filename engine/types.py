@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from engine.blends import Blend
+from engine.hindsight import Hindsight
 
 BASE = 0
 """The base lane's number, and the source of every token that the base writes."""
@@ -133,6 +134,8 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
         average: characters: of the members' distributions.
         veto: an expert whose top probability is below this stands back: the base's own token is written. 0 is none;
             None is the engine's default.
+        regret: an expert's token is taken back for the base's own where the base, having read on, regrets it more than
+            this probability; answers are held back as long. 1 is never; None is the engine's default.
         looks: tell how sure the models were of each token, see :class:`Look`.
     """
 
@@ -150,6 +153,7 @@ class Collaboration(msgspec.Struct, frozen=True, omit_defaults=True):
     average: AverageName = "mixture"
     veto: float | None = None
     looks: bool = False
+    regret: float | None = None
 
 
 class GenerationRequest(msgspec.Struct, frozen=True):
@@ -249,6 +253,7 @@ class Token(msgspec.Struct, gc=False):
         text: the bytes that it adds, where the text is not written in tokens.
         look: if the request asked for it.
         vetoed: it is the base's own, and an expert stood back for it.
+        regretted: it is the base's own, and an expert's was taken back for it.
     """
 
     id: int
@@ -260,6 +265,7 @@ class Token(msgspec.Struct, gc=False):
     text: bytes | None = None
     look: Look | None = None
     vetoed: bool = False
+    regretted: bool = False
 
 
 class Cost(msgspec.Struct, array_like=True, gc=False):
@@ -305,6 +311,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
         texts: of a text that is not written in tokens but in pieces: the bytes of each. ``tokens`` then are NO_TOKEN.
         looks: one entry per token if asked for, else empty.
         vetoed: index in ``tokens`` of each for which an expert stood back.
+        regretted: index in ``tokens`` of each for which an expert's token was taken back.
     """
 
     request_id: str
@@ -327,6 +334,7 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
     field: str | None = None
     looks: list[Look] = []
     vetoed: list[int] = []
+    regretted: list[int] = []
 
     def merge(self, later: Delta) -> None:
         """Take in the next delta of the same request."""
@@ -336,6 +344,8 @@ class Delta(msgspec.Struct, array_like=True, gc=False):
             self.support += [(index + len(self.tokens), values) for index, values in later.support]
         if later.vetoed:
             self.vetoed += [index + len(self.tokens) for index in later.vetoed]
+        if later.regretted:
+            self.regretted += [index + len(self.tokens) for index in later.regretted]
         self.looks += later.looks
         self.tokens += later.tokens
         self.texts += later.texts
@@ -377,6 +387,7 @@ class Completion(msgspec.Struct):
     texts: list[bytes] = []
     looks: list[Look] = []
     vetoed: list[int] = []
+    regretted: list[int] = []
 
 
 class GateInfo(msgspec.Struct, frozen=True):
@@ -386,6 +397,7 @@ class GateInfo(msgspec.Struct, frozen=True):
         source: a path, or "lm_head" for a reference-format base.
         curve: (threshold, share of the tokens that experts wrote at it) of its calibration; empty where none is stored.
         costs: (threshold, seconds of the experts' steps per token at it) of its calibration, where they were measured.
+        hindsight: how the base looks back at experts' tokens, where a regret artifact lies beside the gate's.
     """
 
     source: str
@@ -393,6 +405,7 @@ class GateInfo(msgspec.Struct, frozen=True):
     threshold: float
     curve: list[tuple[float, float]] = []
     costs: list[tuple[float, float]] = []
+    hindsight: Hindsight | None = None
 
 
 class LaneInfo(msgspec.Struct, frozen=True):
@@ -436,6 +449,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         vocabularies: whether the members share one. If not, what :class:`LaneInfo` says of each counts.
         strategies: that the joint model can be asked for; the first is the default.
         veto: for requests that name none.
+        regret: for requests that name none.
     """
 
     lanes: list[LaneInfo]
@@ -450,6 +464,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     vocabularies: Relation = "same"
     strategies: tuple[StrategyName, ...] = ("deferral",)
     veto: float = 0.0
+    regret: float = 1.0
 
     def lane_context(self, lane: int) -> int:
         """Most tokens of a lane's prompt and output together: where all count alike, the smallest of all lanes."""

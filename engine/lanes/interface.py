@@ -112,6 +112,8 @@ class Sample(msgspec.Struct, gc=False):
         prompt_logprobs: once a request, if it asked for them.
         support: where the lane writes a blend: the token's log-probability with each member, in lane order; NaN where
             their combination is no distribution.
+        regret: what the base's step says of experts' tokens before, see :mod:`engine.hindsight`; None if the lane has
+            no regret artifact.
     """
 
     request_id: str
@@ -122,6 +124,7 @@ class Sample(msgspec.Struct, gc=False):
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     support: list[float] | None = None
+    regret: float | None = None
 
 
 class Refusal(NamedTuple):

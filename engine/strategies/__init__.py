@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import Any
 
+from engine.hindsight import Hindsight
 from engine.lanes.shelf import Shelf
 from engine.sequence import Sequence
 from engine.spelling.speller import Speller
@@ -12,6 +13,8 @@ from engine.strategies.alone import Alone
 from engine.strategies.base import Counters, Decoding, Rejected
 from engine.strategies.characters import Characters
 from engine.strategies.deferral import Deferral
+from engine.strategies.deferral.backtracking import FIELD as REGRET
+from engine.strategies.deferral.backtracking import NEVER, Backtracking
 from engine.strategies.deferral.blending import Blends
 from engine.strategies.scoring import LONGEST_WINDOW, SCORE, Scoring
 from engine.strategies.unions import Unions
@@ -33,6 +36,8 @@ class Strategies:
         words_obstacle: why experts cannot write words; None if nothing is in the way.
         shelf: where lanes lay down their distributions; with ``spellers``.
         characters: None where members' tokens are not known as bytes.
+        hindsight: how the base looks back at experts' tokens; None if it cannot.
+        regret: for requests that name none.
         deferral: further arguments of :class:`~engine.strategies.deferral.Deferral`.
 
     Attributes:
@@ -54,12 +59,15 @@ class Strategies:
         words_obstacle: str | None = None,
         shelf: Shelf | None = None,
         characters: Characters | None = None,
+        hindsight: Hindsight | None = None,
+        regret: float = NEVER,
         **deferral: Any,
     ) -> None:
         self.counters = Counters()
         lanes = members + guidance
         self.alone = Alone(lanes)
         self.deferral = Deferral(lanes=lanes, members=members, counters=self.counters, drafting=drafting, **deferral)
+        self.backtracking = Backtracking(self.deferral, hindsight, regret, can_cut=drafting)
         self.blends = Blends(self.deferral, self.alone, blend_obstacle)
         self.words = Words(self.deferral, spellers, contexts, end, words_obstacle)
         self.unions = (
@@ -97,6 +105,15 @@ class Strategies:
                 "veto: an expert's own token may stand back for the base's; here members write together",
                 field="collaboration.veto",
             )
+        by_words = member is None and self.words.concerns(self.deferral.experts(answer))
+        together = by_characters or by_words or answer.request.collaboration.blend is not None
+        regret = answer.request.collaboration.regret
+        if regret is not None and regret < NEVER and (together or answer.request.scores):
+            raise Rejected(
+                "regret: an expert's own token may be taken back while a text is written, where all members have one "
+                "vocabulary; leave it out",
+                field=REGRET,
+            )
         if answer.request.scores:
             if self.words.concerns(self.deferral.experts(answer)):
                 raise Rejected("score: a text cannot be scored by members with vocabularies of their own", field=SCORE)
@@ -109,9 +126,9 @@ class Strategies:
             return (self.unions or self.blends).begin(answer)
         if member is not None or not self.deferral.experts(answer):
             return self.alone.begin(answer)
-        if self.words.concerns(self.deferral.experts(answer)):
+        if by_words:
             return self.words.begin(answer)
-        return self.deferral.begin(answer)
+        return self.backtracking.begin(answer)
 
     def _strategy(self, collaboration: Collaboration) -> StrategyName:
         return collaboration.strategy or self.served[0]

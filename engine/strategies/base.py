@@ -86,6 +86,8 @@ class Counters(msgspec.Struct):
     runahead_discarded: int = 0
     unaligned_deferrals: int = 0
     vetoed: int = 0
+    regretted: int = 0
+    revoked: int = 0
 
 
 class Decoding(ABC):

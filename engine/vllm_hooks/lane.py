@@ -445,6 +445,8 @@ class VllmLane:
             reading = len(output.req_ids) + row if asked else row
             if readings.gate is not None and guest is None:
                 sample.gate = readings.gate[reading]
+            if readings.regret is not None and guest is None:
+                sample.regret = readings.regret[reading]
             if readings.top_probability is not None:
                 sample.top_probability = readings.top_probability[reading]
             if asked:

@@ -16,7 +16,9 @@ from engine.composed.artifact import Composition, is_composed
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, CompositionError, ConfigError, GateError
 from engine.gate import GateArtifact, gate_folder
+from engine.hindsight import Hindsight
 from engine.lanes.shelf import Shelf
+from engine.regret import RegretArtifact
 from engine.spelling.speller import Speller
 from engine.types import NEGATIVE, GateInfo, PolicyName, Relation
 from engine.vllm_hooks.adapters import LaneAdapter, lora_arguments
@@ -161,6 +163,7 @@ def make_plan(config: EngineConfig) -> Plan:
             artifact.default_threshold if config.gate.threshold is None else config.gate.threshold,
             artifact.measured("deferral_rate"),
             artifact.measured("expert_seconds_per_token"),
+            _hindsight(folder, base),
         )
     elif gate_in_head and experts:
         if len(experts) != 1:
@@ -216,6 +219,20 @@ def _speller(checkpoint: Checkpoint, shared: SharedVocabulary) -> Speller | None
         return checkpoint.speller_ending_with(shared.ends)
     except CheckpointError:
         return None
+
+
+def _hindsight(folder: Path, base: Checkpoint) -> Hindsight | None:
+    """Of the regret artifact beside the gate's, if there is one."""
+    artifact = RegretArtifact.beside(folder)
+    if artifact is None:
+        return None
+    if artifact.hidden_size != base.head_width:
+        raise GateError(
+            f"gate.path: the regret is for hidden size {artifact.hidden_size}, the base has {base.head_width}"
+        )
+    if differences := artifact.base.differences(base.identity):
+        raise GateError(f"gate.path: the regret was made for another base: {'; '.join(differences)}")
+    return artifact.hindsight
 
 
 def _spoken(checkpoint: Checkpoint, shared: SharedVocabulary, place: int, speller: Speller | None) -> LaneVocabulary:

@@ -37,6 +37,7 @@ class PendingOutput(AsyncModelRunnerOutput):
         sampled: None if vLLM has waited for them itself.
         gate_RK: see :meth:`engine.vllm_hooks.rows.RowReader.take`.
         top_R: likewise.
+        regret_R: likewise.
         asked: samples of the asked positions, and what they are blends of.
         blending: what the rows' ends are blends of.
         seconds: waits for the step's last kernel, and says how long the device computed.
@@ -49,6 +50,7 @@ class PendingOutput(AsyncModelRunnerOutput):
         sampled: Sampled | None,
         gate_RK: torch.Tensor | None,
         top_R: torch.Tensor | None,
+        regret_R: torch.Tensor | None,
         asked: tuple[SamplerOutput, Blending | None] | None,
         blending: Blending | None,
         seconds: Callable[[], float],
@@ -59,6 +61,7 @@ class PendingOutput(AsyncModelRunnerOutput):
         self._sampled = sampled
         self._gate_RK = _to_host(gate_RK)
         self._top_R = _to_host(top_R)
+        self._regret_R = _to_host(regret_R)
         self._blending = blending
         self._seconds = seconds
         self._event = event
@@ -95,6 +98,7 @@ class PendingOutput(AsyncModelRunnerOutput):
             {} if self._asked_blending is None else self._asked_blending.support(asked),
             support,
             self._seconds(),
+            None if self._regret_R is None else self._regret_R.tolist(),
         )
         setattr(output, READINGS, readings)
         return output

@@ -1,4 +1,4 @@
-"""What is read off the rows that are about to be sampled: gate values, top probabilities; what must not be, masked.
+"""What is read off the rows that are about to be sampled (gate values, regrets, top probabilities), and what is masked.
 
 Tensor shapes are suffixes: R rows that are sampled in a step, A samples asked for before the end of a row, D hidden
 size, V vocabulary, K experts.
@@ -13,6 +13,7 @@ import torch
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from engine.gate import GateArtifact
+from engine.regret import RegretArtifact
 from engine.vllm_hooks.record import Recorder
 
 _FEW_RANGES = 4
@@ -25,6 +26,7 @@ class RowReader:
     Args:
         compute_logits: the model's own, hidden_RD -> logits_RV (None on ranks that hold no logits).
         gate: None for a lane without a gate artifact.
+        regret: None for a lane without a regret artifact.
         gate_in_head: the last row of the LM head is theta (reference format).
         vocab_size: columns that the gate's features are taken from.
         masked: ranges [begin, end) of columns that are masked, so that neither the reference format's gate nor padding
@@ -38,6 +40,7 @@ class RowReader:
         compute_logits: Callable[..., torch.Tensor | None],
         *,
         gate: GateArtifact | None,
+        regret: RegretArtifact | None,
         gate_in_head: bool,
         vocab_size: int,
         masked: Sequence[tuple[int, int]],
@@ -45,6 +48,7 @@ class RowReader:
     ) -> None:
         self._compute_logits = compute_logits
         self._gate = gate.function.to(device) if gate is not None else None
+        self._regret = regret.function.to(device) if regret is not None else None
         self._gate_in_head = gate_in_head
         self._vocab_size = vocab_size
         # A few ranges are slices; special tokens here and there are one index.
@@ -62,13 +66,14 @@ class RowReader:
         self.recorded: tuple[torch.Tensor, torch.Tensor] | None = None
         self._gate_RK: torch.Tensor | None = None
         self._top_R: torch.Tensor | None = None
+        self._regret_R: torch.Tensor | None = None
 
     def begin(self, top_probability: bool) -> None:
         """The next call of the model's ``compute_logits`` is for the rows to be sampled."""
         self._reading = True
         self._wants_top_probability = top_probability
         self._asked = 0
-        self._gate_RK = self._top_R = self._asked_AV = self._asked_AD = None
+        self._gate_RK = self._top_R = self._regret_R = self._asked_AV = self._asked_AD = None
         self.recorded = None
 
     def expect_asked(self, count: int) -> None:
@@ -90,6 +95,8 @@ class RowReader:
             return None
         if reading and self._gate is not None:
             self._gate_RK = self._gate(hidden_RD, logits_RV[:, : self._vocab_size])
+        if reading and self._regret is not None:
+            self._regret_R = self._regret(hidden_RD, logits_RV[:, : self._vocab_size])[:, 0]
         if reading and self._gate_in_head:
             # A copy: the column is masked next.
             self._gate_RK = logits_RV[:, -1:].to(torch.float32, copy=True)
@@ -124,14 +131,14 @@ class RowReader:
         asked_AV, self._asked_AV = self._asked_AV, None
         return asked_AV
 
-    def take(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Gate values [R, K] and top probabilities [R] read since :meth:`begin`, on the device.
+    def take(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Gate values [R, K], top probabilities [R] and regrets [R] read since :meth:`begin`, on the device.
 
         Those of the rows' ends come first, then those of the asked positions.
         """
-        gate_RK, top_R = self._gate_RK, self._top_R
-        self._gate_RK = self._top_R = None
-        return gate_RK, top_R
+        taken = self._gate_RK, self._top_R, self._regret_R
+        self._gate_RK = self._top_R = self._regret_R = None
+        return taken
 
 
 def head_width(model: torch.nn.Module) -> int | None:

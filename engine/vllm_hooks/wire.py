@@ -64,6 +64,7 @@ class Readings(NamedTuple):
         asked_support: see ``Sample.support``, by index in ``asked``, where the lane writes a blend.
         support: the same by row.
         device_seconds: see ``LaneReport.device_seconds``.
+        regret: [rows + samples of ``asked``], or None for a lane without a regret artifact.
     """
 
     gate: list[list[float]] | None
@@ -73,3 +74,4 @@ class Readings(NamedTuple):
     asked_support: dict[int, list[float]]
     support: dict[int, list[float]]
     device_seconds: float
+    regret: list[float] | None = None

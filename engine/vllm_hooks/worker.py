@@ -22,6 +22,7 @@ from engine.config import RecordConfig
 from engine.errors import ConfigError
 from engine.gate import GateArtifact
 from engine.lanes.shelf import Shelf
+from engine.regret import RegretArtifact
 from engine.vllm_hooks import blend
 from engine.vllm_hooks.device_clock import DeviceClock, events_of
 from engine.vllm_hooks.isolation import OwnWorkspace, ensure_expert_group, graphs_kept
@@ -65,12 +66,14 @@ class LaneWorker(_Worker):
         path = settings["gate_path"]
         model = self.model_runner.get_model()
         gate = GateArtifact.load(path) if path is not None else None
+        regret = RegretArtifact.beside(path) if path is not None else None
         width = head_width(model)
         if gate is not None and width is not None and gate.hidden_size != width:
             raise ConfigError(f"gate.path: the gate is for hidden size {gate.hidden_size}, the LM head reads {width}")
         self._collm_reader = RowReader(
             model.compute_logits,
             gate=gate,
+            regret=regret,
             gate_in_head=settings["gate_in_head"],
             vocab_size=settings["vocab_size"],
             masked=settings["masked"],

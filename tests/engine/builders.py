@@ -79,7 +79,7 @@ def mixed_requests(count: int, pair: Pair, seed: int = 0) -> list[GenerationRequ
     return [one(number) for number in range(count)]
 
 
-OF_DEFERRAL = ("expert_failure", "run_ahead", "draft_pays", "shelf_has_room", "score_window", "drafting")
+OF_DEFERRAL = ("expert_failure", "run_ahead", "draft_pays", "shelf_has_room", "score_window", "drafting", "regret")
 
 
 def make_scheduler(pair: Pair, kind: type[Scheduler] = Scheduler, **options: Any) -> Scheduler:
@@ -91,7 +91,12 @@ def make_scheduler(pair: Pair, kind: type[Scheduler] = Scheduler, **options: Any
         max_model_len=pair.max_model_len,
         eos_token_ids=pair.eos,
         strategy=Strategies(
-            pair.lanes, has_gate=pair.has_gate, policy=pair.policy, threshold=pair.threshold, **of_deferral
+            pair.lanes,
+            has_gate=pair.has_gate,
+            policy=pair.policy,
+            threshold=pair.threshold,
+            hindsight=pair.hindsight,
+            **of_deferral,
         ),
         **options,
     )

@@ -7,14 +7,23 @@ the draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
 
-from bench.standin import combination, distribution, gate_values, next_token, support, top_probability
+from bench.standin import (
+    combination,
+    distribution,
+    gate_values,
+    next_token,
+    regret_value,
+    support,
+    top_probability,
+)
 from engine import draws
 from engine.blends import Blend
+from engine.hindsight import Hindsight
 from engine.types import BASE, BLEND, Completion, Delta, GenerationRequest, Look, PolicyName, TokenLogprobs, WrittenWord
 
 NEEDS_GATE = ("threshold", "sample")
@@ -32,6 +41,7 @@ class Pair:
     has_gate: bool = True
     policy: PolicyName = "threshold"
     threshold: float = 0.5
+    hindsight: Hindsight | None = None
 
     @property
     def lanes(self) -> int:
@@ -54,6 +64,7 @@ class Written:
     words: list[WrittenWord] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     vetoed: list[int] = field(default_factory=list)
+    regretted: list[int] = field(default_factory=list)
 
 
 class Ledger:
@@ -74,6 +85,7 @@ class Ledger:
             assert len(delta.looks) in (0, len(delta.tokens))
             whole.looks += delta.looks
             whole.vetoed += [len(whole.tokens) + index for index in delta.vetoed]
+            whole.regretted += [len(whole.tokens) + index for index in delta.regretted]
             whole.tokens += delta.tokens
             whole.sources += delta.sources
             whole.deferrals += delta.deferrals
@@ -143,10 +155,17 @@ def refused(request: GenerationRequest, pair: Pair) -> bool:
         or request.sampling.max_tokens < 1
         or (request.scores and (len(request.prompt) < 2 or member is not None or bool(own)))
         or bool(request.collaboration.veto and (blend is not None or (request.scores and averages(request, pair))))
+        or (regrets(request) and (blend is not None or request.scores or bool(experts and pair.hindsight is None)))
         or not 0 <= (member or 0) < pair.lanes
         or any(not 1 <= lane < pair.lanes for lane in experts)
         or (bool(experts) and not pair.has_gate and (request.collaboration.policy or pair.policy) in NEEDS_GATE)
     )
+
+
+def regrets(request: GenerationRequest) -> bool:
+    """Whether experts' tokens may be taken back."""
+    regret = request.collaboration.regret
+    return regret is not None and regret < 1
 
 
 def averages(request: GenerationRequest, pair: Pair) -> bool:
@@ -194,7 +213,53 @@ def look(request: GenerationRequest, pair: Pair, prefix: list[int], expert_token
 
 
 def complete(request: GenerationRequest, pair: Pair) -> Written:
-    """The request, written to its end."""
+    """The request, written to its end: from its beginning again whenever a token is taken back."""
+    taken_back: set[int] = set()
+    standing: set[int] = set()
+    while True:
+        whole = uncut(request, pair, taken_back)
+        if not regrets(request) or whole.finish_reason == "error" or not allowed_experts(request, pair):
+            return whole
+        for index in range(request.sampling.min_tokens, len(whole.tokens)):
+            disputed = whole.sources[index] != BASE and whole.tokens[index] != own(request, pair, whole, index)
+            if disputed and index not in standing:
+                if regret(request, pair, whole, index) > (request.collaboration.regret or 0.0):
+                    taken_back.add(index)
+                    break
+                standing.add(index)
+        else:
+            return whole
+
+
+def own(request: GenerationRequest, pair: Pair, whole: Written, index: int) -> int:
+    """The base's token at an index of the text."""
+    return next_token(BASE, [*request.prompt, *whole.tokens[:index]], pair.vocab_size)
+
+
+def regret(request: GenerationRequest, pair: Pair, whole: Written, index: int) -> float:
+    """How much the expert's token at an index of the text is regretted."""
+    assert pair.hindsight is not None
+    prompts = dict(request.collaboration.prompts)
+
+    def sure(lane: int, place: int) -> float:
+        probability = top_probability(lane, [*prompts.get(lane, request.prompt), *whole.tokens[:place]])
+        inside = min(max(probability, 1e-6), 1 - 1e-6)
+        return math.log(inside / (1 - inside))
+
+    last = min(index + pair.hindsight.ahead, len(whole.tokens) - 1)
+    between = [sure(whole.sources[place], place) for place in range(index + 1, last) if whole.sources[place] != BASE]
+    numbers = [
+        sure(BASE, index),
+        sure(whole.sources[index], index),
+        sure(BASE, last),
+        min([*between, math.log(1e6 - 1)]),
+    ]
+    weighted = sum(weight * number for weight, number in zip(pair.hindsight.weights, numbers, strict=True))
+    return 1 / (1 + math.exp(-weighted - regret_value([*request.prompt, *whole.tokens[:last]])))
+
+
+def uncut(request: GenerationRequest, pair: Pair, taken_back: Container[int] = ()) -> Written:
+    """The request, written to its end; where experts' tokens were taken back, the base's own stand."""
     whole = Written()
     if refused(request, pair):
         whole.finish_reason = "error"
@@ -223,6 +288,9 @@ def complete(request: GenerationRequest, pair: Pair) -> Written:
             elif sure[writer] < (request.collaboration.veto or 0.0):
                 whole.vetoed.append(len(whole.tokens))
                 writer, token = BASE, base_token
+        if len(whole.tokens) in taken_back:
+            whole.regretted.append(len(whole.tokens))
+            writer, token = BASE, base_token
         if writer != BASE and blend is not None and not own_distribution(blend):
             said = [distribution(lane, prefixes[lane]) for lane, _ in members(blend)]
             combined = msgspec.structs.replace(blend, weights=tuple(members(blend)))
@@ -292,6 +360,7 @@ def check(
     assert got.words == [word for word in expected.words if word.start < count]
     assert got.looks == expected.looks[:count]
     assert got.vetoed == [index for index in expected.vetoed if index < count]
+    assert got.regretted == [index for index in expected.regretted if index < count]
     assert all(map(_same_probability, got.deferrals, expected.deferrals))
     assert len(got.deferrals) == count
     if isinstance(got, Written):

@@ -23,6 +23,7 @@ from hypothesis.stateful import (
 
 from bench.standin import StandinLane
 from engine.blends import Blend
+from engine.hindsight import Hindsight
 from engine.lanes import LaneWork, Sample
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence
@@ -35,13 +36,14 @@ from tests.engine.oracle import Ledger, Pair, Written, check, look
 MAX_REQUESTS = 12
 MAX_EVENTS = 20_000
 """More than any run takes that comes to rest."""
-Focus = Literal["all", "deferral", "veto", "room", "scores"]
+Focus = Literal["all", "deferral", "veto", "room", "scores", "regret"]
 SCORES: dict[Focus, tuple[bool, ...]] = {
     "all": (False, False, False, True),
     "deferral": (False,),
     "veto": (False,),
     "room": (False,),
     "scores": (False, True, True, True),
+    "regret": (False,),
 }
 LANE = st.integers(0, 2)
 """Taken modulo the number of lanes."""
@@ -70,7 +72,8 @@ def requests(draw: st.DrawFn, request_id: str, pair: Pair, *, focus: Focus = "al
 
     Where it is on the veto, few expert tokens may be written, and what the base drafts past them hangs on it.
     """
-    plain, vetoed = focus in ("deferral", "veto"), focus == "veto"
+    plain, vetoed = focus in ("deferral", "veto", "regret"), focus == "veto"
+    regrets = (0.0, 0.3, 0.5, 0.7, 1.0) if focus == "regret" else (None, None, None, 1.0, 0.5)
     longest = pair.max_model_len
     length = draw(st.one_of(st.integers(1, 4), st.integers(1, longest - 1), st.integers(longest - 3, longest)))
     token = st.integers(0, pair.vocab_size - 1)
@@ -100,6 +103,7 @@ def requests(draw: st.DrawFn, request_id: str, pair: Pair, *, focus: Focus = "al
         scores=draw(st.sampled_from(SCORES[focus])),
         veto=draw(st.sampled_from((0.3, 0.7) if vetoed else (None, 0.0, 0.3, 0.7))),
         looks=draw(st.booleans()),
+        regret=draw(st.sampled_from(regrets)),
     )
 
 
@@ -127,6 +131,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         lane_kind=st.integers(0, 1),
         base_steps=st.sampled_from((1, 1, 4)),
         score_window=st.sampled_from((1, 2, 5, 100)),
+        hindsight=st.none()
+        | st.builds(Hindsight, st.integers(1, 6), st.tuples(*[st.floats(-0.2, 0.2)] * 4), st.just(1.0)),
     )
     def build(
         self,
@@ -228,6 +234,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def land_again(self, choice: int, newest: bool) -> None:
         """Whatever a lane's sample brought about, its repetition brings nothing."""
         lane, sample = self.landed[-1 if newest else choice % len(self.landed)]
+        if self.requests[sample.request_id].collaboration.regret not in (None, 1.0):
+            return  # likewise behind a token that is taken back
         if not newest and self.requests[sample.request_id].collaboration.run_ahead not in (None, "off"):
             return  # what followed drafts that were cut may come true at the same position, and differ
         if self.requests[sample.request_id].scores:
@@ -251,6 +259,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             writer, _ = look(stray, self.pair, [*stray.prompt, *tokens], expert_tokens)
             if lane in (writer, stray.collaboration.member or BASE):
                 return
+        if offset >= 0 and stray.collaboration.regret not in (None, 1.0):
+            return  # more is decided than is written
         if offset > 0 and stray.collaboration.run_ahead not in (None, "off"):
             return  # a draft, maybe
         entry = TokenLogprobs([1], [-1.0], 1)

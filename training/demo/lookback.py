@@ -5,7 +5,8 @@ follows a token taken back is the trace of another prefix, so all rules and thre
 settled in order: one that stands is not looked at again, whatever becomes of the text behind it; at one that does not,
 the base's own token stands from then on. So each position is cut at most once.
 
-For experiments on quality: nothing of this is served.
+For experiments on quality, by full recomputation. What is served (:mod:`engine.strategies.deferral.backtracking`) is the
+form that is ``served`` here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine.hindsight import NUMBERS, numbers_of
 from training.demo.blending import Rows, write
 
 Policy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -188,10 +190,17 @@ class Reading:
     Attributes:
         ahead: how many tokens, the expert's first, the base has read when it looks back; 0 is none, not even that one.
         numbers: also how sure both models were, beside the base's hidden state.
+        served: no more numbers than a server has at hand, and these are added to what the hidden state says.
     """
 
     ahead: int
     numbers: bool
+    served: bool = False
+
+    @property
+    def added(self) -> int:
+        """How many of the inputs, the last ones, are added to what the others say."""
+        return len(NUMBERS) if self.served else 0
 
     def __call__(self, trace: Trace, index: int) -> torch.Tensor:
         """Inputs [I] at a step; where the text ends before so much is read, what there is."""
@@ -200,6 +209,10 @@ class Reading:
         if not self.numbers:
             return state_D
         step, read = trace.steps[index], trace.steps[index + 1 : last]
+        if self.served:
+            experts = [each.expert_top for each in read if each.deferred]
+            served = numbers_of(step.base_top, step.expert_top, trace.steps[last].base_top, experts)
+            return torch.cat([state_D, torch.tensor(served)])
         numbers = [_log_odds(step.base_top), _log_odds(step.expert_top), step.base_logprob]
         if self.ahead:
             sure = [each.expert_top for each in read if each.deferred]
@@ -222,17 +235,19 @@ class Head:
 
     Args:
         width: of the hidden layer; 0 is none.
+        added: so many of the inputs, the last ones, pass the hidden layer by.
     """
 
     STEPS, LEARNING_RATE, WEIGHT_DECAY = 300, 1e-2, 1e-2
 
-    def __init__(self, inputs_NI: torch.Tensor, width: int, seed: int) -> None:
+    def __init__(self, inputs_NI: torch.Tensor, width: int, seed: int, added: int = 0) -> None:
         torch.manual_seed(seed)
         self._mean_I, self._scale_I = inputs_NI.mean(0), inputs_NI.std(0).clamp_min(1e-6)
-        inputs = inputs_NI.shape[1]
-        self._net: nn.Module = nn.Linear(inputs, 1)
+        self._reading = inputs_NI.shape[1] - added
+        net: nn.Module = nn.Linear(self._reading, 1)
         if width:
-            self._net = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, 1))
+            net = nn.Sequential(nn.Linear(self._reading, width), nn.SiLU(), nn.Linear(width, 1))
+        self._net = nn.ModuleList([net, nn.Linear(added, 1, bias=False)] if added else [net])
 
     @classmethod
     def fit(
@@ -242,13 +257,14 @@ class Head:
         *,
         width: int,
         seed: int,
+        added: int = 0,
     ) -> Head:
         """By the log loss, all examples at once; of all steps the one with the least loss on held-out examples.
 
         Args:
             learned: inputs [N, I] and labels [N].
         """
-        head = cls(learned[0], width, seed)
+        head = cls(learned[0], width, seed, added)
         optimizer = torch.optim.AdamW(head._net.parameters(), lr=cls.LEARNING_RATE, weight_decay=cls.WEIGHT_DECAY)
         best, kept = math.inf, head._net.state_dict()
         for _ in range(cls.STEPS):
@@ -268,8 +284,9 @@ class Head:
         return self._logits(inputs_NI).sigmoid()
 
     def _logits(self, inputs_NI: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self._net((inputs_NI - self._mean_I) / self._scale_I)
-        return found[:, 0]
+        scaled_NI = (inputs_NI - self._mean_I) / self._scale_I
+        parts = scaled_NI[:, : self._reading], scaled_NI[:, self._reading :]
+        return torch.stack([part(each)[:, 0] for part, each in zip(self._net, parts, strict=False)]).sum(0)
 
     def _loss(self, inputs_NI: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
         return nn.functional.binary_cross_entropy_with_logits(self._logits(inputs_NI), labels_N.float())

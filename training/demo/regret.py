@@ -63,6 +63,8 @@ READINGS: dict[str, tuple[Reading, int]] = {
     "regret after 1": (Reading(1, numbers=True), WIDTH),
     "regret after 2": (Reading(2, numbers=True), WIDTH),
     "regret after 4": (Reading(4, numbers=True), WIDTH),
+    "regret after 1, as served": (Reading(1, numbers=True, served=True), WIDTH),
+    "regret after 4, as served": (Reading(4, numbers=True, served=True), WIDTH),
 }
 """What each head looks at, and the width of its hidden layer."""
 PLAIN, VETO, ORACLE = "deferral", "veto", "oracle"
@@ -268,7 +270,8 @@ class _Measured:
                 labelled(traces[split], self._asked[split].gold, reading) for split in ("train", "validation", "test")
             )
             for start, found in enumerate(by_start):
-                head = Head.fit(learned, held_out, width=width, seed=STARTS * self._seed + start)
+                seed = STARTS * self._seed + start
+                head = Head.fit(learned, held_out, width=width, seed=seed, added=reading.added)
                 ours = row(_everywhere(partial(_learned, head, reading)), REGRETS)
                 found["rows"][method] = ours | {"auroc": auroc(head(inputs_NI), wrong_N)}
         return by_start

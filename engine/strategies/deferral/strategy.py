@@ -140,6 +140,7 @@ class DeferralDecoding(SharedText):
         expert_limit: the request's max_expert_tokens.
         rate: the request's, for the policies that have one.
         looks: whether the request asks how sure the models are.
+        decided: what lanes are told is written. Here that is what is written; a subclass may hold some of it back.
         draws: the request's series of policy draws, see :func:`engine.draws.series`.
         uniform_weights: (lane, probability) of each expert where there is no gate to tell.
         veto: an expert that is less sure than this stands back. Whether it does follows from the text before alone, not
@@ -147,6 +148,7 @@ class DeferralDecoding(SharedText):
     """
 
     __slots__ = (
+        "decided",
         "draws",
         "expert_limit",
         "expert_tokens",
@@ -183,6 +185,7 @@ class DeferralDecoding(SharedText):
         self.fixed_window = window_limit is not None
         self.draws = draws.series(answer.seed, draws.POLICY_STREAM)
         self.uniform_weights = [(lane, 1.0 / len(experts)) for lane in experts]
+        self.decided = answer.tokens
         self.window: list[Draft] = []
         self.expert_tokens = 0
         self.looks = collaboration.looks
@@ -215,7 +218,7 @@ class DeferralDecoding(SharedText):
     def awaits(self, lane: int, position: int) -> bool:
         """The base is awaited behind the drafts, an expert at the first of them."""
         index = position - self.prompt_lengths[lane]
-        written = len(self.answer.tokens)
+        written = len(self.decided)
         if lane == self.primary_lane:
             # Told of more or of less: the sample is an aborted namesake's, or follows drafts that have been cut.
             return index == written + len(self.window) == self.known[lane]
@@ -251,18 +254,16 @@ class DeferralDecoding(SharedText):
 
     def extend(self, lane: int) -> Extension | None:
         """With the drafts, as far as the lane has to know them."""
-        tokens = self.answer.tokens
-        known, written = self.known[lane], len(tokens)
-        if not self.window:
-            if known >= written:
-                return None
-            self.known[lane] = written
-            return Extension(self.answer.request.request_id, known, tokens[known:], written)
-        end, probes = self._extent(lane)
+        tokens = self.decided
+        known, end = self.known[lane], len(tokens)
+        probes: tuple[int, ...] = ()
+        if self.window:
+            end, probes = self._extent(lane)
         if known >= end:
             return None
         self.known[lane] = end
-        return Extension(self.answer.request.request_id, known, self._between(known, end), written, probes)
+        added = self._between(known, end) if self.window else tokens[known:]
+        return Extension(self.answer.request.request_id, known, added, len(self.answer.tokens), probes)
 
     def _extent(self, lane: int) -> tuple[int, tuple[int, ...]]:
         """How many tokens, drafts included, a lane should be told, and at which positions before the end it samples.
@@ -271,9 +272,9 @@ class DeferralDecoding(SharedText):
         first; the base everything.
         """
         if lane == self.primary_lane:
-            return len(self.answer.tokens) + len(self.window), ()
+            return len(self.decided) + len(self.window), ()
         probes = []
-        begin = self.prompt_lengths[lane] + len(self.answer.tokens)
+        begin = self.prompt_lengths[lane] + len(self.decided)
         for index, draft in enumerate(self.window):
             if draft.writer == lane:
                 probes.append(begin + index)
@@ -284,7 +285,7 @@ class DeferralDecoding(SharedText):
 
     def _between(self, begin: int, end: int) -> list[int]:
         """Tokens, written ones then drafts, from index ``begin`` up to but without ``end``."""
-        tokens = self.answer.tokens
+        tokens = self.decided
         written = len(tokens)
         if end <= written:
             return tokens[begin:end]
@@ -302,7 +303,9 @@ class DeferralDecoding(SharedText):
             # Nobody questions it: by far the most tokens never are drafts.
             look = Look(sample.top_probability) if self.looks else None
             return (Token(sample.token, BASE, deferral, sample.logprobs, look=look), self.shared.asks[BASE])
-        self.window.append(Draft(sample.token, writer, deferral, sample.logprobs, fault, sample.top_probability))
+        self.window.append(
+            Draft(sample.token, writer, deferral, sample.logprobs, fault, sample.top_probability, sample.regret)
+        )
         if writer != BASE and len(self.window) == 1:
             shared = self.shared
             return (shared.waits[writer], shared.asks[BASE]) if self._drafts_on() else (shared.waits[writer],)
@@ -383,7 +386,7 @@ class DeferralDecoding(SharedText):
             self._cut()
         if self.window:
             return self._write_and_commit(token)
-        if self.known[BASE] > len(self.answer.tokens):
+        if self.known[BASE] > len(self.decided):
             return (token,)  # the base is already looking at the next position
         return (token, self.shared.asks[BASE])
 
@@ -448,8 +451,8 @@ class DeferralDecoding(SharedText):
         ahead = len(self.window)
         if (
             # All of a window's positions are sampled as ones at which the text may end.
-            len(answer.tokens) < answer.request.sampling.min_tokens
-            or len(answer.tokens) + ahead >= answer.max_output
+            len(self.decided) < answer.request.sampling.min_tokens
+            or len(self.decided) + ahead >= answer.max_output
             or last.token in answer.stop_token_ids
             or self._hangs_on_a_veto
         ):
@@ -473,7 +476,7 @@ class DeferralDecoding(SharedText):
             yield self._own_token(draft)
         if self.window:
             yield self.shared.waits[self.window[0].writer]
-        elif self.known[BASE] < len(self.answer.tokens):
+        elif self.known[BASE] < len(self.decided):
             yield self.shared.asks[BASE]
         # Else the base is already looking at the next position.
 
@@ -487,7 +490,7 @@ class DeferralDecoding(SharedText):
     def _cut(self) -> None:
         """Forget all drafts: the next token is another than the first of them. Lanes that were told are cut too."""
         self.window.clear()
-        written = len(self.answer.tokens)
+        written = len(self.decided)
         self.known = [min(known, written) for known in self.known]
 
     def on_end(self) -> None:

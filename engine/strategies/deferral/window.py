@@ -20,6 +20,7 @@ class Draft(msgspec.Struct, gc=False):
         deferral: the deferral probability at this position, as the policy saw it.
         fault: why the request ends here, if the text comes this far.
         confidence: the base's top probability; None if it was not read.
+        regret: what the base says of experts' tokens before; None if it was not read.
     """
 
     token: int
@@ -28,6 +29,7 @@ class Draft(msgspec.Struct, gc=False):
     logprobs: TokenLogprobs | None = None
     fault: End | None = None
     confidence: float | None = None
+    regret: float | None = None
 
 
 def window_limit(request: GenerationRequest, default: RunAhead) -> int | None:
