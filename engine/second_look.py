@@ -31,13 +31,14 @@ def deserves_check(
     look: Look,
     support: Sequence[float] | None = None,
     *,
-    vetoed: bool = False,
+    doubted: bool = False,
     below: float = CHECK_BELOW,
 ) -> bool:
-    """Whether a token deserves a second look: an expert stood back for it, or who wrote it was not sure.
+    """Whether a token deserves a second look: an expert would have written another, or who wrote it was not sure.
 
     Args:
+        doubted: it is the base's own, and an expert stood back or was taken back for it.
         below: of the confidence.
     """
     sure = confidence(source, look, support)
-    return vetoed or (sure is not None and sure < below)
+    return doubted or (sure is not None and sure < below)

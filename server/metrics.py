@@ -148,6 +148,18 @@ class Metrics:
             "collm_vetoed_tokens", "Deferred positions that the base wrote, since the expert was not sure enough.",
             model, registry=r,
         )  # fmt: skip
+        self.regretted = Counter(
+            "collm_regretted_tokens",
+            "Deferred positions that the base wrote in the end, having read on behind the expert's token.",
+            model,
+            registry=r,
+        )
+        self.revoked = Counter(
+            "collm_revoked_tokens",
+            "Tokens that were taken back so, the experts' and those behind them, before anybody was told of them.",
+            model,
+            registry=r,
+        )
         self.integrity_errors = Counter(
             "collm_integrity_errors", "Leftovers found in idle lanes; any is a defect.", model, registry=r
         )
@@ -195,6 +207,8 @@ class Metrics:
                     self.expert_failures,
                     self.unaligned_deferrals,
                     self.vetoed,
+                    self.regretted,
+                    self.revoked,
                 )
             ),
             *(self.runahead.labels(self.joint, result) for result in ("accepted", "discarded")),
@@ -244,6 +258,8 @@ class Metrics:
             stats.expert_failures,
             stats.unaligned_deferrals,
             stats.vetoed,
+            stats.regretted,
+            stats.revoked,
             stats.runahead_accepted,
             stats.runahead_discarded,
             stats.loop_seconds,

@@ -11,7 +11,7 @@ from engine.types import BASE, Collaboration, EngineInfo, GateInfo, PolicyName
 from server.blends import BlendPreset, BlendTable
 from server.errors import ApiError, invalid, shown, unknown_model
 from server.protocol.common import CollaborationOptions
-from server.protocol.responses import CurvePoint, ServedCollaboration
+from server.protocol.responses import CurvePoint, ServedCollaboration, ServedRegret
 from server.shares import threshold_of, threshold_within
 from server.strategies import characters, strategy_of
 
@@ -72,6 +72,7 @@ class ModelTable:
             info.vocabularies,
             _curve(gate),
             info.veto or UNSET,
+            _regret(info),
         )
 
     def collaboration(self, name: str, options: CollaborationOptions | None, info: EngineInfo) -> Collaboration:
@@ -123,6 +124,7 @@ class ModelTable:
             run_ahead=options.run_ahead,
             blend=blend,
             veto=options.veto,
+            regret=options.regret,
             looks=bool(options.report),
         )
 
@@ -222,6 +224,12 @@ class ModelTable:
         if len(set(experts)) < len(experts):
             raise invalid(f"'{param}' names an expert twice.", param)
         return tuple(self._experts[name] for name in experts)
+
+
+def _regret(info: EngineInfo) -> ServedRegret | UnsetType:
+    if info.gate is None or info.gate.hindsight is None:
+        return UNSET
+    return ServedRegret(info.gate.hindsight.ahead, info.gate.hindsight.threshold, info.regret)
 
 
 def _curve(gate: GateInfo | None) -> list[CurvePoint] | UnsetType:

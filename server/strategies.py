@@ -12,7 +12,7 @@ from server.protocol.completions import CompletionRequest
 
 _OF_DEFERRAL = (
     "policy", "threshold", "share", "cost", "rate", "max_expert_tokens", "experts", "run_ahead", "blend", "alpha",
-    "beta", "gamma", "negative_prompt", "veto",
+    "beta", "gamma", "negative_prompt", "veto", "regret",
 )  # fmt: skip
 _OF_CHARACTERS = ("weights", "average")
 

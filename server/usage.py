@@ -39,10 +39,12 @@ class UsageCounter:
         self._blended = 0
         self._bytes = 0
         self._vetoed = 0
+        self._regretted = 0
 
     def add(self, piece: Piece) -> None:
         """Count a piece."""
         self._vetoed += len(piece.vetoed)
+        self._regretted += len(piece.regretted)
         self._bytes += sum(end - start for start, end in piece.spans)
         for source in piece.sources:
             if source == BLEND:
@@ -56,7 +58,12 @@ class UsageCounter:
         written = sum(self._written) + self._blended
         expert = written - self._blended - base
         details = CompletionTokensDetails(
-            base, expert, self._blended or UNSET, self._bytes or UNSET, self._vetoed or UNSET
+            base,
+            expert,
+            self._blended or UNSET,
+            self._bytes or UNSET,
+            self._vetoed or UNSET,
+            self._regretted or UNSET,
         )
         cached = PromptTokensDetails(self._cached_tokens())
         return Usage(self._prompt, written, self._prompt + written, details, cached, self.collaboration())

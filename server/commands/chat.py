@@ -21,6 +21,7 @@ HELP = """\
 /cost X          in its place: seconds of the experts' steps per token that may be spent; without X, none
 /policy NAME     who decides; without NAME, the server's default
 /veto X          an expert less sure than X stands back; without X, the server's default
+/regret X        take back what is held for wrong with more than X; without X, the server's default
 /blend NAME      what is written where the experts are asked; without NAME, the expert's own token
 /exit            end (also Ctrl+D); Ctrl+C stops an answer"""
 _WHERE = ("threshold", "share", "cost")
@@ -129,6 +130,8 @@ class Talk:
             self._choose("cost", _number("cost", argument, math.inf) if argument else None)
         elif name == "veto":
             self._choose("veto", _number("veto", argument) if argument else None)
+        elif name == "regret":
+            self._choose("regret", _number("regret", argument) if argument else None)
         elif name == "blend":
             self._choose("blend", self._blend(argument) if argument else None)
         elif name == "help":
@@ -186,7 +189,8 @@ class Talk:
             where = f"threshold {in_force.get('threshold', served['thresholds'][policy]):g}"
         blend = f", blend {in_force['blend']}" if "blend" in in_force else ""
         veto = f", veto {in_force['veto']:g}" if "veto" in in_force else ""
-        _confirm(f"policy {policy}, {where}{veto}{blend}")
+        regret = f", regret {in_force['regret']:g}" if "regret" in in_force else ""
+        _confirm(f"policy {policy}, {where}{veto}{regret}{blend}")
 
 
 def _number(name: str, text: str, most: float = 1.0) -> float:

@@ -68,6 +68,11 @@ _GENERATION: list[Callable[[Any], Any]] = [
         help="An expert that is less sure than this stands back for the base.  [default: the server's, usually 0]",
     ),
     click.option(
+        "--regret", type=click.FloatRange(0, 1),
+        help="An expert's token is taken back where the base, having read on, holds it for wrong with more than this "
+        "probability.  [default: the server's, usually 1, which is never]",
+    ),
+    click.option(
         "--expert", "experts", multiple=True, metavar="NAME",
         help="An expert that may write; may be given several times.  [default: all]",
     ),
@@ -98,7 +103,8 @@ _GENERATION: list[Callable[[Any], Any]] = [
 
 
 COLLABORATION = (
-    "policy", "threshold", "share", "cost", "rate", "max_expert_tokens", "veto", "experts", "blend", "strategy",
+    "policy", "threshold", "share", "cost", "rate", "max_expert_tokens", "veto", "regret", "experts", "blend",
+    "strategy",
 )  # fmt: skip
 """Options that are fields of ``collaboration``."""
 

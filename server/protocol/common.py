@@ -170,6 +170,12 @@ class CollaborationOptions(Strict):
     """An expert whose top probability (at temperature 1, before penalties) is below this stands back: the base's own
     token is written. 0 is none. Not with a blend. Default: the server's, usually 0."""
 
+    regret: float | None = Field(default=None, ge=0, le=1)
+    """An expert's token that differs from the base's is taken back for it where the base, having read some tokens on,
+    holds it for wrong with more than this probability. As long is the answer held back; nothing that was sent is ever
+    taken back. Needs a pair that was trained for it. Not with a blend, nor with a given form. 1 is never. Default:
+    the server's, usually 1."""
+
     report: bool | None = None
     """Return each token's text, source and deferral probability in ``choices[].collaboration``, how sure the models
     were of it, and whether it deserves a second look (``check``)."""

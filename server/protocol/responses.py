@@ -15,7 +15,8 @@ FinishReason = Literal["stop", "length"]
 class CompletionTokensDetails(Struct):
     """Who wrote how much; sums to ``completion_tokens``. ``blended_tokens`` is left out where there are none.
 
-    ``vetoed_tokens`` says of how many of the base's tokens an expert stood back; left out where of none.
+    ``vetoed_tokens`` says for how many of the base's tokens an expert stood back, ``regretted_tokens`` for how many an
+    expert's token was taken back; each is left out where for none.
 
     Of a text that was written by characters these are pieces, by the member that found each most probable, and
     ``text_bytes`` says how long they are together.
@@ -26,6 +27,7 @@ class CompletionTokensDetails(Struct):
     blended_tokens: int | UnsetType = UNSET
     text_bytes: int | UnsetType = UNSET
     vetoed_tokens: int | UnsetType = UNSET
+    regretted_tokens: int | UnsetType = UNSET
 
 
 class PromptTokensDetails(Struct):
@@ -112,8 +114,10 @@ class CollaborationReport(Struct):
         base_confidences: the base's top probability at each position; null where it was not asked.
         expert_confidences: the expert's, whether its token was written or stood back; null where none was asked.
         agreed: whether the token of who was asked is the base's own; null where nobody was asked.
-        check: whether a token deserves a second look: who wrote it was not sure, or an expert stood back.
+        check: whether a token deserves a second look: who wrote it was not sure, an expert stood back, or an expert's
+            token was taken back.
         vetoed: whether an expert stood back; left out where none did.
+        regretted: whether an expert's token was taken back for it; left out where none was.
     """
 
     tokens: list[str]
@@ -127,6 +131,7 @@ class CollaborationReport(Struct):
     agreed: list[bool | None] | UnsetType = UNSET
     check: list[bool] | UnsetType = UNSET
     vetoed: list[bool] | UnsetType = UNSET
+    regretted: list[bool] | UnsetType = UNSET
 
 
 class LegacyLogprobs(Struct):
@@ -271,6 +276,16 @@ class CurvePoint(Struct):
     cost: float | UnsetType = UNSET
 
 
+class ServedRegret(Struct):
+    """How experts' tokens are taken back: so many tokens are read before (``ahead``), the threshold that was chosen in
+    training (1: never), and the ``default`` of ``collaboration.regret``.
+    """
+
+    ahead: int
+    threshold: float
+    default: float
+
+
 class ServedCollaboration(Struct):
     """How the members of a joint model share the work unless a request says otherwise.
 
@@ -278,7 +293,7 @@ class ServedCollaboration(Struct):
     The first of ``strategies`` is the default. ``vocabularies`` are the "same", or "spelled": each member has its own.
     ``curve``: by rising threshold, the share of the tokens that experts wrote at it when the gate was calibrated; left
     out where that is not known. ``collaboration.share`` and ``collaboration.cost`` go by it. ``veto`` is the
-    default of ``collaboration.veto``, left out where that is none.
+    default of ``collaboration.veto``, left out where that is none. ``regret`` is left out where none was trained.
     """
 
     policy: PolicyName
@@ -291,6 +306,7 @@ class ServedCollaboration(Struct):
     vocabularies: Relation
     curve: list[CurvePoint] | UnsetType = UNSET
     veto: float | UnsetType = UNSET
+    regret: ServedRegret | UnsetType = UNSET
 
 
 class ModelCard(Struct):

@@ -93,13 +93,15 @@ def report(
         whole.base_confidences = [look.base for look in piece.looks]
         whole.expert_confidences = [look.expert for look in piece.looks]
         whole.agreed = [look.agreed for look in piece.looks]
-        supports, vetoed = dict(piece.support), set(piece.vetoed)
+        supports, doubted = dict(piece.support), {*piece.vetoed, *piece.regretted}
         whole.check = [
-            deserves_check(source, look, supports.get(number), vetoed=number in vetoed, below=check_below)
+            deserves_check(source, look, supports.get(number), doubted=number in doubted, below=check_below)
             for number, (source, look) in enumerate(zip(piece.sources, piece.looks, strict=True))
         ]
     if piece.vetoed:
         whole.vetoed = [number in set(piece.vetoed) for number in range(len(piece.tokens))]
+    if piece.regretted:
+        whole.regretted = [number in set(piece.regretted) for number in range(len(piece.tokens))]
     if piece.words:
         whole.words = [
             ReportedWord(word.start, word.length, lane_names[word.source], finite(word.logprob)) for word in piece.words

@@ -27,6 +27,7 @@ class Piece:
             the token in this piece.
         looks: how sure the models were of each token, if the request asked; else empty.
         vetoed: numbers of tokens in this piece for which an expert stood back.
+        regretted: numbers of tokens in this piece for which an expert's token was taken back.
         spans: of a text that is not written in tokens: where each of its pieces lies in the answer, in bytes.
         prompt_logprobs: with the first piece if asked for, one entry for each prompt token but the first.
     """
@@ -45,12 +46,14 @@ class Piece:
     words: list[WrittenWord] = field(default_factory=list)
     looks: list[Look] = field(default_factory=list)
     vetoed: list[int] = field(default_factory=list)
+    regretted: list[int] = field(default_factory=list)
 
     def extend(self, other: Piece) -> None:
         """Append the piece that follows."""
         self.support += [(number + len(self.tokens), values) for number, values in other.support]
         self.spans += other.spans
         self.vetoed += [number + len(self.tokens) for number in other.vetoed]
+        self.regretted += [number + len(self.tokens) for number in other.regretted]
         self.looks += other.looks
         self.words += [word.moved(len(self.tokens)) for word in other.words]
         self.text += other.text
@@ -130,6 +133,7 @@ class PieceBuilder:
             pending.support += [(number + before, values) for number, values in delta.support if number < used]
         pending.words += [word.moved(len(pending.tokens)) for word in delta.words if word.start < used]
         pending.vetoed += [number + len(pending.tokens) for number in delta.vetoed if number < used]
+        pending.regretted += [number + len(pending.tokens) for number in delta.regretted if number < used]
         pending.looks += delta.looks[:used]
         pending.tokens += delta.tokens[:used]
         pending.sources += delta.sources[:used]
@@ -210,6 +214,7 @@ def _split(piece: Piece, count: int) -> tuple[Piece, Piece]:
             words=[word for word in piece.words if word.start < count],
             looks=piece.looks[:count],
             vetoed=[number for number in piece.vetoed if number < count],
+            regretted=[number for number in piece.regretted if number < count],
         ),
         Piece(
             "",
@@ -224,5 +229,6 @@ def _split(piece: Piece, count: int) -> tuple[Piece, Piece]:
             words=[word.moved(-count) for word in piece.words if word.start >= count],
             looks=piece.looks[count:],
             vetoed=[number - count for number in piece.vetoed if number >= count],
+            regretted=[number - count for number in piece.regretted if number >= count],
         ),
     )

@@ -32,7 +32,8 @@ PROMISED = {
             "virtual_memory_bytes", "resident_memory_bytes", "start_time_seconds", "cpu_seconds", "open_fds", "max_fds",
         )
     ),
-    "collm_unaligned_deferrals", "collm_vetoed_tokens", "collm_lane_device_seconds",
+    "collm_unaligned_deferrals", "collm_vetoed_tokens", "collm_regretted_tokens", "collm_revoked_tokens",
+    "collm_lane_device_seconds",
 }  # fmt: skip
 JOINT = {"model_name": "collm-demo"}
 
@@ -166,6 +167,8 @@ async def test_the_engine_s_account(house: House) -> None:
         expert_waits=[0.1, 0.2],
         unaligned_deferrals=4,
         vetoed=6,
+        regretted=2,
+        revoked=7,
     )
     stats.lanes[1].device_seconds = 0.02
     house.engine.batch(stats)
@@ -191,6 +194,8 @@ async def test_the_engine_s_account(house: House) -> None:
     assert await house.metric("collm_expert_wait_seconds_count", **JOINT) == 2
     assert await house.metric("collm_unaligned_deferrals_total", **JOINT) == 4
     assert await house.metric("collm_vetoed_tokens_total", **JOINT) == 6
+    assert await house.metric("collm_regretted_tokens_total", **JOINT) == 2
+    assert await house.metric("collm_revoked_tokens_total", **JOINT) == 7
     assert await house.metric("collm_lane_up", **lane) == 1
 
 

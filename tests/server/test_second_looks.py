@@ -135,4 +135,4 @@ async def test_models_tell_the_default(house: House) -> None:
 )
 def test_what_deserves_a_second_look(source: int, look: Look, support: list[float] | None, checked: bool) -> None:
     assert deserves_check(source, look, support, below=0.7) == checked
-    assert deserves_check(source, look, support, vetoed=True, below=0.0)
+    assert deserves_check(source, look, support, doubted=True, below=0.0)

@@ -5,8 +5,8 @@ follows a token taken back is the trace of another prefix, so all rules and thre
 settled in order: one that stands is not looked at again, whatever becomes of the text behind it; at one that does not,
 the base's own token stands from then on. So each position is cut at most once.
 
-For experiments on quality, by full recomputation. What is served (:mod:`engine.strategies.deferral.backtracking`) is the
-form that is ``served`` here.
+For experiments on quality, by full recomputation. What a server does (:mod:`engine.strategies.deferral.backtracking`)
+is the form that is ``served`` here.
 """
 
 from __future__ import annotations

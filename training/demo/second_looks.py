@@ -78,7 +78,7 @@ def marks(completion: Completion, below: float) -> list[bool]:
     support = dict(completion.support)
     vetoed = set(completion.vetoed)
     return [
-        deserves_check(source, look, support.get(number), vetoed=number in vetoed, below=below)
+        deserves_check(source, look, support.get(number), doubted=number in vetoed, below=below)
         for number, (source, look) in enumerate(zip(completion.sources, completion.looks, strict=True))
     ]
 

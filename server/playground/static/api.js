@@ -113,7 +113,7 @@ export async function complete(body, key, signal) {
 /**
  * @typedef {{text: string, source: string, p: number|null, id: number|undefined, logprob: number|null,
  *   support: Object<string, number>|null, check: boolean|null, sure: {base: number|null, expert: number|null},
- *   vetoed: boolean}} Token `check`: it deserves a second look; null where the server does not say
+ *   vetoed: boolean, regretted: boolean}} Token `check`: it deserves a second look; null where the server does not say
  * @returns {Token[]}
  */
 export function tokensOf(choice) {
@@ -130,6 +130,7 @@ export function tokensOf(choice) {
     check: report.check?.[i] ?? null,
     sure: { base: report.base_confidences?.[i] ?? null, expert: report.expert_confidences?.[i] ?? null },
     vetoed: report.vetoed?.[i] ?? false,
+    regretted: report.regretted?.[i] ?? false,
   }));
 }
 

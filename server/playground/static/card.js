@@ -392,7 +392,7 @@ export class Card {
   }
 
   #describe(number) {
-    const { text, source, p, logprob, support, check, sure: looks, vetoed } = this.tokens[number];
+    const { text, source, p, logprob, support, check, sure: looks, vetoed, regretted } = this.tokens[number];
     const end = number === this.tokens.length - 1 && this.finish === "stop";
     const words = text === "" ? (end ? "end of text" : "part of a character") : quoted(text);
     const value = p === null ? "the gate was not asked" : `${this.#valueName()} ${shown(p)}`;
@@ -400,6 +400,7 @@ export class Card {
       logprob === null ? null : `written with probability ${shown(Math.exp(logprob))}`,
       ...Object.entries(looks ?? {}).map(([name, each]) => (each === null ? null : `${name} ${shown(each)} sure`)),
       vetoed ? "an expert stood back" : null,
+      regretted ? "an expert's token was taken back" : null,
       check ? "deserves a second look" : null,
     ].filter(Boolean).join(", ") || null;
     const members = Object.entries(support ?? {}).map(([name, each]) => `${name} ${shown(Math.exp(each))}`).join(", ");
