@@ -27,7 +27,8 @@ from transformers import (
 from engine.checkpoints import model_identity
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig, SchedulerConfig
 from engine.gate import GateArtifact
-from tests.oracle.reference import Pair
+from engine.regret import RegretArtifact
+from tests.oracle.reference import REGRET_AHEAD, Pair
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 KV_BYTES = 64 << 20
@@ -157,9 +158,19 @@ def random_pair(directory: Path, experts: int = 1, *, related: bool = False, end
         base=model_identity(directory / "base"),
         expert_identities=tuple(model_identity(path) for path in paths.values()),
     ).save(directory / "gate")
+    RegretArtifact(
+        theta=torch.randn(1, 129) * 0.1,
+        bias=torch.zeros(1),
+        numbers=torch.tensor([0.2, -0.3, 0.1, -0.2]),
+        ahead=REGRET_AHEAD,
+        base=model_identity(directory / "base"),
+        default_threshold=0.5,
+        features=("margin",),
+    ).save(directory / "gate")
     gate = load_file(str(directory / "gate" / "gate.safetensors"))
+    regret = load_file(str(directory / "gate" / "regret.safetensors"))
     reference = Pair(
-        _load(directory / "base"), [_load(path) for path in paths.values()], gate["theta"], gate["bias"], end
+        _load(directory / "base"), [_load(path) for path in paths.values()], gate["theta"], gate["bias"], end, regret
     )
     return Served(directory / "base", paths, directory / "gate", reference, max_model_len=192)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,11 @@ class Pair:
     theta: torch.Tensor  # [K, d]
     bias: torch.Tensor  # [K]
     eos: int
+    regret: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Tensors of a linear regret artifact with the feature "margin" that looks back after REGRET_AHEAD tokens."""
+
+
+REGRET_AHEAD = 3
 
 
 @dataclass
@@ -34,6 +41,11 @@ class Written:
     vetoed: list[int] = field(default_factory=list)
     confidences: list[tuple[float, float | None]] = field(default_factory=list)
     """The base's top probability and, where one was asked, the expert's."""
+    own: list[int] = field(default_factory=list)
+    """What the base would have written at each position."""
+    regretted: list[int] = field(default_factory=list)
+    regrets: list[float] = field(default_factory=list)
+    """How much each disputed token was regretted that was looked back at; of those taken back, too."""
 
 
 def hidden_and_logits(model: Any, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,14 +117,17 @@ def greedy(
     allowed_token_ids: tuple[int, ...] | None = None,
     bad_words: tuple[tuple[int, ...], ...] = (),
     veto: float = 0.0,
+    taken_back: Container[int] = (),
+    see: Callable[[Any, list[int]], tuple[torch.Tensor, torch.Tensor]] = hidden_and_logits,
 ) -> Written:
-    """Decode one prompt, token by token."""
+    """Decode one prompt, token by token; the base writes where an expert's token is taken back."""
     out = Written()
     while len(out.tokens) < max_tokens:
         tokens = prompt + out.tokens
-        hidden, logits = hidden_and_logits(pair.base, tokens)
+        hidden, logits = see(pair.base, tokens)
         share = probabilities(pair, hidden)
         deferral = 1.0 - share[0]
+        base_logits = logits
         base_sure, expert_sure = float(torch.softmax(logits, -1).max()), None
         if policy == "confidence":
             deferral = 1.0 - float(torch.softmax(logits, -1).max())
@@ -122,17 +137,20 @@ def greedy(
         source = 0
         if defer:
             source = max(range(1, len(share)), key=lambda k: share[k])
-            _, own = hidden_and_logits(pair.experts[source - 1], tokens)
+            _, own = see(pair.experts[source - 1], tokens)
             expert_sure = float(torch.softmax(own, -1).max())
             if expert_sure < veto:
                 out.vetoed.append(len(out.tokens))
                 source = 0
             else:
                 logits = own
-        logits = adjusted(
-            logits,
-            prompt,
-            out.tokens,
+        if len(out.tokens) in taken_back:
+            out.regretted.append(len(out.tokens))
+            source, logits = 0, base_logits
+        heeded = partial(
+            adjusted,
+            prompt=prompt,
+            written=out.tokens,
             ends=(pair.eos, *stop_token_ids),
             min_tokens=min_tokens,
             presence_penalty=presence_penalty,
@@ -142,7 +160,8 @@ def greedy(
             allowed_token_ids=allowed_token_ids,
             bad_words=bad_words,
         )
-        token = int(logits.argmax())
+        token = int(heeded(logits).argmax())
+        out.own.append(int(heeded(base_logits).argmax()))
         out.tokens.append(token)
         out.sources.append(source)
         out.deferrals.append(deferral)
@@ -151,6 +170,55 @@ def greedy(
             out.finish_reason = "stop"
             break
     return out
+
+
+def regretting(pair: Pair, prompt: list[int], max_tokens: int, regret: float, **how: Any) -> Written:
+    """Decode one prompt; experts' tokens that are regretted more than ``regret`` are taken back.
+
+    Disputed positions are looked at in order, each once. The text is written from its beginning again when one is cut.
+    """
+    taken_back: set[int] = set()
+    standing: set[int] = set()
+    regrets: list[float] = []
+    seen: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def see(model: Any, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (id(model), *tokens)
+        if key not in seen:
+            seen[key] = hidden_and_logits(model, tokens)
+        return seen[key]
+
+    while True:
+        out = greedy(pair, prompt, max_tokens, taken_back=taken_back, see=see, **how)
+        disputed = [
+            index
+            for index, (token, own, source) in enumerate(zip(out.tokens, out.own, out.sources, strict=True))
+            if source and token != own and index not in standing and index >= how.get("min_tokens", 0)
+        ]
+        for index in disputed:
+            regrets.append(_regret(pair, prompt, out, index))
+            if regrets[-1] > regret:
+                taken_back.add(index)
+                break
+            standing.add(index)
+        else:
+            out.regrets = regrets
+            return out
+
+
+@torch.inference_mode()
+def _regret(pair: Pair, prompt: list[int], out: Written, index: int) -> float:
+    last = min(index + REGRET_AHEAD, len(out.tokens) - 1)
+    hidden, logits = hidden_and_logits(pair.base, prompt + out.tokens[:last])
+    first, second = logits.log_softmax(-1).topk(2).values.tolist()
+    between = [sure for place in range(index + 1, last) if (sure := out.confidences[place][1]) is not None]
+    base, expert = out.confidences[index]
+    assert expert is not None
+    numbers = [base, expert, out.confidences[last][0], min(between, default=1.0)]
+    inside = torch.tensor(numbers, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
+    inputs = torch.cat([hidden, torch.tensor([first - second])])
+    total = pair.regret["theta"][0] @ inputs + pair.regret["bias"][0] + pair.regret["numbers"].double() @ inside.logit()
+    return float(torch.sigmoid(total))
 
 
 @torch.inference_mode()
