@@ -187,7 +187,7 @@ class ModelTable:
             measured = "" if options.cost is None else " that measured what experts cost"
             raise invalid(
                 f"'{param}' needs a gate with a stored calibration{measured}, and this pair's has none; give "
-                "'collaboration.threshold', or calibrate the gate (collm train calibrate).",
+                "'collaboration.threshold', or calibrate the gate (collm train recalibrate).",
                 param,
             )
         if options.experts is not None and set(options.experts) != set(self._experts):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STATUS = "what is done, what is stale and why, and what waits"
 PUSH = "write the model card of the pair, and upload it to a hub"
+RECALIBRATE = "measure the curve of a gate that is there anew, on this machine"
 PIPELINE = "all of these, and the pair to be served"
 
 
@@ -46,13 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. train.gate.epochs=5"
         )
-    for name, text in (("status", STATUS), ("push", PUSH)):
+    for name, text in (("status", STATUS), ("push", PUSH), ("recalibrate", RECALIBRATE)):
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--config", type=Path, required=True, help="the project's settings, TOML")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
         if name == "push":
             command.add_argument("--to", metavar="OWNER/NAME", help="where; without it the card alone is written")
             command.add_argument("--private", action="store_true", help="make what is uploaded private")
+        elif name == "recalibrate":
+            command.add_argument("--gate", type=Path, required=True, help="folder of the gate")
+            command.add_argument("--to", type=Path, help="folder that gets it with its new curve; without it, the same")
     commands.add_parser("convert", help="base and gate to and from the reference format")
     commands.add_parser("compose", help="compose checkpoints by cross-attention (CALM): collm train compose --help")
     options = parser.parse_args(given)
@@ -60,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_command(lambda: _status(options.config, options.set))
     if options.stage == "push":
         return run_command(lambda: _push(options.config, options.set, options.to, private=options.private))
+    if options.stage == "recalibrate":
+        return run_command(lambda: _recalibrate(options.config, options.set, options.gate, options.to))
     return run_command(lambda: run_stage(options.stage, options.config, options.set))
 
 
@@ -119,6 +125,14 @@ def _push(config: Path, overrides: Sequence[str], to: str | None, *, private: bo
     from training.push import push
 
     push(_project(config, overrides), to, private=private)
+
+
+def _recalibrate(config: Path, overrides: Sequence[str], gate: Path, to: Path | None) -> None:
+    project = _project(config, overrides)
+    project.check()
+    from training.recalibrate import recalibrate
+
+    recalibrate(project, gate, to or gate)
 
 
 if __name__ == "__main__":

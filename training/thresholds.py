@@ -42,6 +42,13 @@ def probability(log_odds: float) -> float:
     return 1 / (1 + math.exp(-log_odds)) if log_odds >= 0 else math.exp(log_odds) / (1 + math.exp(log_odds))
 
 
+def log_odds(threshold: float) -> float:
+    """``probability`` undone: 1 and more is ``never``, less than 0 ``always``; 0 is the least of ``LOG_ODDS``."""
+    if threshold >= 1:
+        return math.inf
+    return -math.inf if threshold < 0 else max(LOG_ODDS.least, math.log(threshold or 1e-300) - math.log1p(-threshold))
+
+
 @dataclass(frozen=True)
 class Point:
     """What decoding with one threshold measured.

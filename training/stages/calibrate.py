@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,7 +73,7 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
     believed = reliability(torch.sigmoid(observed_N), scores.weak_labels() > 0)
     calibrate = settings.calibrate
     with AnswerCache(project, folder / "answers", f"calibrate {method}-{seed}", base.path, gate) as cache:
-        decoder = _Decoder(cache, questions_of(project, "validation", calibrate.limit), observed_N)
+        decoder = Decoder(cache, questions_of(project, "validation", calibrate.limit), observed_N)
         swept = points = [decoder.at_rate(rate) for rate in calibrate.rates]
         # For the curve alone, not to choose from: beyond these a gate says nothing that could be interpolated with.
         outermost = [decoder.at_threshold(threshold) for threshold in ends(observed_N, LOG_ODDS)]
@@ -94,8 +95,7 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
                 "calibrate.target_rate, or compare the answers in this folder with the gold completions"
             )
     threshold = min(1.0, max(0.0, probability(chosen.threshold)))
-    found = [*outermost, *points, chosen]
-    points = sorted({point.threshold: point for point in found}.values(), key=lambda p: -p.threshold)
+    points = by_falling_threshold([*outermost, *points, chosen])
     warnings = [*remarks(swept, points), *warnings]
     curve = [point.to_json() for point in points]
     calibrated = replace(artifact, default_threshold=threshold, calibration=curve, reliability=believed)
@@ -121,7 +121,12 @@ def calibrate_run(project: Project, method: Method, seed: int) -> GateArtifact:
     return calibrated
 
 
-class _Decoder:
+def by_falling_threshold(points: Sequence[MeasuredPoint]) -> list[MeasuredPoint]:
+    """The curve of these points: each threshold once."""
+    return sorted({point.threshold: point for point in points}.values(), key=lambda point: -point.threshold)
+
+
+class Decoder:
     """Measures thresholds by the answers to the validation questions."""
 
     def __init__(self, cache: AnswerCache, questions: Questions, observed_N: torch.Tensor) -> None:
