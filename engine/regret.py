@@ -29,6 +29,7 @@ from engine.hindsight import LONGEST_AHEAD, NUMBERS, Hindsight
 
 FORMAT_VERSION = 1
 FIELDS_FILE = "regret.json"
+FILES = (FIELDS_FILE, TENSORS_FILE)
 
 
 class RegretFile(msgspec.Struct, kw_only=True):

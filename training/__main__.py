@@ -87,8 +87,8 @@ def run_stage(stage: str, config: Path, overrides: Sequence[str]) -> None:
     names = [stage]
     if stage == "pipeline":
         names = [name for name in STAGES if name != "evaluate" or settings.data.test is not None]
-    elif stage == "calibrate":
-        names = ["calibrate", "export"]
+    elif stage in ("calibrate", "regret"):
+        names = [stage, "export"]
     for name in names:
         STAGES[name].run(project)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,7 +10,7 @@ from typing import Any, Self
 from training import serving
 from training.files import hash_of, read_json, write_json
 from training.project import Project
-from training.serving import Questions, Result, engine_config
+from training.serving import Questions, Result
 
 
 class AnswerCache:
@@ -37,16 +38,12 @@ class AnswerCache:
         self.has_gate = gate is not None
         self._folder = folder
         self._label = label
-        self._tokenizer = project.tokenizer
-        adapted = None if base == project.base else project.base
-        self._config = engine_config(project.settings.engine, base, paths, gate, adapted)
+        self._start = partial(serving.pair_of, project, base, gate, experts=experts)
         self._models = [
             project.hash_of(base),
             *map(project.hash_of_expert, paths),
             *([project.hash_of(gate)] if gate else []),
         ]
-        readers = {lane: project.own_template(name) for lane, name in enumerate(paths, start=1)}
-        self._templates = {lane: tokenizer for lane, tokenizer in readers.items() if tokenizer is not None}
         self._pair: serving.Pair | None = None
 
     def __enter__(self) -> Self:
@@ -69,7 +66,7 @@ class AnswerCache:
         if file.exists():
             return Result.from_json(read_json(file))
         if self._pair is None:
-            self._pair = serving.Pair(self._config, self._tokenizer, self._templates)
+            self._pair = self._start()
         result = self._pair.answer(questions, f"{self._label}: {what}", **how)
         write_json(file, {"what": what, "how": how} | result.to_json())
         return result

@@ -154,7 +154,7 @@ _HELD = 1 << 30
 """Bytes of inputs that are held on the device; of more, each step reads its own from the mapped file."""
 
 
-class _Inputs:
+class Inputs:
     """What a gate learns from, by token."""
 
     def __init__(
@@ -185,7 +185,7 @@ def fit_gate(
     """
     kind = KINDS[start.kind]
     scaling = scaling_of(start, scores.base, bias=settings.bias) if settings.standardise else None
-    inputs = _Inputs(scores.base, start.features, scaling, device)
+    inputs = Inputs(scores.base, start.features, scaling, device)
     base_logp_N = scores.base.logp_N.to(device)
     expert_logp_NK, label_N = scores.expert_logp_NK.to(device), scores.weak_labels().to(device)
     aligned_NK = None if scores.aligned_NK is None else scores.aligned_NK.to(device)

@@ -1,10 +1,11 @@
 """The graph of stages: what each reads, which settings its output depends on, and where that output is.
 
-    score ──> init ──> train ──> (rollouts) ──> calibrate ──> export
-      └─────────┴────────┴───────────┴──────────────┴───────> evaluate
+    score ──> init ──> train ──> (rollouts) ──> calibrate ──> (regret) ──> export
+      └─────────┴────────┴───────────┴──────────────┴────────────┴───────> evaluate
 
-A stage has an output for each split and model (score), each seed (init, rollouts) or each method and seed (train,
-calibrate). Without rollouts, which are off by default, calibrate reads what train made.
+A stage has an output for each split and model (score), each seed (init, rollouts, regret) or each method and seed
+(train, calibrate). Without rollouts, which are off by default, calibrate reads what train made; without a regret, which
+is off too, what calibrate made is exported.
 An output is a ``StageFolder``, whose fingerprint is of its settings and of the fingerprints of what it reads; so what
 changes anywhere makes all later outputs stale.
 """
@@ -78,10 +79,17 @@ STAGES = {
             inputs=("score", "train", "rollouts"),
             settings=("calibrate.rates", "calibrate.refine", "calibrate.limit", "engine", "evaluate.room"),
         ),
-        Stage("export", "copy the pair to be served into one folder", inputs=("calibrate",), settings=("engine",)),
+        Stage(
+            "regret", "learn when an expert's token is to be taken back (off by default)",
+            inputs=("score", "train", "calibrate"),
+            settings=("regret", "calibrate.limit", "engine", "evaluate.room"),
+        ),
+        Stage(
+            "export", "copy the pair to be served into one folder", inputs=("calibrate", "regret"), settings=("engine",)
+        ),
         Stage(
             "evaluate", "answer the test questions in every way: table and plot",
-            inputs=("score", "train", "calibrate"),
+            inputs=("score", "train", "calibrate", "regret"),
             settings=("evaluate.limit", "evaluate.room", "calibrate.limit", "engine"),
         ),
     )
@@ -189,6 +197,24 @@ def calibration(project: Project, method: Method, seed: int) -> StageFolder:
     }
     folder = project.folder("calibrate", f"{method}-{seed}")
     return StageFolder(folder, STAGES["calibrate"].resolve(project.settings) | _templates(project), inputs)
+
+
+def regret(project: Project, seed: int) -> StageFolder:
+    """The calibrated gate of a seed, and the regret beside it."""
+    base = project.base_of("collm", seed)
+    inputs = {"calibrated gate": project.hash_of(project.folder("calibrate", f"collm-{seed}") / "gate")}
+    splits: tuple[Split, Split] = ("train", "validation")
+    for split in splits:
+        for name in (BASE, *project.expert_paths):
+            inputs[f"{split} scores of {name}"] = scores(project, split, name, base).fingerprint
+    resolved = STAGES["regret"].resolve(project.settings) | {"seed": seed} | _templates(project)
+    return StageFolder(project.folder("regret", f"collm-{seed}"), resolved, inputs)
+
+
+def exported_gate(project: Project, seed: int) -> Path:
+    """The folder of the gate that is served: where a regret was learned, with it."""
+    learned = project.settings.regret.ahead > 0 and regret(project, seed).done
+    return project.folder("regret" if learned else "calibrate", f"collm-{seed}") / "gate"
 
 
 def evaluation(project: Project) -> StageFolder:

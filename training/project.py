@@ -83,8 +83,10 @@ class Project:
         self._check_strategies()
 
     def _check_strategies(self) -> None:
+        own = [name for name in self.expert_paths if self.own_speller(name) is not None]
+        if self.settings.regret.ahead and own:
+            raise SettingsError(f"regret.ahead: {own[0]} has a vocabulary of its own, and its words are not taken back")
         for row in self.settings.evaluate.strategies:
-            own = [name for name in self.expert_paths if self.own_speller(name) is not None]
             if row in ONE_VOCABULARY and own:
                 raise SettingsError(
                     f"evaluate.strategies: {row} is for members of one vocabulary, and {own[0]} has its own: "
@@ -129,6 +131,12 @@ class Project:
             return None
         tokenizer = load_tokenizer(path)
         return None if tokenizer.chat_template in (None, self.tokenizer.chat_template) else tokenizer
+
+    @property
+    def own_templates(self) -> dict[int, Any]:
+        """By lane, the tokenizers of experts that have an :meth:`own_template`."""
+        readers = {lane: self.own_template(name) for lane, name in enumerate(self.expert_paths, start=1)}
+        return {lane: tokenizer for lane, tokenizer in readers.items() if tokenizer is not None}
 
     def tokens_of(self, split: Split, name: str) -> list[TokenExample]:
         """A split's examples as a member with the base's vocabulary reads them; others spell the base's.

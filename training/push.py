@@ -14,6 +14,7 @@ from typing import Any
 import tomli_w
 
 from engine.gate import FIELDS_FILE, TENSORS_FILE, GateArtifact
+from engine.regret import FILES as REGRET_FILES
 from training import graph
 from training.errors import TrainingError
 from training.files import write_text
@@ -45,7 +46,7 @@ def push(project: Project, to: str | None, *, private: bool = False) -> None:
     print(f"{folder / CARD}")
     if to is None:
         return
-    _upload(folder, to, private, [FIELDS_FILE, TENSORS_FILE, CARD])
+    _upload(folder, to, private, [FIELDS_FILE, TENSORS_FILE, *REGRET_FILES, CARD])
     print(f'gate.path = "{to}"')
     if trained:
         _upload(project.folder("pair", "base"), f"{to}-base", private, None)
@@ -58,7 +59,14 @@ def _upload(folder: Path, to: str, private: bool, files: list[str] | None) -> No
     api = HfApi()
     try:
         api.create_repo(to, private=private, exist_ok=True)
-        api.upload_folder(repo_id=to, folder_path=folder, allow_patterns=files, commit_message="Trained by collm")
+        api.upload_folder(
+            repo_id=to,
+            folder_path=folder,
+            allow_patterns=files,
+            # A gate that was pushed earlier may have had a regret that this one has not.
+            delete_patterns=list(REGRET_FILES),
+            commit_message="Trained by collm",
+        )
     # No network, no token, no right to write: errors of several libraries.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -97,7 +105,9 @@ def card(project: Project, to: str | None) -> str:
         f"- kind: {kind}; hidden size {gate.hidden_size}; experts, in order: {names}",
         f"- default threshold {gate.default_threshold:.6g}: on validation questions a score of {found['score']:.3f} at "
         f"a deferral rate of {found['deferral_rate']:.3f}",
-        f"- trained on {gate.data}, {gate.date}\n",
+        f"- trained on {gate.data}, {gate.date}",
+        *_regret(project, seed),
+        "",
         *_evaluated(project),
         f"## Settings\n\n```json\n{json.dumps(gate.training, indent=1, ensure_ascii=False)}\n```",
     ]
@@ -112,6 +122,22 @@ def _front_matter(base: str, mode: str) -> str:
     # JSON is YAML.
     lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
     return "\n".join(["---", *lines, "---", ""])
+
+
+def _regret(project: Project, seed: int) -> list[str]:
+    """What the card says of the regret that goes with the gate, if one does."""
+    stage = graph.regret(project, seed) if project.settings.regret.ahead else None
+    if stage is None or not stage.done or not stage.results["made"]:
+        return []
+    never, chosen = stage.results["points"][0], stage.results["chosen"]
+    ahead = project.settings.regret.ahead
+    how = f"- with a regret: an expert's token may be taken back once the base has read {ahead} tokens from it on"
+    if chosen == never:
+        return [f"{how}; on validation questions this bettered nothing"]
+    return [
+        f"{how}: with `gate.regret = {chosen['threshold']:g}`, on validation questions a score of "
+        f"{chosen['score']:.3f} instead of {never['score']:.3f}"
+    ]
 
 
 def _evaluated(project: Project) -> list[str]:

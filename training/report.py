@@ -16,6 +16,9 @@ RANDOM, CONFIDENCE = "random, same rate", "confidence, same rate"
 CALIBRATED_CONFIDENCE = "confidence, own threshold"
 UNTRAINED_CONFIDENCE, ORACLE = "confidence, untrained base, same rate", "oracle (teacher-forced)"
 
+TAKEN_BACK = "taken_back"
+"""Key of the experts' tokens that were taken back, per answer, in rows that take back."""
+
 Row = dict[str, Any]
 """One way of answering, with one seed: ``Result.summary``, which answers are "right", and what more is known."""
 Rows = dict[str, dict[int, Row]]
@@ -32,7 +35,7 @@ _LEGEND = (
     "is the gold token and the base's is not."
 )
 _ASKED_FOR = (
-    "Vetoes were chosen on the validation questions too. Samples are drawn at temperature 0.7; all of them "
+    "Vetoes and regrets were chosen on the validation questions too. Samples are drawn at temperature 0.7; all of them "
     "count in the seconds."
 )
 _ALWAYS = (FINETUNED, COLLM, WEAK, RANDOM, CONFIDENCE, CALIBRATED_CONFIDENCE, UNTRAINED_CONFIDENCE)
@@ -110,7 +113,9 @@ def table(rows: Rows) -> str:
         "tokens/s",
         "AUROC",
     ]
-    lines = _head(heads)
+    # A column of few tables.
+    takes_back = any(TAKEN_BACK in row for by_seed in rows.values() for row in by_seed.values())
+    lines = _head([*heads, "taken back per answer"] if takes_back else heads)
     for name, by_seed in rows.items():
         found = list(by_seed.values())
         cells = [
@@ -124,6 +129,8 @@ def table(rows: Rows) -> str:
             _cell([row["tokens_per_second"] for row in found if "tokens_per_second" in row], 0),
             _cell([row["auroc_base_wrong"] for row in found if row.get("auroc_base_wrong") is not None], 3),
         ]
+        if takes_back:
+            cells.append(_cell([row[TAKEN_BACK] for row in found if TAKEN_BACK in row], 2))
         lines.append("| " + " | ".join(cells) + " |")
     tasks = sorted({task for by_seed in rows.values() for row in by_seed.values() for task in row["by_task"]})
     if len(tasks) > 1:

@@ -49,7 +49,7 @@ class ModelScores:
     features_NF: torch.Tensor | None = None
     aligned_N: torch.Tensor | None = None
 
-    def rows(self, rows: torch.Tensor) -> ModelScores:
+    def rows(self, rows: torch.Tensor | slice) -> ModelScores:
         """What it says of some of the tokens."""
         hidden_ND = None if self.hidden_ND is None else self.hidden_ND[rows]
         features_NF = None if self.features_NF is None else self.features_NF[rows]

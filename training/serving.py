@@ -29,11 +29,19 @@ SAMPLE_TEMPERATURE = 0.7
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked, and how long an answer may become: so many tokens more than the gold completion."""
+    """What is asked, and how long an answer may become.
+
+    Attributes:
+        room: an answer may have so many tokens more than the gold completion.
+        begun: tokens of each answer that stand already, and are part of its prompt; empty where none do.
+        most: so many tokens are written at most.
+    """
 
     examples: Sequence[Example]
     tokens: Sequence[TokenExample]
     room: int
+    begun: Sequence[list[int]] = ()
+    most: int | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -48,6 +56,7 @@ class Answer:
         ended: whether there was one.
         sources: lane numbers, 0 the base; BLEND where several wrote together.
         complete: whether the gold completion is one, or only the start of one.
+        regretted: how many experts' tokens were taken back for the base's own.
     """
 
     task: str
@@ -56,6 +65,7 @@ class Answer:
     ended: bool
     sources: list[int]
     complete: bool = True
+    regretted: int = 0
 
     @property
     def exact(self) -> bool:
@@ -91,6 +101,11 @@ class Result:
     def deferral_rate(self) -> float:
         """Expert tokens / completion tokens."""
         return self.expert_tokens / max(1, self.tokens)
+
+    @property
+    def taken_back(self) -> float:
+        """Experts' tokens taken back, per answer."""
+        return sum(answer.regretted for answer in self.answers) / len(self.answers)
 
     @property
     def score(self) -> float:
@@ -240,6 +255,7 @@ class Pair:
         rate: float = 0.0,
         member: int | None = None,
         veto: float | None = None,
+        regret: float | None = None,
         blend: dict[str, Any] | None = None,
         strategy: StrategyName | None = None,
         samples: int = 0,
@@ -249,7 +265,7 @@ class Pair:
 
         Args:
             member: a lane alone: 0 the base, k expert k; None is the joint model under ``policy``.
-            veto: see :class:`~engine.types.Collaboration`, as for ``strategy``.
+            veto: see :class:`~engine.types.Collaboration`, as for ``regret`` and ``strategy``.
             blend: the fields of a :class:`~engine.blends.Blend`.
             samples: the likeliest of so many answers sampled at ``SAMPLE_TEMPERATURE`` counts; all cost.
             seed: of the random policy's draws, and of samples.
@@ -263,6 +279,7 @@ class Pair:
             threshold=threshold,
             rate=rate,
             veto=veto,
+            regret=regret,
             blend=None if blend is None else msgspec.convert(blend, Blend),
             strategy=strategy,
         )
@@ -346,19 +363,21 @@ class Pair:
         requests = []
         member = collaboration.member
         for number, (example, tokens) in enumerate(zip(questions.examples, questions.tokens, strict=True)):
-            room = len(tokens.completion) + questions.room
+            begun = questions.begun[number] if questions.begun else []
+            room = len(tokens.completion) - len(begun) + questions.room
             sampling = SamplingSpec(
                 temperature=temperature,
                 seed=seed * 1_000_003 + number,
-                max_tokens=room,
+                max_tokens=room if questions.most is None else min(room, questions.most),
                 logprobs=logprobs,
                 cache_salt=salt,
             )
             readers = self._own if example.conversation is None else {**self._templates, **self._own}
             prompt = example.prompt_ids(readers[member]) if member in readers else tokens.prompt
-            prompts = tuple((lane, example.prompt_ids(own)) for lane, own in readers.items()) if member is None else ()
+            others = () if member is not None else tuple(readers.items())
+            prompts = tuple((lane, example.prompt_ids(reader) + begun) for lane, reader in others)
             asked = msgspec.structs.replace(collaboration, prompts=prompts) if prompts else collaboration
-            requests.append(GenerationRequest(str(number), prompt, sampling, asked))
+            requests.append(GenerationRequest(str(number), prompt + begun, sampling, asked))
         with tqdm(total=len(requests), desc=label, unit="answer", mininterval=1, leave=False) as bar:
             try:
                 completions = self._engine.generate(requests, on_done=lambda _: bar.update(1))
@@ -376,4 +395,30 @@ class Pair:
             text = b"".join(completion.texts).decode(errors="replace")
         else:
             text = tokenizer.decode(completion.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(example.task, text, example.completion, ended, completion.sources, example.complete)
+        return Answer(
+            example.task,
+            text,
+            example.completion,
+            ended,
+            completion.sources,
+            example.complete,
+            len(completion.regretted),
+        )
+
+
+def pair_of(project: Project, base: Path, gate: Path | None, *, experts: bool = True) -> Pair:
+    """A base with the project's experts as they are served: with the engine's settings, and the chat templates that
+    each reads by.
+
+    Args:
+        gate: folder of an artifact; None serves only what needs none.
+        experts: whether there are any beside the base.
+
+    Raises:
+        TrainingError: see :class:`Pair`.
+    """
+    paths = project.expert_paths if experts else {}
+    # What adapters are of, where the base that is served has been trained.
+    adapted = None if base == project.base else project.base
+    config = engine_config(project.settings.engine, base, paths, gate, adapted)
+    return Pair(config, project.tokenizer, project.own_templates if experts else {})

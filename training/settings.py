@@ -10,13 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from engine.config import LaneConfig
+from engine.hindsight import LONGEST_AHEAD
 from training.errors import SettingsError
 
 FEATURES = ("entropy", "margin", *(f"logprob_{rank}" for rank in range(1, 6)))
 """``engine.gates.FEATURES``, which is not imported: wrong settings are found before torch is loaded."""
+
+
+def _known(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in FEATURES or names.count(name) > 1:
+            raise ValueError(f"{name!r} is there twice, or is none of {', '.join(FEATURES)}")
+    return names
+
+
+Features = Annotated[tuple[str, ...], AfterValidator(_known)]
 _S = TypeVar("_S", bound="Section")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What all libraries take, also multiplied by a million for the draws of single steps and questions."""
@@ -135,21 +146,13 @@ class GateSettings(Section):
     """"linear": the method's vector per expert. "mlp": a hidden layer before it; needs train.mode = "gate"."""
     width: int = Field(default=64, ge=1)
     """Units of the hidden layer of an "mlp"."""
-    features: tuple[str, ...] = ()
+    features: Features = ()
     """What the gate reads of the base's own distribution beside the hidden state: of "entropy", "margin" and
     "logprob_1" to "logprob_5". Needs train.mode = "gate"."""
     standardise: bool = True
     """Learn on inputs of mean 0 and variance 1, so that learning rates and weight decay mean the same for any base; the
     scale is folded into the gate that is saved. False: on the inputs as they are, from the mean of the LM head's rows,
     as the reference does."""
-
-    @field_validator("features")
-    @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            if name not in FEATURES or names.count(name) > 1:
-                raise ValueError(f"{name!r} is there twice, or is none of {', '.join(FEATURES)}")
-        return names
 
 
 class InitSettings(Section):
@@ -267,6 +270,40 @@ class CalibrateSettings(Section):
     """Only so many questions, spread evenly."""
 
 
+class RegretSettings(Section):
+    """Taking an expert's token back once the base has read on behind it: see training.regret."""
+
+    ahead: int = Field(default=0, ge=0, le=LONGEST_AHEAD)
+    """How many tokens, the expert's first, the base has read when it looks back. So many are held back behind a
+    deferral when the pair is served. 0: nothing is learned, and no token is taken back."""
+    kind: Literal["linear", "mlp"] = "mlp"
+    """As gate.kind, whatever train.mode is."""
+    width: int = Field(default=32, ge=1)
+    """Units of the hidden layer of an "mlp"."""
+    features: Features = ()
+    """What it reads of the base's own distribution where it looks back; names as in gate.features."""
+    questions: int | None = Field(default=None, ge=1)
+    """Only so many training questions, spread evenly."""
+    positions: int = Field(default=8192, ge=2)
+    """Most tokens of a split that are learned from. Of more, as many of both outcomes are taken as there are, and count
+    for those that are left out."""
+    steps: int = Field(default=1000, ge=1)
+    """On all of them at once. The step with the least loss on the validation split is kept."""
+    starts: int = Field(default=3, ge=1)
+    """Of an "mlp", from other weights; the one with the least loss on the validation split is kept."""
+    learning_rate: float = Field(default=1e-2, gt=0)
+    weight_decay: float = Field(default=1e-2, ge=0)
+    thresholds: tuple[float, ...] = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
+    """An expert's token is taken back where it is regretted more. Those that are tried on validation questions, beside
+    none: the one with the best score is taken, of equals the greatest."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.thresholds or any(not 0 <= threshold < 1 for threshold in self.thresholds):
+            raise ValueError("thresholds: at least one, each from 0 to below 1")
+        return self
+
+
 class EvaluateSettings(Section):
     """The table and the plot."""
 
@@ -342,6 +379,7 @@ class Settings(Section):
     train: TrainSettings = TrainSettings()
     rollouts: RolloutSettings = RolloutSettings()
     calibrate: CalibrateSettings = CalibrateSettings()
+    regret: RegretSettings = RegretSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     engine: EngineSettings = EngineSettings()
     track: TrackSettings = TrackSettings()

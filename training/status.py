@@ -52,7 +52,7 @@ def outputs(project: Project) -> Iterator[Output]:
     for seed in project.settings.seeds:
         gates[seed] = _of("init", f"seed {seed}", graph.initial_gate(project, seed))
         yield gates[seed]
-    calibrated = True
+    last: dict[str, None] = {}
     for method, seed in graph.runs(project.settings):
         name = f"{method}, seed {seed}"
         trained = _of("train", name, graph.training_run(project, method, seed), waits_for=gates[seed])
@@ -68,15 +68,21 @@ def outputs(project: Project) -> Iterator[Output]:
                 found = _of("calibrate", name, graph.calibration(project, method, seed))
             else:
                 found = Output("calibrate", name, "waits", (f"{trained.stage} ({name})",))
-            calibrated &= found.state == "done"
             yield found
+            if method == "collm" and project.settings.regret.ahead:
+                if found.state == "done":
+                    found = _of("regret", name, graph.regret(project, seed))
+                else:
+                    found = Output("regret", name, "waits", (f"calibrate ({name})",))
+                yield found
+            last |= {} if found.state == "done" else {found.stage: None}
             if method == "collm" and seed == project.settings.seeds[0]:
                 yield _export(project, found)
     if project.settings.data.test is not None:
-        if calibrated:
-            yield _of("evaluate", "test", graph.evaluation(project))
+        if last:
+            yield Output("evaluate", "test", "waits", tuple(last))
         else:
-            yield Output("evaluate", "test", "waits", ("calibrate",))
+            yield _of("evaluate", "test", graph.evaluation(project))
 
 
 def _of(stage: str, what: str, folder: StageFolder, *, waits_for: Output | None = None) -> Output:
@@ -89,14 +95,13 @@ def _of(stage: str, what: str, folder: StageFolder, *, waits_for: Output | None 
     return Output(stage, what, "started" if folder.begun else "missing")
 
 
-def _export(project: Project, calibrated: Output) -> Output:
-    """The pair has no settings of its own: it is a copy."""
+def _export(project: Project, found: Output) -> Output:
+    """The pair has no settings of its own: it is a copy. ``found``: of the stage whose gate it has."""
     what = "pair"
-    if calibrated.state != "done":
-        return Output("export", what, "waits", (f"calibrate ({calibrated.what})",))
+    if found.state != "done":
+        return Output("export", what, "waits", (f"{found.stage} ({found.what})",))
     seed, gate = project.settings.seeds[0], project.folder("pair", "gate")
     if not gate.is_dir():
         return Output("export", what, "missing")
-    source = graph.calibration(project, "collm", seed).path / "gate"
-    same = project.hash_of(gate) == project.hash_of(source)
+    same = project.hash_of(gate) == project.hash_of(graph.exported_gate(project, seed))
     return Output("export", what, "done") if same else Output("export", what, "stale", ("the gate is another one",))

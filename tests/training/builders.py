@@ -161,6 +161,7 @@ class FakePair:
         rate: float = 0.0,
         member: int | None = None,
         veto: float = 0.0,
+        regret: float = 1.0,
         blend: dict[str, Any] | None = None,
         strategy: str | None = None,
         samples: int = 0,
@@ -173,7 +174,7 @@ class FakePair:
             rate = CHARACTERS_RATE
         elif policy != "random":
             rate = RATES[policy](threshold or 0.0)
-            rate = rate * (1 - veto) if blend is None else BLEND_RATES[blend["kind"]]
+            rate = rate * (1 - veto) * regret if blend is None else BLEND_RATES[blend["kind"]]
         deferred = round(100 * rate)
         right = round((1 - abs(rate - BEST_RATE)) * len(questions))
         answers = [
@@ -184,6 +185,7 @@ class FakePair:
                 True,
                 [1] * deferred + [0] * (100 - deferred),
                 example.complete,
+                round(10 * (1 - regret)),
             )
             for number, example in enumerate(questions.examples)
         ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from engine.types import GenerationRequest
-from tests.training.builders import TinyProject, write_jsonl
+from engine.types import Collaboration, GenerationRequest
+from tests.training.builders import FakePair, TinyProject, write_jsonl
 from tests.training.test_evaluation import Letters, listening
 from training import graph
 from training.checkpoints import forward, load_causal
-from training.serving import Pair, questions_of
-from training.stages import calibrate, export, train
+from training.errors import TrainingError
+from training.serving import pair_of, questions_of
+from training.stages import calibrate, export, rollouts, train
 from training.stages.score import score_split
 
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -75,8 +77,8 @@ def test_the_engine_is_asked_by_the_same_prompts(talking: TinyProject, monkeypat
     reader = project.own_template("e1")
     assert (reader is None, project.own_template("e2")) == (False, None)
     own = project.tokenizer("user: a?")["input_ids"]
-    config: Any = None
-    with Pair(config, Letters(), {1: reader}) as pair:
+    monkeypatch.setattr(type(project), "tokenizer", Letters())
+    with pair_of(project, project.base, None) as pair:
         questions = questions_of(project, "test", None)
         for member in (None, 1, 2):
             pair.answer(questions, "test", policy="always", member=member)
@@ -85,6 +87,49 @@ def test_the_engine_is_asked_by_the_same_prompts(talking: TinyProject, monkeypat
     assert sent[:2] == [(by_base[0], ((1, own),)), (by_base[1], ())]
     assert sent[2:4] == [(own, ()), (by_base[1], ())]
     assert sent[4:] == [(by_base[0], ()), (by_base[1], ())]
+
+
+def test_text_that_stands_already_is_read_by_all(talking: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[GenerationRequest] = []
+
+    monkeypatch.setattr("training.serving.Engine", listening(asked))
+    project = talking.project
+    own = project.tokenizer("user: a?")["input_ids"]
+    tokens = project.data("test").tokens
+    room = project.settings.evaluate.room
+    assert [len(each.completion) for each in tokens] == [2, 2]
+    questions = replace(questions_of(project, "test", None), begun=[[5], [6, 7]], most=room + 1)
+    monkeypatch.setattr(type(project), "tokenizer", Letters())
+    with pair_of(project, project.base, None) as pair:
+        pair.complete(questions, Collaboration(policy="always"), "test")
+    assert [request.prompt for request in asked] == [[*tokens[0].prompt, 5], [*tokens[1].prompt, 6, 7]]
+    assert [request.collaboration.prompts for request in asked] == [((1, [*own, 5]),), ()]
+    # No longer than the answer may become, nor than is asked for.
+    assert [request.sampling.max_tokens for request in asked] == [room + 1, room]
+
+
+def test_answers_that_the_gate_draws_are_asked_by_the_same_prompts(
+    talking: TinyProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: list[set[int]] = []
+
+    class Noted(FakePair):
+        def __init__(self, _config: object, _tokenizer: object, templates: dict[int, Any] | None = None) -> None:
+            readers.append(set(templates or {}))
+
+        def __enter__(self) -> Noted:
+            return self
+
+        def complete(self, *_: object, **__: object) -> None:
+            raise TrainingError("noted")
+
+    monkeypatch.setattr("training.serving.Pair", Noted)
+    talking.content["rollouts"] = {"rounds": 1}
+    train.run(talking.project)
+    with pytest.raises(TrainingError, match="noted"):
+        rollouts.run(talking.project)
+    # What is compared on validation questions, and what is drawn.
+    assert readers == [{1}, {1}]
 
 
 @pytest.mark.usefixtures("fake_pair")

@@ -160,3 +160,10 @@ def test_blends_of_one_vocabulary_are_refused_before_anything_runs(
     assert not (spelled.folder / "out" / "score").exists()
     spelled.content["evaluate"]["strategies"] = ["union", "veto", "characters"]
     spelled.project.check()
+
+
+def test_a_regret_is_refused_before_anything_runs(spelled: TinyProject, capsys: pytest.CaptureFixture[str]) -> None:
+    spelled.content["regret"] = {"ahead": 2}
+    assert main(["score", "--config", str(spelled.write())]) == 1
+    assert "regret.ahead: own has a vocabulary of its own" in capsys.readouterr().err
+    assert not (spelled.folder / "out" / "score").exists()

@@ -101,7 +101,11 @@ class Hub:
     def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> None:
         (self.folder / name).mkdir(parents=True, exist_ok=exist_ok)
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, allow_patterns: Any, commit_message: str) -> None:
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, allow_patterns: Any, delete_patterns: list[str], commit_message: str
+    ) -> None:
+        for name in delete_patterns:
+            (self.folder / repo_id / name).unlink(missing_ok=True)
         for file in Path(folder_path).iterdir():
             if allow_patterns is None or file.name in allow_patterns:
                 shutil.copy(file, self.folder / repo_id)

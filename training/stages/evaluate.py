@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.gate import GateArtifact
+from engine.regret import RegretArtifact
 from training import graph, report
 from training.answers import AnswerCache
 from training.auroc import auroc
@@ -33,6 +34,7 @@ from training.report import (
 from training.scoring import PairScores
 from training.serving import Questions, Result, asked_numbers, by_task, questions_of
 from training.settings import Method
+from training.stages.regret import NEVER
 from training.stages.score import score_split
 from training.strategies import sampled_row, strategy_rows
 from training.thresholds import LOG_ODDS, Point, probability, quantile, reach, within_noise
@@ -47,6 +49,8 @@ def run(project: Project) -> None:
         graph.need_run(project, method, seed)
         if method in GATED:
             graph.calibration(project, method, seed).need("calibrate")
+        if method == "collm" and project.settings.regret.ahead:
+            graph.regret(project, seed).need("regret")
     stage = graph.evaluation(project).claim()
     evaluation = _Evaluation(project, stage.path)
     for method, seed in graph.runs(project.settings):
@@ -94,6 +98,8 @@ class _Evaluation:
                     self._add(row, seed, found, **chosen)
         self._add(COLLM if method == "collm" else WEAK, seed, result, **_tokens(scores, log_odds_N))
         if method == "collm":
+            self._regret(seed, base.path, artifact.default_threshold, result)
+        if method == "collm":
             # What no gate decides is answered once for all runs that serve the user's base. Which of several experts
             # writes is the gate's choice, in all rows.
             alone = base.run is None and len(project.expert_paths) == 1
@@ -111,6 +117,18 @@ class _Evaluation:
         self._add(RANDOM, seed, cache.answers("random", questions, policy="random", rate=rate, seed=seed))
         self._add(CONFIDENCE, seed, confidence.answers(questions, same_rate))
         self._add(CALIBRATED_CONFIDENCE, seed, confidence.answers(questions, confidence.best_threshold()))
+
+    def _regret(self, seed: int, base: Path, threshold: float, plain: Result) -> None:
+        """The row of answers with tokens taken back, where that was learned."""
+        gate = graph.exported_gate(self.project, seed)
+        regret = RegretArtifact.beside(gate)
+        if regret is None:
+            return
+        found, chosen = plain, regret.default_threshold
+        if chosen < NEVER:
+            with self._cache(f"collm-{seed}", base, gate) as cache:
+                found = cache.answers("regret", self.questions, policy="threshold", threshold=threshold, regret=chosen)
+        self._add(f"{COLLM}, regret", seed, found, regret=chosen, **{report.TAKEN_BACK: found.taken_back})
 
     def _curve(self, cache: AnswerCache, method: Method, result: Result, log_odds_N: torch.Tensor) -> None:
         rates = self.project.settings.evaluate.rates

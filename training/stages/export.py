@@ -6,6 +6,7 @@ import shutil
 
 import tomli_w
 
+from engine.regret import FILES as REGRET_FILES
 from training import graph
 from training.files import write_text
 from training.project import Project
@@ -13,14 +14,20 @@ from training.serving import expert_fields
 
 
 def run(project: Project) -> None:
-    """Write ``pair/``: the calibrated gate of the first seed, its base if that was trained, and ``collm.toml``."""
+    """Write ``pair/``: the gate of the first seed, with a regret if one was learned, its base if that was trained, and
+    ``collm.toml``.
+    """
     seed = project.settings.seeds[0]
     if "collm" not in project.settings.train.methods:
         return
     calibration = graph.calibration(project, "collm", seed)
     calibration.need("calibrate")
     folder = project.folder("pair")
-    shutil.copytree(calibration.path / "gate", folder / "gate", dirs_exist_ok=True)
+    gate = graph.exported_gate(project, seed)
+    for name in REGRET_FILES:
+        # A gate that was exported earlier may have had a regret that this one has not.
+        (folder / "gate" / name).unlink(missing_ok=True)
+    shutil.copytree(gate, folder / "gate", dirs_exist_ok=True)
     trained, base = project.base_of("collm", seed), project.base
     if trained.run is not None:
         base = folder / "base"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from engine.gate import GateArtifact
 from engine.types import Collaboration
-from training import graph, serving
+from training import graph
 from training.answers import AnswerCache
 from training.checkpoints import load_causal
 from training.data import TokenExample
@@ -22,7 +22,7 @@ from training.gate_only import Gate, scaling_of
 from training.project import Project
 from training.rollouts import Rollouts, RoundFit, advantages, drawing, fit_round
 from training.scoring import ModelScores, score_shard
-from training.serving import Questions, Result, engine_config, questions_of
+from training.serving import Questions, Result, pair_of, questions_of
 from training.stages.init import FILE
 from training.stages.score import TrainingScores, score_base
 from training.thresholds import LOG_ODDS, probability, quantile
@@ -124,12 +124,10 @@ class _Learner:
         questions = Questions([data.examples[n] for n in numbers], tokens, project.settings.evaluate.room)
         self._artifact(gate).save(folder / "gate")
         base = self._base.path
-        adapted = None if base == project.base else project.base
-        config = engine_config(project.settings.engine, base, project.expert_paths, folder / "gate", adapted)
         written: list[TokenExample] = []
         lanes: list[int] = []
         rewards = []
-        with serving.Pair(config, project.tokenizer) as pair:
+        with pair_of(project, base, folder / "gate") as pair:
             for sample in range(settings.samples):
                 seed = random.Random(f"{self._seed}, {number}, {sample}").getrandbits(32)
                 drawn = Collaboration(policy="sample")

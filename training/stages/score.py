@@ -10,15 +10,22 @@ import torch
 
 from engine.adapters import is_adapter
 from engine.checkpoints import Checkpoint
-from engine.spelling.speller import Speller
 from training import graph
 from training.checkpoints import load_causal
 from training.data import TokenExample
-from training.files import StageFolder
 from training.graph import BASE
 from training.mapped import Table
 from training.project import BaseRef, Project
-from training.scoring import HIDDEN_FILE, ModelScores, PairScores, gold_tokens, load_scores, score_model, score_shard
+from training.scoring import (
+    HIDDEN_FILE,
+    ModelScores,
+    PairScores,
+    gold_tokens,
+    load_scores,
+    score_model,
+    score_shard,
+    shard_files,
+)
 from training.served_scoring import ServedScorer, numbered
 from training.settings import Split
 from training.spelled import score_spelled_shard, spelled
@@ -72,66 +79,89 @@ def _scores(project: Project, split: Split, name: str, base: BaseRef) -> ModelSc
 
 def hidden_table(project: Project, split: Split, base: BaseRef) -> Table:
     """Where the hidden states of a base are."""
+    folder = graph.scores(project, split, BASE, base).path
+    return _hidden_table(project, base, folder, project.data(split).tokens)
+
+
+def _hidden_table(project: Project, base: BaseRef, folder: Path, tokens: Sequence[TokenExample]) -> Table:
     compute, hidden = project.settings.compute.dtype, project.settings.score.hidden
-    _, starts = gold_tokens(project.data(split).tokens)
+    _, starts = gold_tokens(tokens)
     return Table(
-        graph.scores(project, split, BASE, base).path / HIDDEN_FILE,
+        folder / HIDDEN_FILE,
         rows=starts[-1],
         width=Checkpoint(base.path).head_width,
         dtype=getattr(torch, compute if hidden == "auto" else hidden),
     )
 
 
-def _make(project: Project, split: Split, name: str, base: BaseRef) -> None:
+def score_texts(
+    project: Project, base: BaseRef, tokens: Sequence[TokenExample], folder: Path, label: str
+) -> ModelScores:
+    """A base's scores of texts that are no split's, in a folder that keeps what was scored before."""
     settings = project.settings
+    hidden = _hidden_table(project, base, folder, tokens)
+    if not all(file.exists() for file in shard_files(folder, len(tokens), settings.score)):
+        _score_base(project, base.path, tokens, folder, label, hidden)
+    return load_scores(folder, len(tokens), settings.score, hidden)
+
+
+def _score_base(
+    project: Project, path: Path, tokens: Sequence[TokenExample], folder: Path, label: str, hidden: Table
+) -> None:
+    settings, starts = project.settings, gold_tokens(tokens)[1]
+    if settings.score.by == "engine":
+        with ServedScorer(settings.engine, BASE, path, None, hidden) as scorer:
+            score_model(scorer, numbered(tokens, starts), folder, settings.score, label)
+        return
+    model, batch = load_causal(path, settings.compute.dtype, project.device), settings.score.batch_size
+    score_model(
+        lambda shard: score_shard(model, shard, batch, project.vocabulary, hidden=True),
+        tokens,
+        folder,
+        settings.score,
+        label,
+        (hidden, starts),
+    )
+
+
+def _make(project: Project, split: Split, name: str, base: BaseRef) -> None:
     stage = graph.scores(project, split, name, base).claim()
     if stage.done:
         return
     tokens = project.tokens_of(split, name)
-    path = base.path if name == BASE else project.expert_paths[name]
     label = f"score {split} by {stage.path.name}"
-    starts = gold_tokens(tokens)[1]
-    hidden = hidden_table(project, split, base) if name == BASE else None
-    expert = None if name == BASE else project.own_speller(name)
-    if expert is None and settings.score.by == "engine":
-        model, adapter = (project.base, path) if is_adapter(path) else (path, None)
-        with ServedScorer(settings.engine, name, model, adapter, hidden) as scorer:
-            score_model(scorer, numbered(tokens, starts), stage.path, settings.score, label)
+    if name == BASE:
+        path = base.path
+        _score_base(project, path, tokens, stage.path, label, hidden_table(project, split, base))
     else:
-        _by_transformers(project, split, name, path, stage, label, hidden, expert, tokens)
+        path = project.expert_paths[name]
+        _score_expert(project, split, name, tokens, stage.path, label)
     stage.finish(model=str(path), examples=len(tokens))
 
 
-def _by_transformers(
-    project: Project,
-    split: Split,
-    name: str,
-    path: Path,
-    stage: StageFolder,
-    label: str,
-    hidden: Table | None,
-    expert: Speller | None,
-    tokens: Sequence[TokenExample],
+def _score_expert(
+    project: Project, split: Split, name: str, tokens: Sequence[TokenExample], folder: Path, label: str
 ) -> None:
-    settings = project.settings
-    batch = settings.score.batch_size
-    model = load_causal(path, settings.compute.dtype, project.device) if name == BASE else project.load_expert(name)
-    if expert is not None:
-        base, own = project.base_speller, project.tokenizer_of(name)
-        examples = spelled(project.data(split).examples, tokens, base, expert, own)
+    settings, batch = project.settings, project.settings.score.batch_size
+    own = project.own_speller(name)
+    if own is not None:
+        base = project.base_speller
+        examples = spelled(project.data(split).examples, tokens, base, own, project.tokenizer_of(name))
+        model = project.load_expert(name)
         score_model(
-            lambda shard: score_spelled_shard(model, shard, batch, base, expert),
-            examples,
-            stage.path,
+            lambda shard: score_spelled_shard(model, shard, batch, base, own), examples, folder, settings.score, label
+        )
+    elif settings.score.by == "engine":
+        path = project.expert_paths[name]
+        model_path, adapter = (project.base, path) if is_adapter(path) else (path, None)
+        with ServedScorer(settings.engine, name, model_path, adapter, None) as scorer:
+            score_model(scorer, numbered(tokens, gold_tokens(tokens)[1]), folder, settings.score, label)
+    else:
+        model = project.load_expert(name)
+        score_model(
+            lambda shard: score_shard(model, shard, batch, project.vocabulary, hidden=False),
+            tokens,
+            folder,
             settings.score,
             label,
         )
-        return
-    score_model(
-        lambda shard: score_shard(model, shard, batch, project.vocabulary, hidden is not None),
-        tokens,
-        stage.path,
-        settings.score,
-        label,
-        None if hidden is None else (hidden, gold_tokens(tokens)[1]),
-    )
