@@ -50,9 +50,10 @@ def numbers_of(base: float, expert: float, base_after: float, experts_after: Ite
         base_after: the base's where it looks back.
         experts_after: of each expert that has written between the token and there; none counts as sure.
     """
-    return [_log_odds(base), _log_odds(expert), _log_odds(base_after), _log_odds(min(experts_after, default=1.0))]
+    return [log_odds(base), log_odds(expert), log_odds(base_after), log_odds(min(experts_after, default=1.0))]
 
 
-def _log_odds(probability: float) -> float:
+def log_odds(probability: float) -> float:
+    """Of a probability that is not quite 0 or 1."""
     inside = min(max(probability, _LEAST), 1 - _LEAST)
     return math.log(inside) - math.log1p(-inside)

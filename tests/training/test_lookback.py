@@ -11,8 +11,10 @@ pytest.importorskip("pycountry")
 import torch
 from tokenizers import Tokenizer
 
+from engine.gates import KINDS
 from tests.oracle.reference import Pair, hidden_and_logits
 from tests.oracle.tiny import tiny_pair
+from training.auroc import auroc
 from training.demo.corpus import Corpus
 from training.demo.lookback import Head, Outcome, Reading, Step, Trace, Writer, labelled, settle
 from training.demo.regret import Asked, _oracle, lacking, splits
@@ -160,3 +162,16 @@ def test_the_oracle_takes_back_what_only_the_base_has_right() -> None:
     assert _oracle([[7, 9, 5, 2]], 0, trace, 0) == 0.0
     assert _oracle([[7, 8, 1, 2, 3, 6]], 0, trace, 3) == 1.0
     assert _oracle([[7, 8, 1]], 0, trace, 3) == 0.0
+
+
+@pytest.mark.parametrize("added", [0, 4])
+def test_a_head_is_served_as_it_was_learned(added: int) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    inputs_NI = 3 + 5 * torch.randn(200, 8 + added, generator=drawn)
+    labels_N = inputs_NI[:, 0] + inputs_NI[:, -1] > 6
+    head = Head.fit((inputs_NI, labels_N), (inputs_NI, labels_N), width=3, seed=0, added=added)
+    tensors, numbers = head.tensors()
+    reading_NI, added_NA = inputs_NI[:, :8], inputs_NI[:, 8:]
+    logits_N = KINDS["mlp"].logits(tensors, reading_NI)[:, 0] + added_NA @ numbers
+    assert torch.allclose(logits_N.sigmoid(), head(inputs_NI), atol=1e-5)
+    assert auroc(head(inputs_NI), labels_N) > 0.9

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.hindsight import NUMBERS, numbers_of
+from engine.hindsight import NUMBERS, log_odds, numbers_of
 from training.demo.blending import Rows, write
 
 Policy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -213,21 +213,16 @@ class Reading:
             experts = [each.expert_top for each in read if each.deferred]
             served = numbers_of(step.base_top, step.expert_top, trace.steps[last].base_top, experts)
             return torch.cat([state_D, torch.tensor(served)])
-        numbers = [_log_odds(step.base_top), _log_odds(step.expert_top), step.base_logprob]
+        numbers = [log_odds(step.base_top), log_odds(step.expert_top), step.base_logprob]
         if self.ahead:
             sure = [each.expert_top for each in read if each.deferred]
             said = [each.base_logprob for each in read]
             numbers += [
-                _log_odds(trace.steps[last].base_top),
-                _log_odds(min(sure, default=1.0)),
+                log_odds(trace.steps[last].base_top),
+                log_odds(min(sure, default=1.0)),
                 sum(said) / max(1, len(said)),
             ]
         return torch.cat([state_D, torch.tensor(numbers)])
-
-
-def _log_odds(probability: float) -> float:
-    inside = min(max(probability, 1e-6), 1 - 1e-6)
-    return math.log(inside) - math.log1p(-inside)
 
 
 class Head:
@@ -278,6 +273,24 @@ class Head:
         head._net.load_state_dict(kept)
         head._net.requires_grad_(False)
         return head
+
+    def tensors(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """As a gate with a hidden layer and one expert has them, for inputs as they are; and the added inputs' weights.
+
+        The head must have a hidden layer.
+        """
+        first, last = (layer for layer in self._net[0].modules() if isinstance(layer, nn.Linear))
+        mean_I, scale_I = self._mean_I, self._scale_I
+        weight_HI = first.weight / scale_I[: self._reading]
+        added_A = [weight_1A[0] for layer in self._net[1:] for weight_1A in layer.parameters()]
+        numbers_A = torch.cat([torch.empty(0), *added_A]) / scale_I[self._reading :]
+        found = {
+            "hidden_weight": weight_HI,
+            "hidden_bias": first.bias - weight_HI @ mean_I[: self._reading],
+            "theta": last.weight,
+            "bias": last.bias - numbers_A @ mean_I[self._reading :],
+        }
+        return {name: tensor.detach().clone() for name, tensor in found.items()}, numbers_A.detach().clone()
 
     def __call__(self, inputs_NI: torch.Tensor) -> torch.Tensor:
         """Probabilities [N]."""

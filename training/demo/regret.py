@@ -56,6 +56,7 @@ CONFIDENCES = (0.1, 0.3, 0.5, 0.7)
 VETOES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 REGRETS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 NEVER = 1.0
+SERVED = "regret after 4, as served"
 READINGS: dict[str, tuple[Reading, int]] = {
     "learned veto, nothing read": (Reading(0, numbers=True), WIDTH),
     "regret after 1, hidden state, linear": (Reading(1, numbers=False), 0),
@@ -64,7 +65,7 @@ READINGS: dict[str, tuple[Reading, int]] = {
     "regret after 2": (Reading(2, numbers=True), WIDTH),
     "regret after 4": (Reading(4, numbers=True), WIDTH),
     "regret after 1, as served": (Reading(1, numbers=True, served=True), WIDTH),
-    "regret after 4, as served": (Reading(4, numbers=True, served=True), WIDTH),
+    SERVED: (Reading(4, numbers=True, served=True), WIDTH),
 }
 """What each head looks at, and the width of its hidden layer."""
 PLAIN, VETO, ORACLE = "deferral", "veto", "oracle"
@@ -216,7 +217,7 @@ def _by_confidence(threshold: float) -> Policy:
     return lambda _, logprobs_BV: 1 - logprobs_BV.amax(-1).exp() > threshold
 
 
-class _Measured:
+class Measured:
     """One seed's models and questions."""
 
     def __init__(self, base: PreTrainedModel, expert: PreTrainedModel, asked: dict[str, Asked], seed: int) -> None:
@@ -234,12 +235,30 @@ class _Measured:
                 scored[threshold] = sum(self._right("validation", written))
             best = max(CONFIDENCES, key=lambda threshold: (scored[threshold], threshold))
             return _by_confidence(best), f"{name}, threshold {best:g}"
+        return _by_head(self.gate(name)), name
+
+    def gate(self, name: str) -> Head:
+        """A gate, of its name in :data:`POLICIES`."""
         labels = {}
         for split, forced in self._forced.items():
             needed_N = ~forced.base_right_N & forced.expert_right_N
             in_code_N = torch.tensor([each for codes in self._asked[split].codes for each in codes])
             labels[split] = forced.states_ND, needed_N if name == "gate" else in_code_N
-        return _by_head(Head.fit(labels["train"], labels["validation"], width=WIDTH, seed=self._seed)), name
+        return Head.fit(labels["train"], labels["validation"], width=WIDTH, seed=self._seed)
+
+    def served(self, name: str) -> tuple[Head, Head, Reading, dict[float, dict[int, Outcome]]]:
+        """A gate, a regret as it is served, what that reads, and the test questions' answers by threshold."""
+        gate = self.gate(name)
+        writers = {split: self._writer(_by_head(gate), split) for split in self._asked}
+        traces = {split: writer.traces(dict.fromkeys(self._numbers(split), ())) for split, writer in writers.items()}
+        reading, width = READINGS[SERVED]
+        learned, held_out = (
+            labelled(traces[split], self._asked[split].gold, reading) for split in ("train", "validation")
+        )
+        head = Head.fit(learned, held_out, width=width, seed=STARTS * self._seed, added=reading.added)
+        rule = partial(_learned, head, reading)
+        answers = {threshold: settle(writers["test"], self._numbers("test"), rule, threshold) for threshold in REGRETS}
+        return gate, head, reading, answers
 
     def measure(self, name: str) -> list[dict[str, Any]]:
         """All rows of a way to defer, for each start of the heads."""
@@ -358,7 +377,7 @@ def run(pair: Path, out: Path, seeds: Sequence[int]) -> None:
             found = {"settings": settings}
         missing = [name for name in POLICIES if name not in found]
         if missing:
-            measured = _Measured(load_causal(out / "base"), load_causal(folder / "codes"), asked, seed)
+            measured = Measured(load_causal(out / "base"), load_causal(folder / "codes"), asked, seed)
             found["base alone"] = measured.alone()
             for name in missing:
                 found[name] = measured.measure(name)
