@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from engine.gates import FEATURES
 from engine.vllm_hooks.record import row_name, row_of
 from tests.packaging.sources import ROOT
 from tests.training.builders import TinyProject, write_jsonl
+from training.data import TokenExample
 from training.errors import DataError, TrainingError
-from training.scoring import HIDDEN_FILE, PairScores
-from training.stages.score import score_split
+from training.scoring import HIDDEN_FILE, ModelScores, PairScores
+from training.stages.score import score_split, score_texts
 
 DEMO = ROOT / "models" / "demo"
 LONGEST = 70
@@ -75,6 +77,25 @@ def test_hidden_states_and_features_are_equal(both: tuple[PairScores, PairScores
 
 
 @pytest.mark.slow
+def test_texts_that_are_no_split_s_are_scored_alike(project: TinyProject) -> None:
+    """Where one token stands for what would come, and texts begin alike."""
+    found: list[ModelScores] = []
+    for by in ("transformers", "engine"):
+        content = {**project.content, "out": str(project.folder / by), "score": {"shard": 20, "by": by}}
+        made = TinyProject(project.folder, content).project
+        texts = [
+            TokenExample([*asked.prompt, *asked.completion[:length]], [0])
+            for asked in made.data("train").tokens
+            for length in (0, 3)
+        ]
+        folder = project.folder / by / "texts"
+        found.append(score_texts(made, made.user_base, texts, folder, "texts"))
+    ours, theirs = found
+    assert len(ours.logp_N) > 40
+    torch.testing.assert_close(ours.inputs(FEATURES), theirs.inputs(FEATURES), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours.logp_N, theirs.logp_N, rtol=1e-3, atol=1e-3)
+
+
 def test_an_interruption_costs_a_shard(project: TinyProject, both: tuple[PairScores, PairScores]) -> None:
     """What a later start scores anew is what was there, and the rest is not touched."""
     _, served = both

@@ -208,6 +208,8 @@ class _Learner:
         number_P = torch.searchsorted(starts, disputes.row_P, right=True) - 1
         index_P = disputes.row_P - starts[number_P]
         places = list(zip(number_P.tolist(), index_P.tolist(), strict=True))
+        if not places:
+            return []
         questions = Questions(
             [data.examples[number] for number, _ in places],
             [data.tokens[number] for number, _ in places],
