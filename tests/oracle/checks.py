@@ -44,7 +44,9 @@ def run(engine: Engine, requests: list[GenerationRequest], concurrency: int) -> 
     return done
 
 
-def abandon_at_any_moment(engine: Engine, prompts: Sequence[list[int]], count: int, seed: int) -> None:
+def abandon_at_any_moment(
+    engine: Engine, prompts: Sequence[list[int]], count: int, seed: int, regret: float | None = None
+) -> None:
     """Requests that half defer, each abandoned after a random number of deltas (also before the first one)."""
     draw = random.Random(seed)
 
@@ -54,7 +56,7 @@ def abandon_at_any_moment(engine: Engine, prompts: Sequence[list[int]], count: i
             # Of its own, so that no prefix cache shortens what can be abandoned, nor knows other tests' prompts then.
             [1 + number, *prompts[number % len(prompts)]],
             SamplingSpec(temperature=0.0, max_tokens=100, ignore_eos=True),
-            Collaboration(policy="random", rate=0.5),
+            Collaboration(policy="random", rate=0.5, regret=regret),
         )
         stream = engine.client.generate(request)
         if after == 0:

@@ -10,7 +10,7 @@ import pytest
 from engine.offline import Engine
 from engine.types import Collaboration, Completion, GenerationRequest, SamplingSpec
 from tests.oracle import pairs
-from tests.oracle.checks import assert_empty, assert_same, preemptions, run
+from tests.oracle.checks import abandon_at_any_moment, assert_empty, assert_same, preemptions, run
 from tests.oracle.pairs import CHUNKED, OVERLAPPED, PRESSED, TIGHT
 from tests.oracle.reference import Written, greedy, regretting
 
@@ -105,6 +105,11 @@ def test_same_seed_same_answer(plain_engine: Engine, prompts: list[list[int]]) -
     for one in windows:
         assert one.logprobs is not None
         assert [entry.token_ids[0] for entry in one.logprobs] == one.tokens
+
+
+def test_abandoned_at_any_moment_nothing_is_left(plain_engine: Engine, prompts: list[list[int]]) -> None:
+    abandon_at_any_moment(plain_engine, prompts, 48, seed=3, regret=0.4)
+    assert_empty(plain_engine)
 
 
 @pytest.mark.slow

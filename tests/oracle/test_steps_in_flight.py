@@ -45,6 +45,8 @@ def mixed(prompts: list[list[int]], count: int, *, most_tokens: int = 49) -> lis
         {"member": 1},
         {"member": 0},
         {"blend": Blend("product", ((0, 0.5), (1, 1.0)))},
+        {"regret": 0.4},
+        {"regret": 0.5, "run_ahead": 3},
     ]
     return [
         GenerationRequest(
