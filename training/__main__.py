@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif name == "recalibrate":
             command.add_argument("--gate", type=Path, required=True, help="folder of the gate")
             command.add_argument("--to", type=Path, help="folder that gets it with its new curve; without it, the same")
+            command.add_argument(
+                "--times", type=_positive, default=3, help="decode each threshold so often, the least cost counts (3)"
+            )
     commands.add_parser("convert", help="base and gate to and from the reference format")
     commands.add_parser("compose", help="compose checkpoints by cross-attention (CALM): collm train compose --help")
     options = parser.parse_args(given)
@@ -65,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.stage == "push":
         return run_command(lambda: _push(options.config, options.set, options.to, private=options.private))
     if options.stage == "recalibrate":
-        return run_command(lambda: _recalibrate(options.config, options.set, options.gate, options.to))
+        return run_command(lambda: _recalibrate(options.config, options.set, options.gate, options.to, options.times))
     return run_command(lambda: run_stage(options.stage, options.config, options.set))
 
 
@@ -127,12 +130,19 @@ def _push(config: Path, overrides: Sequence[str], to: str | None, *, private: bo
     push(_project(config, overrides), to, private=private)
 
 
-def _recalibrate(config: Path, overrides: Sequence[str], gate: Path, to: Path | None) -> None:
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _recalibrate(config: Path, overrides: Sequence[str], gate: Path, to: Path | None, times: int) -> None:
     project = _project(config, overrides)
     project.check()
     from training.recalibrate import recalibrate
 
-    recalibrate(project, gate, to or gate)
+    recalibrate(project, gate, to or gate, times)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,14 @@ from training.stages.score import score_split
 from training.thresholds import LOG_ODDS, ends, log_odds
 
 
-def recalibrate(project: Project, gate: Path, to: Path) -> GateArtifact:
+def recalibrate(project: Project, gate: Path, to: Path, times: int = 3) -> GateArtifact:
     """Decode the validation questions at ``calibrate.rates``, at the gate's ends and at its default threshold.
 
     Args:
         project: whose base and experts the gate is served with; trained stages are not looked at.
         gate: folder of the artifact.
         to: gets the artifact with the new curve; may be ``gate``.
+        times: how often each threshold's answers are decoded, for costs that other work on the machine has no part in.
 
     Raises:
         GateError: the gate cannot be read, or is not of these models.
@@ -52,7 +53,8 @@ def recalibrate(project: Project, gate: Path, to: Path) -> GateArtifact:
     scores = score_split(project, "validation")
     observed_N = function.log_odds_of(scores.base)
     with AnswerCache(project, stage.path / "answers", "recalibrate", project.base, gate) as cache:
-        decoder = Decoder(cache, questions_of(project, "validation", settings.calibrate.limit), observed_N)
+        questions = questions_of(project, "validation", settings.calibrate.limit)
+        decoder = Decoder(cache, questions, observed_N, times)
         points = [
             *map(decoder.at_rate, settings.calibrate.rates),
             *map(decoder.at_threshold, (*ends(observed_N, LOG_ODDS), log_odds(artifact.default_threshold))),

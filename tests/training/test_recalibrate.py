@@ -6,12 +6,14 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engine.gate import FIELDS_FILE, TENSORS_FILE, GateArtifact
-from tests.training.builders import TinyProject
+from tests.training.builders import FakePair, TinyProject
 from training.__main__ import main
+from training.serving import Result
 from training.stages import train
 from training.thresholds import LOG_ODDS, log_odds, probability
 
@@ -53,6 +55,29 @@ def test_nothing_is_trained_for_it(tiny: TinyProject) -> None:
     tiny.content["out"] = str(tiny.folder / "elsewhere")
     assert main(["recalibrate", "--config", str(tiny.write()), "--gate", str(old)]) == 0
     assert {path.name for path in (tiny.folder / "elsewhere").iterdir() if path.is_dir()} == {"score", "recalibrate"}
+
+
+@pytest.mark.usefixtures("fake_pair")
+def test_the_least_of_several_times_counts(tiny: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process that takes the machine's time for one set makes no point of the curve dearer."""
+    old = old_gate(tiny)
+    config = str(tiny.write())
+    assert main(["recalibrate", "--config", config, "--gate", str(old), "--to", str(tiny.folder / "once")]) == 0
+    answer, calls = FakePair.answer, 0
+
+    def disturbed(self: FakePair, *args: Any, **how: Any) -> Result:
+        nonlocal calls
+        calls += 1
+        found = answer(self, *args, **how)
+        return replace(found, expert_seconds=found.expert_seconds * 10) if calls % 3 == 1 else found
+
+    monkeypatch.setattr(FakePair, "answer", disturbed)
+    tiny.content["out"] = str(tiny.folder / "again")
+    config = str(tiny.write())
+    assert main(["recalibrate", "--config", config, "--gate", str(old), "--to", str(tiny.folder / "twice")]) == 0
+    assert calls > 6
+    once, twice = (GateArtifact.load(tiny.folder / name) for name in ("once", "twice"))
+    assert twice.measured("expert_seconds_per_token") == once.measured("expert_seconds_per_token")
 
 
 def test_a_gate_of_other_models_is_refused(tiny: TinyProject, capsys: pytest.CaptureFixture[str]) -> None:
