@@ -40,6 +40,8 @@ def report(config: EngineConfig) -> Iterator[str]:
         yield "gate: none; policies that need none are served, such as confidence"
     else:
         yield f"gate: {plan.gate.source}, policy {plan.gate.policy}, threshold {plan.gate.threshold:g}"
+        if (hindsight := plan.gate.hindsight) is not None:
+            yield f"regret: after {hindsight.ahead} tokens; threshold {hindsight.threshold:g} was chosen in training"
 
 
 def _member(name: str, lane: LaneConfig) -> str:

@@ -100,20 +100,8 @@ class Strategies:
         by_characters = (
             member is None and self._members > 1 and self._strategy(answer.request.collaboration) == "characters"
         )
-        if answer.request.collaboration.veto and (by_characters or answer.request.collaboration.blend is not None):
-            raise Rejected(
-                "veto: an expert's own token may stand back for the base's; here members write together",
-                field="collaboration.veto",
-            )
         by_words = member is None and self.words.concerns(self.deferral.experts(answer))
-        together = by_characters or by_words or answer.request.collaboration.blend is not None
-        regret = answer.request.collaboration.regret
-        if regret is not None and regret < NEVER and (together or answer.request.scores):
-            raise Rejected(
-                "regret: an expert's own token may be taken back while a text is written, where all members have one "
-                "vocabulary; leave it out",
-                field=REGRET,
-            )
+        _check_second_looks(answer, together=by_characters, by_words=by_words)
         if answer.request.scores:
             if self.words.concerns(self.deferral.experts(answer)):
                 raise Rejected("score: a text cannot be scored by members with vocabularies of their own", field=SCORE)
@@ -132,6 +120,33 @@ class Strategies:
 
     def _strategy(self, collaboration: Collaboration) -> StrategyName:
         return collaboration.strategy or self.served[0]
+
+
+def _check_second_looks(answer: Sequence, *, together: bool, by_words: bool) -> None:
+    """Refuse a veto or a regret where no expert's own token is written that could stand back or be taken back.
+
+    Args:
+        together: the members write together, whatever blend is asked for.
+        by_words: an expert has a vocabulary of its own.
+    """
+    collaboration = answer.request.collaboration
+    together = together or collaboration.blend is not None
+    if collaboration.veto and together:
+        raise Rejected(
+            "veto: an expert's own token may stand back for the base's; here members write together",
+            field="collaboration.veto",
+        )
+    if collaboration.regret is None or collaboration.regret >= NEVER:
+        return
+    reason = None
+    if together:
+        reason = "an expert's own token may be taken back; here members write together"
+    elif answer.request.scores:
+        reason = "a text that is scored is given, and nothing of it is taken back"
+    elif by_words:
+        reason = "an expert with a vocabulary of its own writes words, which are not taken back"
+    if reason is not None:
+        raise Rejected(f"regret: {reason}; leave it out", field=REGRET)
 
 
 __all__ = ["Counters", "Decoding", "Rejected", "Strategies"]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from engine.blends import Blend
 from engine.hindsight import Hindsight
 from engine.lanes.interface import LaneWork
 from engine.strategies.deferral.backtracking import BacktrackingDecoding
@@ -186,6 +187,22 @@ def test_who_asks_for_what_cannot_be_had_is_told(options: Any, fields: Any, reas
     # The default is for those who can have it, and 1 asks for nothing.
     assert refusal(fields, regret=0.5, **options) == (None, None)
     assert refusal({"regret": 1.0, **fields}, **options) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"blend": Blend("product", ((0, 1.0), (1, 1.0)))}, "members write together"),
+        ({"scores": True, "prompt_logprobs": 1}, "a text that is scored"),
+    ],
+)
+def test_where_no_expert_writes_a_token_of_its_own(fields: Any, reason: str) -> None:
+    field, error = refusal({"regret": 0.5, **fields})
+    assert field == "collaboration.regret"
+    assert error is not None
+    assert reason in error
+    assert error.endswith("leave it out")
+    assert refusal({"regret": 1.0, **fields}) == (None, None)
 
 
 def test_what_is_in_force_is_told() -> None:

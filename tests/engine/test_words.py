@@ -104,6 +104,14 @@ def test_a_word_stands_back_at_its_first_unsure_token() -> None:
     assert hand.got().sources == [0]
     assert hand.got().vetoed == [0]
     assert hand.scheduler.counters.vetoed == 1
+
+
+def test_words_are_not_taken_back() -> None:
+    hand = Hand()
+    hand.add(regret=0.5)
+    error = hand.got().error
+    assert error is not None
+    assert "an expert with a vocabulary of its own writes words" in error
     assert hand.held[1] != spell(1, b"ba")
 
 

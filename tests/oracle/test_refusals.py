@@ -6,6 +6,7 @@ reaches the user is shown in ``tests/robustness/test_startup.py``.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.config import EngineConfig
 from engine.errors import CollmError, EngineStartupError
 from engine.offline import Engine
+from engine.regret import RegretArtifact
 from engine.vllm_hooks.load import make_plan
 from engine.vllm_hooks.options import engine_arguments
 from tests.oracle import pairs
@@ -78,6 +81,28 @@ def test_gate_for_other_experts(copy: pairs.Served) -> None:
     config["experts"][0]["name"] = "somebody"
     message = _misfit(EngineConfig.model_validate(config))
     assert "gate.path: the gate is for the experts ['expert1'], the configuration has ['somebody']" in message
+
+
+def test_regret_of_another_base(copy: pairs.Served) -> None:
+    file = copy.gate / "regret.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({**fields, "base": {**fields["base"], "tokens": 9, "tokenizer_sha256": "0" * 64}}))
+    assert "gate.path: the regret was made for another base: " in _misfit(copy.config())
+    file.write_text("{")
+    assert f"{file}: cannot be read as JSON" in _misfit(copy.config())
+
+
+def test_regret_for_a_base_of_another_width(copy: pairs.Served) -> None:
+    artifact = RegretArtifact.load(copy.gate)
+    dataclasses.replace(artifact, theta=torch.zeros(1, 65)).save(copy.gate)
+    assert "gate.path: the regret is for hidden size 64, the base has 128" in _misfit(copy.config())
+
+
+def test_a_default_regret_that_nobody_was_trained_for(copy: pairs.Served) -> None:
+    wanted = copy.config().model_copy(update={"gate": copy.config().gate.model_copy(update={"regret": 0.5})})
+    make_plan(wanted)
+    (copy.gate / "regret.json").unlink()
+    assert _misfit(wanted).startswith("gate.regret: nothing can be taken back without a regret artifact")
 
 
 def test_missing_checkpoint(copy: pairs.Served) -> None:
