@@ -175,8 +175,8 @@ def make_plan(config: EngineConfig) -> Plan:
         )
     if config.gate.regret < 1 and (gate is None or gate.hindsight is None):
         raise ConfigError(
-            "gate.regret: nothing can be taken back without a regret artifact (regret.json in the folder of gate.path); "
-            "leave it out, or train one"
+            "gate.regret: nothing can be taken back without a regret artifact (regret.json in the folder of "
+            "gate.path); leave it out, or train one"
         )
     numbers = range(len(members))
     groups = (tuple(number for number in numbers if number not in apart), *((number,) for number in apart))

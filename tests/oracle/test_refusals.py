@@ -86,7 +86,9 @@ def test_gate_for_other_experts(copy: pairs.Served) -> None:
 def test_regret_of_another_base(copy: pairs.Served) -> None:
     file = copy.gate / "regret.json"
     fields = json.loads(file.read_text())
-    file.write_text(json.dumps({**fields, "base": {**fields["base"], "tokens": 9, "tokenizer_sha256": "0" * 64}}))
+    fields["base"]["architecture"]["num_hidden_layers"] = 9
+    fields["base"]["config_sha256"] = "0" * 64
+    file.write_text(json.dumps(fields))
     assert "gate.path: the regret was made for another base: " in _misfit(copy.config())
     file.write_text("{")
     assert f"{file}: cannot be read as JSON" in _misfit(copy.config())
