@@ -21,8 +21,9 @@ from engine.strategies.words.strategy import WordsDecoding
 from engine.types import BASE, GenerationRequest
 from tests.engine import toys, words_oracle
 from tests.engine.builders import POLICY_NAMES, request
+from tests.engine.drawn import Focus
 from tests.engine.oracle import Pair, Written, check
-from tests.engine.test_scheduler_machine import LANE, MAX_REQUESTS, Focus, SchedulerMachine, must_be_found
+from tests.engine.test_scheduler_machine import LANE, MAX_REQUESTS, SchedulerMachine, must_be_found
 
 LONGEST = 40
 
