@@ -172,7 +172,9 @@ def test_asked_positions_are_in_the_one_product_of_the_head() -> None:
         return hidden @ weight.T
 
     hidden = torch.randn(5, 4, generator=torch.Generator().manual_seed(5))
-    reader = RowReader(head, gate=None, gate_in_head=True, vocab_size=5, masked=[(5, 6)], device=torch.device("cpu"))
+    reader = RowReader(
+        head, gate=None, regret=None, gate_in_head=True, vocab_size=5, masked=[(5, 6)], device=torch.device("cpu")
+    )
     reader.begin(top_probability=True)
     reader.expect_asked(2)
     ends = reader(hidden)
@@ -185,7 +187,8 @@ def test_asked_positions_are_in_the_one_product_of_the_head() -> None:
     assert torch.equal(torch.cat((ends, asked)), wanted)
     # Those of the asked positions are the last ones.
     torch.testing.assert_close(reader.asked_gate_AK, hidden[3:] @ weight[5:].T)
-    gate, top = reader.take()
+    gate, top, regret = reader.take()
+    assert regret is None
     assert gate is not None
     assert top is not None
     assert gate.tolist() == [[pytest.approx(float(row @ weight[5]))] for row in hidden]

@@ -59,6 +59,10 @@ def _values(pairs: Any) -> dict[str, Any]:
     return found
 
 
+QUIET_S = 1.5
+"""Longer than the exporter waits for company."""
+
+
 class Collector:
     """Stands in for an OpenTelemetry collector."""
 
@@ -79,11 +83,16 @@ class Collector:
             self._news.notify_all()
 
     async def requests(self, count: int) -> list[Span]:
-        """Returns the request spans once there are so many."""
+        """Returns the request spans once there are so many and nothing comes any more.
+
+        What lies within a choice is made in the background, and may be exported after the request's own span.
+        """
 
         def wait() -> list[Span]:
             with self._news:
                 assert self._news.wait_for(lambda: len(self._requests()) >= count, 20), self.spans
+                while self._news.wait(QUIET_S):
+                    pass
                 return self._requests()
 
         return await asyncio.to_thread(wait)

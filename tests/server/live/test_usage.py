@@ -63,7 +63,7 @@ def test_a_share_of_tokens(client: openai.OpenAI, questions: list[dict[str, Any]
     """The gate's calibration tells the threshold: on questions of its kind experts write about as much as was asked."""
     [card] = [model for model in client.models.list() if model.id == MODEL]
     curve = card.model_extra["collaboration"]["curve"]  # type: ignore[index]
-    assert {"threshold": 1.0, "share": 0.0} in curve
+    assert any(point["threshold"] == 1 and point["share"] == 0 == point["cost"] for point in curve)
     prompts = [item["prompt"] for item in questions[::25]]
     shares = []
     for share in (0.0, 0.2, 0.45, 1.0):
