@@ -59,7 +59,7 @@ def _values(pairs: Any) -> dict[str, Any]:
     return found
 
 
-QUIET_S = 1.5
+QUIET_S = 0.5
 """Longer than the exporter waits for company."""
 
 
