@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,12 @@ def read_examples(
 def _examples(where: str, row: Any, settings: DataSettings, tokenizer: Any, ends: Sequence[int]) -> Iterator[Example]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: is not an object with columns")
+    for column in (settings.prompt, settings.completion, settings.messages, settings.task, "tools"):
+        try:
+            json.dumps(row.get(column), ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise DataError(f"{where}: column {column!r} has half a character, {half!a}, which is no text") from None
     complete = row.get(settings.complete, True)
     if not isinstance(complete, bool):
         raise DataError(f"{where}: column {settings.complete!r} is neither true nor false")

@@ -30,6 +30,8 @@ GOOD = {"prompt": "a", "completion": "b"}
         ([json.dumps(GOOD), '{"prompt": "a", "completion": "  "}'], r":2: column 'completion' is empty"),
         (['{"prompt": "", "completion": "b"}'], r":1: column 'prompt' is empty"),
         (['{"prompt": 3, "completion": "b"}'], r":1: column 'prompt' is not text"),
+        (['{"prompt": "a", "completion": " \\ud800 b"}'], r":1: column 'completion' has half a character"),
+        (['{"messages": [{"role": "user", "content": "\\udc00"}]}'], r":1: column 'messages' has half a character"),
         (['{"prompt": "a", "completion": "b", "complete": 1}'], r":1: column 'complete' is neither true nor false"),
         (["[]"], r":1: is not an object"),
         (["", "{"], r":2: is not JSON"),
