@@ -9,9 +9,7 @@ Shapes: B rows, K experts, d hidden size.
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,12 +17,11 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from engine.checkpoints import Checkpoint, ModelIdentity, locate, make_readable, read_json
+from engine.artifacts import kind_of, read_files, refusal, write_files, wrong
+from engine.checkpoints import Checkpoint, ModelIdentity, locate
 from engine.errors import CheckpointError, GateError
-from engine.gates import FEATURES, KINDS, GateFunction
+from engine.gates import KINDS, GateFunction
 
 FORMAT_VERSIONS = (1, 2)
 TENSORS_FILE = "gate.safetensors"
@@ -186,11 +183,7 @@ class GateArtifact:
             fields |= {"format_version": 2, "kind": self.kind, "features": list(self.features)}
         tensors = self.tensors
         _parse(fields, tensors, directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(directory / TENSORS_FILE))
-        text = json.dumps(fields, indent=2, ensure_ascii=False)
-        (directory / FIELDS_FILE).write_text(text + "\n", encoding="utf-8")
-        make_readable(directory, like=FIELDS_FILE)  # a server often runs as someone else
+        write_files(directory / FIELDS_FILE, fields, directory / TENSORS_FILE, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> GateArtifact:
@@ -200,17 +193,7 @@ class GateArtifact:
             GateError: naming the file and the field that is missing or wrong.
         """
         directory = Path(path)
-        try:
-            fields = read_json(directory / FIELDS_FILE)
-        except CheckpointError as error:
-            raise GateError(str(error)) from error
-        file = directory / TENSORS_FILE
-        try:
-            tensors = load_file(str(file))
-        except FileNotFoundError as error:
-            raise GateError(f"{file}: no such file") from error
-        except (OSError, SafetensorError) as error:
-            raise GateError(f"{file}: cannot be read as safetensors: {error}") from error
+        fields, tensors = read_files(directory / FIELDS_FILE, directory / TENSORS_FILE)
         return _parse(fields, tensors, directory)
 
     def check_fits(self, base: str | Path | Checkpoint, experts: Sequence[str | Path | Checkpoint]) -> None:
@@ -260,16 +243,15 @@ def _parse(fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], direc
         raise wrong(file, "expert_identities", f"has {len(read.expert_identities)} for {len(experts)} experts")
     if not math.isfinite(read.default_threshold):
         raise wrong(file, "default_threshold", f"is {read.default_threshold}")
-    if read.kind not in KINDS:
-        raise wrong(file, "kind", f"is {read.kind!r}; this program knows {', '.join(KINDS)}")
-    for name in read.features:
-        if name not in FEATURES or read.features.count(name) > 1:
-            raise wrong(file, "features", f"has {name!r} twice, or it is none of {', '.join(FEATURES)}")
-    kind, inputs = KINDS[read.kind], read.hidden_size + len(read.features)
-    found = tensors.get("theta")
-    width = found.shape[1] if found is not None and found.dim() == 2 else 0
-    for name, shape in kind.shapes(inputs, len(experts), width).items():
-        check_tensor(directory / TENSORS_FILE, name, tensors.get(name), shape)
+    kind = kind_of(
+        file,
+        read.kind,
+        read.features,
+        directory / TENSORS_FILE,
+        tensors,
+        hidden_size=read.hidden_size,
+        values=len(experts),
+    )
     return GateArtifact(
         theta=tensors["theta"],
         bias=tensors["bias"],
@@ -287,40 +269,3 @@ def _parse(fields: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], direc
         layers={name: tensors[name] for name in kind.hidden},
         reliability=read.reliability,
     )
-
-
-_MISSING = re.compile(r"Object missing required field `(?P<field>[^`]*)`(?: - at `\$\.(?P<path>[^`]*)`)?")
-_TYPE = re.compile(r"Expected `[^`]*`, got `(?P<found>[^`]*)` - at `\$\.(?P<path>[^`]*)`")
-
-
-def refusal(file: Path, message: str) -> GateError:
-    """msgspec's message about an artifact's file in this program's words."""
-    if match := _MISSING.fullmatch(message):
-        if match["path"] is None:
-            return wrong(file, match["field"], "missing")
-        return wrong(file, f"{match['path']}.{match['field']}", "missing or of the wrong type")
-    if match := _TYPE.fullmatch(message):
-        return wrong(file, match["path"], f"has the wrong type, {match['found']}")
-    return GateError(f"{file}: {message}")
-
-
-def wrong(file: Path, name: str, what: str) -> GateError:
-    """What is wrong with a field of an artifact's file."""
-    return GateError(f"{file}: field {name}: {what}")
-
-
-def check_tensor(file: Path, name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    """Check that an artifact has a tensor, float32 and finite, of this shape.
-
-    Raises:
-        GateError: naming the file and the tensor.
-    """
-    if tensor is None:
-        raise GateError(f"{file}: field {name}: missing")
-    if tensor.shape != shape:
-        found = list(tensor.shape)
-        raise GateError(f"{file}: field {name}: has shape {found}, not {list(shape)}")
-    if tensor.dtype != torch.float32:
-        raise GateError(f"{file}: field {name}: is {tensor.dtype}, not torch.float32")
-    if not torch.isfinite(tensor).all():
-        raise GateError(f"{file}: field {name}: has values that are not finite")

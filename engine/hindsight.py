@@ -7,9 +7,13 @@ from collections.abc import Iterable
 
 import msgspec
 
+from engine.odds import log_odds, probability
+
 NUMBERS = ("base", "expert", "base_after", "expert_after")
 """What a regret reads beside the base's step: log-odds of how sure base and expert were at the expert's token, how sure
 the base is where it looks back, and the least sure expert between."""
+NEVER = 1.0
+"""A threshold that nothing is regretted more than."""
 LONGEST_AHEAD = 16
 """Most tokens that are read before looking back; bounds how much of an answer is held back."""
 _LEAST = 1e-6
@@ -39,7 +43,7 @@ class Hindsight(msgspec.Struct, frozen=True):
         total = logit + sum(weight * number for weight, number in zip(self.weights, numbers, strict=True))
         if not math.isfinite(total):
             return math.nan
-        return 1 / (1 + math.exp(-total)) if total >= 0 else math.exp(total) / (1 + math.exp(total))
+        return probability(total)
 
 
 def numbers_of(base: float, expert: float, base_after: float, experts_after: Iterable[float]) -> list[float]:
@@ -50,10 +54,9 @@ def numbers_of(base: float, expert: float, base_after: float, experts_after: Ite
         base_after: the base's where it looks back.
         experts_after: of each expert that has written between the token and there; none counts as sure.
     """
-    return [log_odds(base), log_odds(expert), log_odds(base_after), log_odds(min(experts_after, default=1.0))]
+    return [clamped(base), clamped(expert), clamped(base_after), clamped(min(experts_after, default=1.0))]
 
 
-def log_odds(probability: float) -> float:
-    """Of a probability that is not quite 0 or 1."""
-    inside = min(max(probability, _LEAST), 1 - _LEAST)
-    return math.log(inside) - math.log1p(-inside)
+def clamped(probability: float) -> float:
+    """Log-odds of a probability, which may be 0 or 1."""
+    return log_odds(min(max(probability, _LEAST), 1 - _LEAST))

@@ -9,7 +9,6 @@ Shapes: N numbers, d hidden size.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +16,11 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from engine.checkpoints import ModelIdentity, make_readable, read_json
-from engine.errors import CheckpointError, GateError
+from engine.artifacts import check_tensor, kind_of, read_files, refusal, write_files, wrong
+from engine.checkpoints import ModelIdentity
 from engine.gate import REGRET_TENSORS_FILE as TENSORS_FILE
-from engine.gate import check_tensor, refusal, wrong
-from engine.gates import FEATURES, KINDS, GateFunction
+from engine.gates import KINDS, GateFunction
 from engine.hindsight import LONGEST_AHEAD, NUMBERS, Hindsight
 
 FORMAT_VERSION = 1
@@ -117,11 +113,7 @@ class RegretArtifact:
         }
         tensors = {**self._reading, "numbers": self.numbers}
         _parse(fields, tensors, directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(directory / TENSORS_FILE))
-        text = json.dumps(fields, indent=2, ensure_ascii=False)
-        (directory / FIELDS_FILE).write_text(text + "\n", encoding="utf-8")
-        make_readable(directory, like=FIELDS_FILE)  # a server often runs as someone else
+        write_files(directory / FIELDS_FILE, fields, directory / TENSORS_FILE, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> RegretArtifact:
@@ -131,15 +123,7 @@ class RegretArtifact:
             GateError: naming the file and the field that is missing or wrong.
         """
         directory = Path(path)
-        try:
-            fields = read_json(directory / FIELDS_FILE)
-            tensors = load_file(str(directory / TENSORS_FILE))
-        except CheckpointError as error:
-            raise GateError(str(error)) from error
-        except FileNotFoundError as error:
-            raise GateError(f"{directory / TENSORS_FILE}: no such file") from error
-        except (OSError, SafetensorError) as error:
-            raise GateError(f"{directory / TENSORS_FILE}: cannot be read as safetensors: {error}") from error
+        fields, tensors = read_files(directory / FIELDS_FILE, directory / TENSORS_FILE)
         return _parse(fields, tensors, directory)
 
     @classmethod
@@ -165,16 +149,9 @@ def _parse(fields: dict[str, Any], tensors: dict[str, torch.Tensor], directory: 
         raise wrong(file, "ahead", f"is {read.ahead}, not 1 to {LONGEST_AHEAD}")
     if not math.isfinite(read.default_threshold):
         raise wrong(file, "default_threshold", f"is {read.default_threshold}")
-    if read.kind not in KINDS:
-        raise wrong(file, "kind", f"is {read.kind!r}; this program knows {', '.join(KINDS)}")
-    for name in read.features:
-        if name not in FEATURES or read.features.count(name) > 1:
-            raise wrong(file, "features", f"has {name!r} twice, or it is none of {', '.join(FEATURES)}")
-    kind, inputs = KINDS[read.kind], read.hidden_size + len(read.features)
-    found = tensors.get("theta")
-    width = found.shape[1] if found is not None and found.dim() == 2 else 0
-    for name, shape in {**kind.shapes(inputs, 1, width), "numbers": (len(NUMBERS),)}.items():
-        check_tensor(directory / TENSORS_FILE, name, tensors.get(name), shape)
+    tensors_file = directory / TENSORS_FILE
+    kind = kind_of(file, read.kind, read.features, tensors_file, tensors, hidden_size=read.hidden_size, values=1)
+    check_tensor(tensors_file, "numbers", tensors.get("numbers"), (len(NUMBERS),))
     return RegretArtifact(
         theta=tensors["theta"],
         bias=tensors["bias"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from engine.odds import log_odds, probability
+
 Curve = Sequence[tuple[float, float]]
 """Points (threshold, what was measured at it): the share of the tokens that experts wrote, or their seconds."""
 
@@ -35,8 +37,8 @@ def threshold_of(share: float, curve: Curve) -> float:
     for at, measured in sorted(curve, reverse=True):
         if 0.0 < at < 1.0:
             greatest = max(greatest, min(measured, 1.0 - _LEAST))
-            points.append((_log_odds(greatest), _log_odds(at)))
-    return _probability(_on_lines(_log_odds(share), points))
+            points.append((log_odds(greatest), log_odds(at)))
+    return probability(_on_lines(log_odds(share), points))
 
 
 def threshold_within(cost: float, curve: Curve) -> float:
@@ -79,12 +81,3 @@ def _beyond(x: float, points: list[tuple[float, float]]) -> float:
     far = [(at, value) for at, value in points if at >= x1 + _APART]
     slope = (far[0][1] - y1) / (far[0][0] - x1) if far else -1.0
     return y1 + slope * (x - x1)
-
-
-def _log_odds(probability: float) -> float:
-    return math.log(probability) - math.log1p(-probability)
-
-
-def _probability(log_odds: float) -> float:
-    raised = math.exp(-abs(log_odds))
-    return 1.0 / (1.0 + raised) if log_odds >= 0.0 else raised / (1.0 + raised)

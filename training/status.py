@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from training import graph
@@ -59,23 +60,15 @@ def outputs(project: Project) -> Iterator[Output]:
         yield trained
         if method in GATED:
             if method == "collm" and project.settings.rollouts.rounds:
-                if trained.state == "done":
-                    trained = _of("rollouts", name, graph.rollouts(project, seed))
-                else:
-                    trained = Output("rollouts", name, "waits", (f"train ({name})",))
+                trained = _behind(trained, "rollouts", partial(graph.rollouts, project, seed))
                 yield trained
-            if trained.state == "done":
-                found = _of("calibrate", name, graph.calibration(project, method, seed))
-            else:
-                found = Output("calibrate", name, "waits", (f"{trained.stage} ({name})",))
+            found = _behind(trained, "calibrate", partial(graph.calibration, project, method, seed))
             yield found
             if method == "collm" and project.settings.regret.ahead:
-                if found.state == "done":
-                    found = _of("regret", name, graph.regret(project, seed))
-                else:
-                    found = Output("regret", name, "waits", (f"calibrate ({name})",))
+                found = _behind(found, "regret", partial(graph.regret, project, seed))
                 yield found
-            last |= {} if found.state == "done" else {found.stage: None}
+            if found.state != "done":
+                last[found.stage] = None
             if method == "collm" and seed == project.settings.seeds[0]:
                 yield _export(project, found)
     if project.settings.data.test is not None:
@@ -93,6 +86,13 @@ def _of(stage: str, what: str, folder: StageFolder, *, waits_for: Output | None 
     if waits_for is not None and waits_for.state != "done":
         return Output(stage, what, "waits", (f"{waits_for.stage} ({waits_for.what})",))
     return Output(stage, what, "started" if folder.begun else "missing")
+
+
+def _behind(before: Output, stage: str, folder: Callable[[], StageFolder]) -> Output:
+    """Of the same run as ``before``, whose output it reads: without that there is no telling what it would be of."""
+    if before.state != "done":
+        return Output(stage, before.what, "waits", (f"{before.stage} ({before.what})",))
+    return _of(stage, before.what, folder())
 
 
 def _export(project: Project, found: Output) -> Output:

@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from engine import odds
+
 
 @dataclass(frozen=True)
 class Bounds:
@@ -39,14 +41,14 @@ def probability(log_odds: float) -> float:
     """A threshold's log-odds as the probability that the engine compares with: 1 for ``never``, -1 for ``always``."""
     if math.isinf(log_odds):
         return 1.0 if log_odds > 0 else -1.0
-    return 1 / (1 + math.exp(-log_odds)) if log_odds >= 0 else math.exp(log_odds) / (1 + math.exp(log_odds))
+    return odds.probability(log_odds)
 
 
 def log_odds(threshold: float) -> float:
     """``probability`` undone: 1 and more is ``never``, less than 0 ``always``; 0 is the least of ``LOG_ODDS``."""
     if threshold >= 1:
         return math.inf
-    return -math.inf if threshold < 0 else max(LOG_ODDS.least, math.log(threshold or 1e-300) - math.log1p(-threshold))
+    return -math.inf if threshold < 0 else max(LOG_ODDS.least, odds.log_odds(threshold or 1e-300))
 
 
 @dataclass(frozen=True)

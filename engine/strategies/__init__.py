@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import Any
 
-from engine.hindsight import Hindsight
+from engine.hindsight import NEVER, Hindsight
 from engine.lanes.shelf import Shelf
 from engine.sequence import Sequence
 from engine.spelling.speller import Speller
@@ -14,7 +14,7 @@ from engine.strategies.base import Counters, Decoding, Rejected
 from engine.strategies.characters import Characters
 from engine.strategies.deferral import Deferral
 from engine.strategies.deferral.backtracking import FIELD as REGRET
-from engine.strategies.deferral.backtracking import NEVER, Backtracking
+from engine.strategies.deferral.backtracking import Backtracking
 from engine.strategies.deferral.blending import Blends
 from engine.strategies.scoring import LONGEST_WINDOW, SCORE, Scoring
 from engine.strategies.unions import Unions
@@ -100,10 +100,11 @@ class Strategies:
         by_characters = (
             member is None and self._members > 1 and self._strategy(answer.request.collaboration) == "characters"
         )
-        by_words = member is None and self.words.concerns(self.deferral.experts(answer))
+        spelled = self.words.concerns(self.deferral.experts(answer))
+        by_words = member is None and spelled
         _check_second_looks(answer, together=by_characters, by_words=by_words)
         if answer.request.scores:
-            if self.words.concerns(self.deferral.experts(answer)):
+            if spelled:
                 raise Rejected("score: a text cannot be scored by members with vocabularies of their own", field=SCORE)
             return self.scoring.begin(answer)
         if by_characters:

@@ -16,7 +16,7 @@ from engine.composed.artifact import Composition, is_composed
 from engine.config import EngineConfig
 from engine.errors import CheckpointError, CompositionError, ConfigError, GateError
 from engine.gate import GateArtifact, gate_folder
-from engine.hindsight import Hindsight
+from engine.hindsight import NEVER, Hindsight
 from engine.lanes.shelf import Shelf
 from engine.regret import RegretArtifact
 from engine.spelling.speller import Speller
@@ -173,7 +173,7 @@ def make_plan(config: EngineConfig) -> Plan:
             config.gate.policy or "threshold",
             0.5 if config.gate.threshold is None else config.gate.threshold,
         )
-    if config.gate.regret < 1 and (gate is None or gate.hindsight is None):
+    if config.gate.regret < NEVER and (gate is None or gate.hindsight is None):
         raise ConfigError(
             "gate.regret: nothing can be taken back without a regret artifact (regret.json in the folder of "
             "gate.path); leave it out, or train one"

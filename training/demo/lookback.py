@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.hindsight import NUMBERS, log_odds, numbers_of
+from engine.hindsight import NUMBERS, clamped, numbers_of
 from training.demo.blending import Rows, write
 
 Policy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -213,13 +213,13 @@ class Reading:
             experts = [each.expert_top for each in read if each.deferred]
             served = numbers_of(step.base_top, step.expert_top, trace.steps[last].base_top, experts)
             return torch.cat([state_D, torch.tensor(served)])
-        numbers = [log_odds(step.base_top), log_odds(step.expert_top), step.base_logprob]
+        numbers = [clamped(step.base_top), clamped(step.expert_top), step.base_logprob]
         if self.ahead:
             sure = [each.expert_top for each in read if each.deferred]
             said = [each.base_logprob for each in read]
             numbers += [
-                log_odds(trace.steps[last].base_top),
-                log_odds(min(sure, default=1.0)),
+                clamped(trace.steps[last].base_top),
+                clamped(min(sure, default=1.0)),
                 sum(said) / max(1, len(said)),
             ]
         return torch.cat([state_D, torch.tensor(numbers)])

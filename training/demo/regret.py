@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
 from engine.checkpoints import WEIGHTS, model_identity
+from engine.hindsight import NEVER
 from training.auroc import auroc
 from training.bootstrap import interval
 from training.checkpoints import forward, load_causal, quiet
@@ -55,7 +56,6 @@ CONFIDENCES = (0.1, 0.3, 0.5, 0.7)
 """Thresholds of confidence deferral: defer where the base's top probability is below 1 minus this."""
 VETOES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 REGRETS = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
-NEVER = 1.0
 SERVED = "regret after 4, as served"
 READINGS: dict[str, tuple[Reading, int]] = {
     "learned veto, nothing read": (Reading(0, numbers=True), WIDTH),

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from engine.checkpoints import model_identity
 from engine.config import EngineConfig, ExpertConfig, GateConfig, LaneConfig
 from engine.gate import GateArtifact
+from engine.hindsight import NEVER
 from engine.offline import Engine
 from engine.regret import RegretArtifact
 from engine.types import Collaboration, GenerationRequest, SamplingSpec
@@ -25,7 +26,7 @@ from training.command import run_command
 from training.demo.corpus import Corpus
 from training.demo.lookback import Head, Outcome, Reading
 from training.demo.pretrain import SEED, one_thread
-from training.demo.regret import MAX_TOKENS, NEVER, REGRETS, Asked, Measured, splits
+from training.demo.regret import MAX_TOKENS, REGRETS, Asked, Measured, splits
 
 KINDS = ("gate", "kind")
 KV_BYTES = 64 << 20

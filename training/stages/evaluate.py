@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.gate import GateArtifact
+from engine.hindsight import NEVER
 from engine.regret import RegretArtifact
 from training import graph, report
 from training.answers import AnswerCache
@@ -34,7 +35,6 @@ from training.report import (
 from training.scoring import PairScores
 from training.serving import Questions, Result, asked_numbers, by_task, questions_of
 from training.settings import Method
-from training.stages.regret import NEVER
 from training.stages.score import score_split
 from training.strategies import sampled_row, strategy_rows
 from training.thresholds import LOG_ODDS, Point, probability, quantile, reach, within_noise
@@ -99,7 +99,6 @@ class _Evaluation:
         self._add(COLLM if method == "collm" else WEAK, seed, result, **_tokens(scores, log_odds_N))
         if method == "collm":
             self._regret(seed, base.path, artifact.default_threshold, result)
-        if method == "collm":
             # What no gate decides is answered once for all runs that serve the user's base. Which of several experts
             # writes is the gate's choice, in all rows.
             alone = base.run is None and len(project.expert_paths) == 1

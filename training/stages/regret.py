@@ -15,7 +15,7 @@ import torch
 
 from engine.gate import GateArtifact
 from engine.gates import FEATURES
-from engine.hindsight import NUMBERS, numbers_of
+from engine.hindsight import NEVER, NUMBERS, numbers_of
 from engine.regret import RegretArtifact
 from engine.types import Collaboration, Completion
 from training import graph
@@ -31,8 +31,6 @@ from training.settings import Split
 from training.stages.score import score_split, score_texts
 from training.tracking import tracked
 
-NEVER = 1.0
-"""The threshold at which nothing is taken back."""
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from engine.hindsight import Hindsight, numbers_of
+from engine.hindsight import NEVER, Hindsight, numbers_of
 from engine.lanes.interface import Sample
 from engine.sequence import Sequence
 from engine.strategies.base import Decision, End, Rejected
@@ -26,8 +26,6 @@ from engine.strategies.deferral.strategy import Deferral, DeferralDecoding
 from engine.strategies.deferral.window import Draft
 from engine.types import BASE, Collaboration, ErrorCode, Token
 
-NEVER = 1.0
-"""Nothing is regretted more."""
 FIELD = "collaboration.regret"
 
 

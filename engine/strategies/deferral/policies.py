@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from engine.odds import probability
 from engine.types import BASE, PolicyName
 
 NOT_FINITE = "the gate's value is not finite"
@@ -82,8 +83,7 @@ def read_gate(logits: Sequence[float], experts: Sequence[int]) -> tuple[float, l
     if not all(map(math.isfinite, values)):
         return math.nan, [(lane, math.nan) for lane in experts]
     if len(values) == 1:
-        z = values[0]
-        p = 1.0 / (1.0 + math.exp(-z)) if z >= 0 else math.exp(z) / (1.0 + math.exp(z))
+        p = probability(values[0])
         return p, [(experts[0], p)]
     top = max(0.0, *values)
     base = math.exp(-top)
