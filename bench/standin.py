@@ -196,6 +196,14 @@ class StandinLane:
         """Never."""
         return False
 
+    @property
+    def starved(self) -> int | None:
+        """Never: a step that lacks memory takes it at once."""
+        return None
+
+    def make_room(self) -> None:
+        """Nothing; see above."""
+
     def start(self) -> Future[LaneReport]:
         """Compute one step; the returned future is done."""
         begin = time.perf_counter()

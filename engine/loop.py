@@ -92,6 +92,7 @@ class StepLoop:
         """
         begin = time.perf_counter()
         active = self._pass_overlapped() if self._overlapped else self._pass_lockstep()
+        active = active or self._make_room()
         if active or not self._quiet:
             # From pass to pass, so that what the caller does between passes counts as coordination too.
             now = time.perf_counter()
@@ -104,6 +105,22 @@ class StepLoop:
         elif not self._quiet and not self._under_way and not self._launched:
             self._rest()
         return active
+
+    def _make_room(self) -> bool:
+        """Where no lane can go on, memory of rows that wait goes to the request that was admitted first; False if none
+        lacks any. Nothing else would ever free it: what those rows wait for may wait for this request in another lane.
+        """
+        if self._launched or not self._under_way.keys() <= self._lost:
+            return False
+        starved = [
+            (order, number)
+            for number in self._together
+            if number not in self._lost and (order := self._lanes[number].starved) is not None
+        ]
+        if not starved:
+            return False
+        self._lanes[min(starved)[1]].make_room()
+        return True
 
     def _stalled(self) -> bool:
         """Requests are left that nothing will ever end: a lane has kept a sample to itself."""

@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Series
+from itertools import count
 from typing import NamedTuple
 
 from engine.fair_queue import PROMPT_TOKEN_COST, WRITTEN_TOKEN_COST, FairQueue
@@ -87,6 +88,7 @@ class Scheduler:
         self._books = [LaneBook() for _ in range(lanes)]
         self._waiting: FairQueue[Decoding] = FairQueue()
         self._running: dict[str, Decoding] = {}
+        self._admissions = count()
         # Sequences that gained something, in order. By identity: an id may be used again.
         self._changed: dict[Sequence, None] = {}
         self._expert_waits: list[float] = []
@@ -171,7 +173,7 @@ class Scheduler:
         for request_id, decoding in book.due.items():
             if request_id not in book.holds:
                 book.holds.add(request_id)
-                work.add.append(decoding.open(lane))
+                work.add.append(decoding.open(lane)._replace(order=decoding.answer.order))
             elif (extension := decoding.extend(lane)) is not None:
                 work.extend.append(extension)
         if book.due:
@@ -317,6 +319,7 @@ class Scheduler:
                 self._end(decoding, "error", because=LOST)
                 continue
             self._running[request_id] = decoding
+            sequence.order = next(self._admissions)
             book.started += 1
             book.due[request_id] = decoding
             self._carry_out(decoding, decoding.on_admitted())

@@ -36,6 +36,7 @@ class Sequence:
         max_output: most tokens that may be written.
         waits_for: the lane without which nothing more is written; None if no decision waits.
         cost: what it has taken so far.
+        order: its number in the order of admission.
         queued_at: when it came, in seconds of the scheduler's clock.
         parked_at: since when it has waited for that lane, in seconds of the scheduler's clock.
         timeline: see :class:`~engine.types.Delta`; None if the request did not ask.
@@ -47,6 +48,7 @@ class Sequence:
         "cost",
         "max_output",
         "min_tokens",
+        "order",
         "parked_at",
         "prompt_length",
         "queued_at",
@@ -72,6 +74,7 @@ class Sequence:
         self.tokens: list[int] = []
         self.waits_for: int | None = None
         self.parked_at = 0.0
+        self.order = 0
         self.queued_at = 0.0
         self.cost = Cost(prompt_tokens=[0] * lanes, seconds=[0.0] * lanes)
         self.timeline: list[float] | None = [] if request.timeline else None

@@ -56,6 +56,8 @@ class LaneRequest(NamedTuple):
             draw alike.
         scores: at asked positions nothing is drawn: the sample's token is the one that the lane was told stands there.
         part: None if the lane samples its own distribution and nobody else needs that.
+        order: the request's number in the order of admission, the same in all lanes. Where memory does not suffice for
+            all, those that were admitted first go on.
     """
 
     request_id: str
@@ -68,6 +70,7 @@ class LaneRequest(NamedTuple):
     part: Part | None = None
     draw_offset: int = 0
     scores: bool = False
+    order: int = 0
 
 
 class Extension(msgspec.Struct, frozen=True, gc=False):
@@ -246,6 +249,20 @@ class Lane(Protocol):
 
     def is_preparing(self) -> bool:
         """Whether work will come by itself, without anything being applied (a grammar is being compiled)."""
+        ...
+
+    @property
+    def starved(self) -> int | None:
+        """The ``order`` of the first request that waits for memory which rows without anything to do hold, if one does.
+
+        That is no work: those rows may go on soon, and to compute them again takes longer than to wait for that.
+        """
+        ...
+
+    def make_room(self) -> None:
+        """Let the next step take memory from such rows, those first that were admitted last. Called while the lane is
+        starved and no lane has anything to do.
+        """
         ...
 
     def start(self) -> Future[LaneReport]:

@@ -75,6 +75,14 @@ class GuestLane:
         """The host prepares."""
         return False
 
+    @property
+    def starved(self) -> int | None:
+        """The host's rows and its own share one memory, and it is the host that tells."""
+        return None
+
+    def make_room(self) -> None:
+        """The host does."""
+
     def start(self) -> Future[LaneReport]:
         """Not a lane that steps.
 

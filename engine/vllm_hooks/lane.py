@@ -264,6 +264,7 @@ class VllmLane:
                 lora_request=lora,
                 block_hasher=self._block_hasher(lora),
                 cache_salt=added.sampling.cache_salt,
+                priority=added.order,
             )
             if self._reads_forms_itself and request.structured_output_request is not None:
                 matcher = self._templates.matcher(self._owner(added.request_id)[1])
@@ -282,6 +283,15 @@ class VllmLane:
     def is_preparing(self) -> bool:
         """Whether a grammar is being compiled."""
         return self._scheduler.is_compiling
+
+    @property
+    def starved(self) -> int | None:
+        """The order of the first request that waits for the memory of parked rows; guests' rows among both."""
+        return self._scheduler.starved
+
+    def make_room(self) -> None:
+        """Let the next step evict parked rows."""
+        self._scheduler.make_room()
 
     def start(self) -> Future[LaneReport]:
         """Schedule and execute one step. In process it is done at once, or launched; workers complete it later."""

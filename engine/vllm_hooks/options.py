@@ -36,6 +36,7 @@ LARGE_BYTES = 64 << 20
 
 _FIXED = {
     "scheduler_cls": "the lane's own",
+    "scheduling_policy": "the lane's own: where memory is short, requests that were admitted first go on",
     "worker_cls": "the lane's own",
     "async_scheduling": "must stay off: a sampled token is only a proposal",
     "distributed_executor_backend": "set as 'executor', beside the table 'vllm'",
@@ -312,6 +313,8 @@ def engine_arguments(
         "kv_cache_memory_bytes": kv_bytes,
         "async_scheduling": False,
         "scheduler_cls": LaneScheduler,
+        # By the order of admission to the pair, which all lanes know, and not of arrival at this lane.
+        "scheduling_policy": "priority",
         "worker_cls": f"engine.vllm_hooks.{worker}",
         "additional_config": {
             **arguments.get("additional_config", {}),

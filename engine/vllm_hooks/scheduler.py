@@ -105,6 +105,9 @@ class LaneScheduler(Scheduler):
         self.looks_ahead = False
         """Whether rows are computed past samples that nobody has read."""
         self.num_preemptions = 0
+        # What waits did not get the memory that it needs in the last step, and none was freed since.
+        self._starved = False
+        self._may_evict = False
         manager = self.kv_cache_manager
         coordinator = manager.coordinator
         keep_windows_for_cuts(coordinator)
@@ -144,10 +147,7 @@ class LaneScheduler(Scheduler):
         if added.scores:
             self.scoring.add(request.request_id)
         structured = request.structured_output_request
-        if structured is None:
-            self._enqueue(request, written)
-            return
-        if isinstance(structured._grammar, StructuredOutputGrammar):
+        if structured is None or isinstance(structured._grammar, StructuredOutputGrammar):
             self._enqueue(request, written)
             return
         self._compiling[request.request_id] = (request, written)
@@ -157,6 +157,7 @@ class LaneScheduler(Scheduler):
 
     def _enqueue(self, request: Request, written: list[int]) -> None:
         self.add_request(request)
+        self._starved = False
         if written:
             request.append_output_token_ids(written)
             if request.structured_output_request is not None:
@@ -229,8 +230,8 @@ class LaneScheduler(Scheduler):
         if request.num_computed_tokens < len(text):
             self._parked.pop(request_id, None)
         if self._evicted and self._evicted.pop(request_id, None) is not None:
-            # It was admitted before anything that waits now.
-            self.waiting.prepend_request(request)
+            self.waiting.add_request(request)
+            self._starved = False
         return 0 if row.scores else len(tokens) - 1
 
     def _follow(self, row: _Row, keep: int, tokens: list[int]) -> None:
@@ -269,6 +270,7 @@ class LaneScheduler(Scheduler):
             self._wants_top_probability.discard(request_id)
             self.scoring.discard(request_id)
         self.finish_requests(set(request_ids), RequestStatus.FINISHED_ABORTED)
+        self._starved = False
 
     def collect(self, scheduled: SchedulerOutput, output: ModelRunnerOutput, asked: list[int]) -> list[Landed]:
         """Take in a step's output: every sampled row is parked, none of the samples is appended.
@@ -287,8 +289,10 @@ class LaneScheduler(Scheduler):
         for request_id, flying in flight.rows.items():
             request = flying.request
             request.num_in_flight_tokens -= flying.tokens
-            # A row that was preempted meanwhile is not scheduled again before this has come to nothing.
-            request.num_stale_output_tokens = max(0, request.num_stale_output_tokens - flying.tokens)
+            if request.num_stale_output_tokens:
+                # A row that was preempted meanwhile is not scheduled again before this has come to nothing.
+                request.num_stale_output_tokens = max(0, request.num_stale_output_tokens - flying.tokens)
+                self._starved = False
             if flying.position < 0 or not flying.wanted:
                 continue  # an unfinished chunk, or overtaken by what became of the row
             ours = self._rows[request_id]
@@ -312,7 +316,7 @@ class LaneScheduler(Scheduler):
             request.structured_output_request.is_grammar_ready for request, _ in self._compiling.values()
         ):
             return True
-        if self.waiting or len(self._parked) - len(self._evicted) < len(self.running):
+        if (self.waiting and not self._starved) or len(self._parked) - len(self._evicted) < len(self.running):
             return True
         return bool(self._flights) and any(map(self._can_look_ahead, self._flights[-1].ends))
 
@@ -329,6 +333,16 @@ class LaneScheduler(Scheduler):
             and request.num_tokens + 2 < self.max_model_len
             and request.num_output_tokens >= request.sampling_params.min_tokens
         )
+
+    @property
+    def starved(self) -> int | None:
+        """The order of the first request that waits for the memory (or the place) of a parked row, if one does."""
+        return self.waiting.peek_request().priority if self._starved and self.waiting else None
+
+    def make_room(self) -> None:
+        """Let the next step evict parked rows, if it has nothing else to compute."""
+        self._starved = False
+        self._may_evict = True
 
     @property
     def is_compiling(self) -> bool:
@@ -351,18 +365,18 @@ class LaneScheduler(Scheduler):
     # -- what vLLM calls --------------------------------------------------------------------------------------
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """vLLM's schedule, with the edits that the workers need, and never idle while a request waits."""
+        """vLLM's schedule, with the edits that the workers need; evicts parked rows where that was allowed."""
         ahead = list(filter(self._can_look_ahead, self._flights[-1].ends)) if self._flights else []
         for row in ahead:
             row.request.num_output_placeholders = 1
         output = super().schedule(throttle_prefills)
-        while not output.total_num_scheduled_tokens and self.waiting and self._evict_one():
-            # Everything in the lane is parked and a request waits for its memory (or its place). Nothing else would
-            # ever free it: what the parked rows wait for may be waiting for this very request in the other lane.
+        while not output.total_num_scheduled_tokens and self.waiting and self._may_evict and self._evict_one():
             finished, preempted = output.finished_req_ids, output.preempted_req_ids or set()
             output = super().schedule(throttle_prefills)
             output.finished_req_ids |= finished
             output.preempted_req_ids = preempted | (output.preempted_req_ids or set())
+        self._may_evict = False
+        self._starved = bool(self.waiting) and self._lacked_memory(output)
         # Whole texts of rows that sat out a step, a context's length for each visit on the way to the workers. Only
         # asynchronous scheduling reads them.
         output.scheduled_cached_reqs.all_token_ids.clear()
@@ -419,6 +433,19 @@ class LaneScheduler(Scheduler):
         )
         return output
 
+    def _lacked_memory(self, output: SchedulerOutput) -> bool:
+        """Whether it was for memory (or a place) that a step has not begun with what waits."""
+        if not output.total_num_scheduled_tokens:
+            return True
+        # After a preemption vLLM does not look at what waits. Without chunks of any length the first of it may be too
+        # long for what was left of the step.
+        return (
+            not output.preempted_req_ids
+            and self.scheduler_config.enable_chunked_prefill
+            and not self.need_mamba_block_aligned_split
+            and output.total_num_scheduled_tokens < self.max_num_scheduled_tokens
+        )
+
     def schedule_nothing(self) -> SchedulerOutput:
         """For the workers of an idle lane: whom they can forget. Nobody will collect it."""
         output = self.schedule()
@@ -453,11 +480,11 @@ class LaneScheduler(Scheduler):
             self._evicted[request.request_id] = request
 
     def _evict_one(self) -> bool:
-        """Take the KV blocks of the row that has been parked longest. False if there is none to take."""
-        request_id = next((r for r in self._parked if r not in self._evicted), None)
-        if request_id is None:
+        """Take the KV blocks of the parked row that was admitted last. False if there is none to take."""
+        parked = [self.requests[request_id] for request_id in self._parked if request_id not in self._evicted]
+        if not parked:
             return False
-        request = self.requests[request_id]
+        request = max(parked, key=lambda parked: parked.priority)
         self.running.remove(request)
         self._preempt_request(request, time.monotonic())
         return True

@@ -19,7 +19,7 @@ from engine.loop import StepLoop
 from engine.scheduler import Scheduler
 from engine.strategies import Strategies
 from engine.strategies.deferral.pacing import Pacer
-from engine.types import Collaboration, Delta, GenerationRequest, SamplingSpec
+from engine.types import Collaboration, Delta, GenerationRequest, PolicyName, SamplingSpec
 from tests.engine.builders import make_lanes, make_scheduler, mixed_requests, request
 from tests.engine.oracle import Ledger, Pair, check
 
@@ -364,6 +364,79 @@ def test_a_base_that_hangs_ends_the_engine(coordination: Any) -> None:
     scheduler.add(GenerationRequest("a", [1]))
     with pytest.raises(TimeoutError, match="base timed out"):
         _drain(scheduler, loop)
+
+
+# -- a lane whose memory does not suffice ---------------------------------------------------------------------
+
+
+class _Starved(_Hanging):
+    """Says that the request with this order waits for memory; in its place, nothing is ever computed."""
+
+    order: int | None = None
+    rooms = 0
+
+    def has_work(self) -> bool:
+        return self.order is None and super().has_work()
+
+    @property
+    def starved(self) -> int | None:
+        return self.order
+
+    def make_room(self) -> None:
+        self.rooms += 1
+
+
+def _starved(coordination: Any, orders: list[int | None]) -> tuple[StepLoop, list[_Starved]]:
+    """A loop with two requests, one of which has rows in both lanes."""
+    lanes = [_Starved(number, f"lane-{number}", experts=1 - number) for number in range(2)]
+    scheduler = Scheduler(
+        lanes=2, max_num_seqs=8, max_model_len=1024, eos_token_ids=[], strategy=Strategies(2, has_gate=True)
+    )
+    policies: dict[str, PolicyName] = {"deferring": "always", "base": "never"}
+    for name, policy in policies.items():
+        collaboration = Collaboration(policy=policy)
+        scheduler.add(GenerationRequest(name, [1], SamplingSpec(max_tokens=60), collaboration))
+    loop = StepLoop(scheduler, lanes, coordination, step_timeout=0.02)
+    lanes[1].order = orders[1]
+    for _ in range(3):
+        loop.step()
+    for lane, order in zip(lanes, orders, strict=True):
+        lane.order = order
+    return loop, lanes
+
+
+@pytest.mark.parametrize("coordination", ["lockstep", "overlapped"])
+@pytest.mark.parametrize(("orders", "rooms"), [([5, 3], [0, 1]), ([3, 5], [1, 0]), ([2, 2], [1, 0])])
+def test_memory_goes_to_who_was_admitted_first(
+    coordination: Coordination, orders: list[int | None], rooms: list[int]
+) -> None:
+    loop, lanes = _starved(coordination, orders)
+    assert loop.step()
+    assert [lane.rooms for lane in lanes] == rooms
+
+
+@pytest.mark.parametrize("coordination", ["lockstep", "overlapped"])
+def test_no_memory_is_taken_while_any_lane_goes_on(coordination: Coordination) -> None:
+    loop, lanes = _starved(coordination, [3, 5])
+    lanes[1].order = None
+    loop.step()
+    assert lanes[0].rooms == 0, "the expert has stepped"
+    loop.step()
+    assert lanes[0].rooms == 1
+
+
+def test_memory_is_taken_beside_a_lane_that_is_lost() -> None:
+    loop, lanes = _starved("overlapped", [None, None])
+    lanes[1].hangs = True
+    while not lanes[1].held:
+        loop.step()
+    lanes[0].order = 3
+    loop.step()
+    assert lanes[0].rooms == 0, "its step is under way and may free what is wanted"
+    time.sleep(0.03)
+    while not lanes[0].rooms:
+        assert loop.step()
+    assert not loop.stats().lanes[1].up
 
 
 def _alone(lane: int, prompt: list[int], count: int) -> list[int]:

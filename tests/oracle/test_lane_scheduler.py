@@ -10,7 +10,7 @@ import warnings
 from collections import deque
 from concurrent.futures import Future
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from engine.lanes import Extension, LaneReport, LaneRequest, LaneWork, Sample
 from engine.lanes.interface import Launched
 from engine.loop import StepLoop
 from engine.strategies.deferral.pacing import Pacer
-from engine.types import GenerationRequest, SamplingSpec
+from engine.types import Collaboration, GenerationRequest, SamplingSpec
 from engine.vllm_hooks.options import engine_arguments, prepare_environment
 from engine.vllm_hooks.wire import EDITS, LaneEdits
 from tests.engine.builders import make_scheduler, mixed_requests, request
@@ -43,6 +43,7 @@ with warnings.catch_warnings():
     from engine.vllm_hooks.scheduler import LaneScheduler
 
 BLOCK = 4
+Coordination = Literal["lockstep", "overlapped"]
 PAIR = Pair(experts=1)
 
 
@@ -107,13 +108,22 @@ class TokenWorkerLane(StandinLane):
                 prompt_logprobs=added.sampling.prompt_logprobs,
                 min_tokens=min(added.sampling.min_tokens, PAIR.max_model_len),
             )
-            made = Request(added.request_id, list(added.prompt), params, None, block_hasher=self._hasher)
+            made = Request(
+                added.request_id, list(added.prompt), params, None, block_hasher=self._hasher, priority=added.order
+            )
             self.scheduler.add_lane_request(made, added, lambda: None)
         for extension in work.extend:
             self.scheduler.extend(extension)
 
     def has_work(self) -> bool:
         return self.scheduler.has_runnable()
+
+    @property
+    def starved(self) -> int | None:
+        return self.scheduler.starved
+
+    def make_room(self) -> None:
+        self.scheduler.make_room()
 
     def start(self) -> Future[LaneReport]:
         scheduled = self.scheduler.schedule()
@@ -192,7 +202,12 @@ class TokenWorkerLane(StandinLane):
 
 
 def drive(
-    config: Any, depths: tuple[int, int], blocks: int, requests: list[GenerationRequest], aborted: tuple[str, ...] = ()
+    config: Any,
+    depths: tuple[int, int],
+    blocks: int,
+    requests: list[GenerationRequest],
+    aborted: tuple[str, ...] = (),
+    coordination: Coordination = "lockstep",
 ) -> tuple[Ledger, list[TokenWorkerLane]]:
     lanes = [
         TokenWorkerLane(
@@ -208,7 +223,7 @@ def drive(
         for number, depth in enumerate(depths)
     ]
     scheduler = make_scheduler(PAIR)
-    loop = StepLoop(scheduler, list(lanes), "lockstep", Pacer(PAIR.lanes))
+    loop = StepLoop(scheduler, list(lanes), coordination, Pacer(PAIR.lanes))
     ledger = Ledger()
     for one in requests:
         scheduler.add(one)
@@ -244,6 +259,32 @@ def test_what_is_written_is_what_the_pair_writes(
     assert [lane.leftovers() for lane in lanes] == [[], []]
     assert (lanes[0].ahead > 20) == (depths[0] == 2)
     assert (sum(lane.scheduler.num_preemptions for lane in lanes) > 0) == (blocks == 20)
+
+
+@pytest.mark.parametrize("coordination", ["lockstep", "overlapped"])
+@pytest.mark.parametrize("depths", [(0, 0), (2, 1)])
+def test_texts_that_fit_one_at_a_time_are_written_in_turn(
+    vllm_config: Any, depths: tuple[int, int], coordination: Coordination
+) -> None:
+    """Each waits for the expert at every other token. Were its memory in the base's lane free then, another text would
+    be computed there from its beginning, and so on in turn, for each token.
+    """
+    collaboration = Collaboration(policy="random", rate=0.5)
+    requests = [
+        GenerationRequest(
+            str(number),
+            [7 + number] * 24,
+            SamplingSpec(temperature=0.0, seed=number, max_tokens=20, ignore_eos=True),
+            collaboration,
+        )
+        for number in range(6)
+    ]
+    # One text takes 11 of 4 tokens; a further one is vLLM's.
+    ledger, lanes = drive(vllm_config, depths, 15, requests, coordination=coordination)
+    for one in requests:
+        check(ledger.got[one.request_id], one, PAIR)
+    preempted = [lane.scheduler.num_preemptions for lane in lanes]
+    assert max(preempted) <= 2 * len(requests), "about once per text, not once per token"
 
 
 @pytest.mark.parametrize("blocks", [400, 20])

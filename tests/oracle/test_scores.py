@@ -141,7 +141,7 @@ def test_any_way_of_computing(settings: dict[str, Any], served: pairs.Served, pr
             same(engine.generate(asked(case, many)), many, loops(served, case, many))
         stats = assert_empty(engine)
         if "kv_blocks" in settings:
-            assert min(lane.preemptions for lane in stats.lanes) > 0
+            assert sum(lane.preemptions for lane in stats.lanes) > 0, "nothing was computed over again"
 
 
 @pytest.mark.slow

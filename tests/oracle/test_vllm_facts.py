@@ -31,6 +31,7 @@ with warnings.catch_warnings():
     from vllm.sampling_params import SamplingParams
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
     from vllm.v1.executor.abstract import Executor
@@ -104,6 +105,22 @@ def test_running_requests_without_new_tokens_are_skipped() -> None:
     source = inspect.getsource(Scheduler.schedule)
     assert "if num_new_tokens == 0:" in source
     assert "self._preempt_request(" in source
+
+
+def test_where_memory_is_short_the_order_of_admission_decides() -> None:
+    """A lane's requests have their number as vLLM's priority, and a lane knows when they did not get the memory."""
+    source = inspect.getsource(Scheduler.schedule)
+    assert "self.running,\n                            key=lambda r: (r.priority, r.arrival_time)," in source, (
+        "who is preempted"
+    )
+    assert "if not preempted_reqs and self._pause_state" in source, "not looked at after a preemption"
+    queue = create_request_queue(SchedulingPolicy("priority"))
+    params = SamplingParams(temperature=0.0)
+    for number in (7, 3, 5):
+        queue.add_request(Request(str(number), [1], params, None, priority=number))
+    assert queue.peek_request().priority == 3
+    queue.prepend_request(Request("4", [1], params, None, priority=4))
+    assert [queue.pop_request().priority for _ in range(4)] == [3, 4, 5, 7]
 
 
 def test_prefix_cache_is_read_and_written_where_it_is_bounded() -> None:
