@@ -66,9 +66,10 @@ def _report(
             [
                 str(cell),
                 spread([outcome.tokens_per_second for outcome, _ in measured]),
-                spread(shares, 1, 100, " %"),
+                # Steps that overlap are longer together than the time in which they were done.
+                spread(shares, 1, 100, " %") if lockstep else "-",
                 spread([account.device_share for account in accounts], 1, 100, " %"),
-                spread([account.own_microseconds_per_token for account in accounts]),
+                spread([account.own_microseconds_per_token for account in accounts]) if lockstep else "-",
                 *account_cells(accounts),
             ]
         )

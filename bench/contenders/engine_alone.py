@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from copy import deepcopy
 
+from pydantic import ValidationError
+
 from bench import processes, reaper
 from bench.account import Account
 from bench.contenders.base import Stamp
@@ -19,13 +21,22 @@ from engine.types import BASE, Collaboration, Delta, GenerationRequest, RunAhead
 
 
 def engine_config(settings: Settings) -> EngineConfig:
-    """The pair as this project serves it, to both of its contenders."""
+    """The pair as this project serves it, to both of its contenders.
+
+    Raises:
+        BenchError: a scheduler setting that the engine refuses.
+    """
     pair = settings.pair
+    overlapped = settings.scheduler.get("coordination") == "overlapped"
 
     def lane(member_name: str) -> dict[str, object]:
         number = 0 if member_name == "base" else 1
         member = (pair.base, pair.expert)[number]
-        place = {"executor": "mp", "devices": (number,)} if settings.two_devices else {}
+        place: dict[str, object] = {}
+        if settings.two_devices:
+            place = {"executor": "mp", "devices": (number,)}
+        elif overlapped and number:
+            place = {"executor": "mp"}
         return {
             "model": str(member.path),
             "kv_cache_memory_bytes": settings.kv_bytes(member),
@@ -33,11 +44,20 @@ def engine_config(settings: Settings) -> EngineConfig:
             **place,
         }
 
+    try:
+        scheduler = SchedulerConfig.model_validate({"max_num_seqs": settings.max_num_seqs, **settings.scheduler})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        message = (
+            problem["msg"].removeprefix("Value error, ").replace("Extra inputs are not permitted", "no such setting")
+        )
+        raise BenchError(f"--scheduler {name}: {message}") from None
     return EngineConfig(
         base=LaneConfig.model_validate(lane("base")),
         experts=(ExpertConfig.model_validate({"name": pair.expert_name, **lane("expert")}),),
         gate=GateConfig(path=str(pair.gate) if pair.gate is not None else None),
-        scheduler=SchedulerConfig.model_validate({"max_num_seqs": settings.max_num_seqs, **settings.scheduler}),
+        scheduler=scheduler,
     )
 
 

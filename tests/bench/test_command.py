@@ -65,6 +65,8 @@ def test_options() -> None:
             ["coordination", "--prompt", "8k", "--max-tokens", "500"],
             "--prompt: 8000 tokens and 500 written ones do not fit",
         ),
+        (["coordination", "--scheduler", "coordination=lockstop"], "--scheduler coordination: Input should be 'auto'"),
+        (["coordination", "--scheduler", "coordinaton=lockstep"], "--scheduler coordinaton: no such setting"),
     ],
 )
 def test_what_a_measurement_cannot_do(
@@ -83,6 +85,11 @@ def test_the_base_drafts_for_a_stock_expert_and_two_devices_are_processes(tiny: 
     assert settings.kv_bytes(tiny.expert, tiny.base) == 2 * settings.kv_bytes(tiny.expert)
     config = engine_config(settings)
     assert [(lane.executor, lane.devices) for lane in config.lanes] == [("mp", (0,)), ("mp", (1,))]
+
+
+def test_overlapped_lanes_but_one_are_processes(tiny: Pair) -> None:
+    settings = Settings(tiny, max_num_seqs=8, request_tokens=128, scheduler={"coordination": "overlapped"})
+    assert [lane.executor for lane in engine_config(settings).lanes] == ["uni", "mp"]
 
 
 def test_a_stock_server_on_a_gpu_needs_no_nvcc(tiny: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
