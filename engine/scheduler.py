@@ -173,7 +173,8 @@ class Scheduler:
         for request_id, decoding in book.due.items():
             if request_id not in book.holds:
                 book.holds.add(request_id)
-                work.add.append(decoding.open(lane)._replace(order=decoding.answer.order))
+                primary = lane == decoding.primary_lane
+                work.add.append(decoding.open(lane)._replace(order=decoding.answer.order, primary=primary))
             elif (extension := decoding.extend(lane)) is not None:
                 work.extend.append(extension)
         if book.due:

@@ -58,6 +58,8 @@ class LaneRequest(NamedTuple):
         part: None if the lane samples its own distribution and nobody else needs that.
         order: the request's number in the order of admission, the same in all lanes. Where memory does not suffice for
             all, those that were admitted first go on.
+        primary: the request's text begins in this lane. In the others a row may be of no use for long, while the
+            request goes on elsewhere, and may be given up for one that waits.
     """
 
     request_id: str
@@ -71,6 +73,7 @@ class LaneRequest(NamedTuple):
     draw_offset: int = 0
     scores: bool = False
     order: int = 0
+    primary: bool = False
 
 
 class Extension(msgspec.Struct, frozen=True, gc=False):
@@ -255,7 +258,8 @@ class Lane(Protocol):
     def starved(self) -> int | None:
         """The ``order`` of the first request that waits for memory which rows without anything to do hold, if one does.
 
-        That is no work: those rows may go on soon, and to compute them again takes longer than to wait for that.
+        That is no work: those rows may go on soon, and to compute them again takes longer than to wait for that. Where
+        it no longer does, the lane has work.
         """
         ...
 

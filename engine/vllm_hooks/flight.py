@@ -10,12 +10,28 @@ extension. Where it proves wrong, the row is cut as if it had been told a draft 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from vllm.v1.request import Request
 
 from engine.lanes.interface import LaneRequest
+
+
+class Landed(NamedTuple):
+    """A token that was sampled.
+
+    Attributes:
+        position: number of tokens that it follows, prompt included.
+        row: where the runner's output has the request's readings and log-probabilities, or, if the position was
+            asked for before the end, the sample's index among those.
+    """
+
+    request: Request
+    position: int
+    token: int
+    row: int
+    asked: bool
 
 
 class FlyingRow(msgspec.Struct):

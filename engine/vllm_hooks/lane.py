@@ -469,13 +469,13 @@ class VllmLane:
                 if prompt is not None:
                     sample.prompt_logprobs = prompt_logprobs(prompt)
             (samples if guest is None else guests[guest.number]).append(sample)
-        stats = self._stats
-        stats.steps += 1
-        stats.device_seconds += readings.device_seconds
+        self._stats.steps += 1
+        self._stats.device_seconds += readings.device_seconds
         if self._guests:
             failures = [failure._replace(request_id=self._owner(failure.request_id)[1]) for failure in failures]
         seconds = time.perf_counter() - begin
         self._seconds.append(seconds)
+        self._scheduler.speed.observe(scheduled.total_num_scheduled_tokens, readings.device_seconds or seconds)
         return LaneReport(
             samples,
             seconds,

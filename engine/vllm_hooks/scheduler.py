@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -26,25 +26,10 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from engine.lanes.interface import Extension, Failure, LaneRequest, Part
 from engine.types import ErrorCode
-from engine.vllm_hooks.flight import Flight, FlyingRow, may_look_ahead
+from engine.vllm_hooks.flight import Flight, FlyingRow, Landed, may_look_ahead
+from engine.vllm_hooks.parking import Speed, idle_row
 from engine.vllm_hooks.state import keep_windows_for_cuts
 from engine.vllm_hooks.wire import EDITS, Edit, LaneEdits
-
-
-class Landed(NamedTuple):
-    """A token that was sampled.
-
-    Attributes:
-        position: number of tokens that it follows, prompt included.
-        row: where the runner's output has the request's readings and log-probabilities, or, if the position was
-            asked for before the end, the sample's index among those.
-    """
-
-    request: Request
-    position: int
-    token: int
-    row: int
-    asked: bool
 
 
 class _Row(msgspec.Struct):
@@ -60,6 +45,7 @@ class _Row(msgspec.Struct):
         part: the lane's part in the request's blend.
         draw_offset: see LaneRequest.
         scores: see LaneRequest.
+        may_idle: the request may go on without this row, for nobody knows how long.
         sampled_at: how many output tokens ``sample`` followed, if the lane has heard of it; else -1.
         looks_ahead: whether the row may be computed past its sample before anybody has decided on that.
         stands: whether its last sample was what it went on with.
@@ -75,6 +61,7 @@ class _Row(msgspec.Struct):
     part: Part | None = None
     draw_offset: int = 0
     scores: bool = False
+    may_idle: bool = False
     sampled_at: int = -1
     looks_ahead: bool = False
     stands: bool = True
@@ -89,8 +76,9 @@ class LaneScheduler(Scheduler):
         # Parked rows whose KV blocks were taken. They stay out of the waiting queue until they are extended:
         # recomputing them earlier would only sample a position again that nobody waits for.
         self._evicted: dict[str, Request] = {}
-        # Requests that are parked now, the longest parked first.
-        self._parked: dict[str, None] = {}
+        # Since when requests are parked, the longest parked first.
+        self._parked: dict[str, float] = {}
+        self.speed = Speed()
         self._rows: dict[str, _Row] = {}
         self._wants_top_probability: set[str] = set()
         # Requests whose text is scored: what they are told as written is their prompt.
@@ -140,6 +128,7 @@ class LaneScheduler(Scheduler):
             part=added.part,
             draw_offset=added.draw_offset,
             scores=added.scores,
+            may_idle=not added.primary,
             looks_ahead=self.looks_ahead and looks_ahead and may_look_ahead(request, added),
         )
         if added.wants_top_probability:
@@ -316,7 +305,9 @@ class LaneScheduler(Scheduler):
             request.structured_output_request.is_grammar_ready for request, _ in self._compiling.values()
         ):
             return True
-        if (self.waiting and not self._starved) or len(self._parked) - len(self._evicted) < len(self.running):
+        if len(self._parked) - len(self._evicted) < len(self.running):
+            return True
+        if self.waiting and (not self._starved or self._idle_row() is not None):
             return True
         return bool(self._flights) and any(map(self._can_look_ahead, self._flights[-1].ends))
 
@@ -369,8 +360,11 @@ class LaneScheduler(Scheduler):
         ahead = list(filter(self._can_look_ahead, self._flights[-1].ends)) if self._flights else []
         for row in ahead:
             row.request.num_output_placeholders = 1
+        if self._starved and (idle := self._idle_row()) is not None:
+            self._evict(idle)
         output = super().schedule(throttle_prefills)
-        while not output.total_num_scheduled_tokens and self.waiting and self._may_evict and self._evict_one():
+        while not output.total_num_scheduled_tokens and self.waiting and self._may_evict and (parked := self._held()):
+            self._evict(max(parked, key=lambda request: request.priority))
             finished, preempted = output.finished_req_ids, output.preempted_req_ids or set()
             output = super().schedule(throttle_prefills)
             output.finished_req_ids |= finished
@@ -406,7 +400,7 @@ class LaneScheduler(Scheduler):
             at_end = request.num_computed_tokens >= request.num_tokens
             flight.rows[request_id] = FlyingRow(request, num_tokens, request.num_computed_tokens if at_end else -1)
             if at_end:
-                self._parked[request_id] = None
+                self._parked[request_id] = time.monotonic()
                 if row.looks_ahead:
                     flight.ends.append(row)
         for row in ahead:
@@ -479,15 +473,23 @@ class LaneScheduler(Scheduler):
             self.waiting.remove_request(request)
             self._evicted[request.request_id] = request
 
-    def _evict_one(self) -> bool:
-        """Take the KV blocks of the parked row that was admitted last. False if there is none to take."""
-        parked = [self.requests[request_id] for request_id in self._parked if request_id not in self._evicted]
-        if not parked:
-            return False
-        request = max(parked, key=lambda parked: parked.priority)
+    def _held(self) -> list[Request]:
+        """Parked rows that hold KV blocks, the longest parked first."""
+        return [self.requests[request_id] for request_id in self._parked if request_id not in self._evicted]
+
+    def _idle_row(self) -> Request | None:
+        now = time.monotonic()
+        idle = (
+            (request, now - self._parked[request.request_id])
+            for request in self._held()
+            if self._rows[request.request_id].may_idle
+        )
+        return idle_row(idle, self.speed.seconds_per_token, len(self.running))
+
+    def _evict(self, request: Request) -> None:
+        """Take a parked row's KV blocks."""
         self.running.remove(request)
         self._preempt_request(request, time.monotonic())
-        return True
 
 
 def _pass(row: _Row) -> list[int]:

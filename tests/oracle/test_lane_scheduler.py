@@ -40,6 +40,7 @@ with warnings.catch_warnings():
     from vllm.v1.request import Request
     from vllm.v1.structured_output import StructuredOutputManager
 
+    from engine.vllm_hooks.parking import Speed, idle_row
     from engine.vllm_hooks.scheduler import LaneScheduler
 
 BLOCK = 4
@@ -204,10 +205,11 @@ class TokenWorkerLane(StandinLane):
 def drive(
     config: Any,
     depths: tuple[int, int],
-    blocks: int,
+    blocks: int | tuple[int, int],
     requests: list[GenerationRequest],
     aborted: tuple[str, ...] = (),
     coordination: Coordination = "lockstep",
+    seconds_per_token: float = 0.0,
 ) -> tuple[Ledger, list[TokenWorkerLane]]:
     lanes = [
         TokenWorkerLane(
@@ -217,11 +219,13 @@ def drive(
             vocab_size=PAIR.vocab_size,
             max_model_len=PAIR.max_model_len,
             config=config,
-            blocks=blocks,
+            blocks=blocks if isinstance(blocks, int) else blocks[number],
             depth=depth,
         )
         for number, depth in enumerate(depths)
     ]
+    for lane in lanes:
+        lane.scheduler.speed.observe(1, seconds_per_token)
     scheduler = make_scheduler(PAIR)
     loop = StepLoop(scheduler, list(lanes), coordination, Pacer(PAIR.lanes))
     ledger = Ledger()
@@ -249,16 +253,68 @@ def without_blends(count: int, seed: int) -> list[GenerationRequest]:
 @pytest.mark.parametrize("depths", [(0, 0), (1, 1), (2, 1)])
 @pytest.mark.parametrize("blocks", [400, 20])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seconds_per_token", [0.0, 1.0])
 def test_what_is_written_is_what_the_pair_writes(
-    vllm_config: Any, depths: tuple[int, int], blocks: int, seed: int
+    vllm_config: Any, depths: tuple[int, int], blocks: int, seed: int, seconds_per_token: float
 ) -> None:
+    """With memory for few; idle rows give theirs up at once, or never while any lane can go on."""
     requests = without_blends(40, seed)
-    ledger, lanes = drive(vllm_config, depths, blocks, requests)
+    ledger, lanes = drive(vllm_config, depths, blocks, requests, seconds_per_token=seconds_per_token)
     for one in requests:
         check(ledger.got[one.request_id], one, PAIR)
     assert [lane.leftovers() for lane in lanes] == [[], []]
     assert (lanes[0].ahead > 20) == (depths[0] == 2)
     assert (sum(lane.scheduler.num_preemptions for lane in lanes) > 0) == (blocks == 20)
+
+
+def long_requests(rate: float) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            str(number),
+            [7 + number] * 24,
+            SamplingSpec(temperature=0.0, seed=number, max_tokens=20, ignore_eos=True),
+            Collaboration(policy="random", rate=rate),
+        )
+        for number in range(6)
+    ]
+
+
+def test_a_base_with_memory_for_one_gives_nothing_up_meanwhile(vllm_config: Any) -> None:
+    requests = long_requests(0.5)
+    ledger, lanes = drive(vllm_config, (0, 0), (15, 400), requests, coordination="overlapped")
+    for one in requests:
+        check(ledger.got[one.request_id], one, PAIR)
+    assert lanes[0].scheduler.num_preemptions <= len(requests)
+
+
+@pytest.mark.parametrize("depths", [(0, 0), (2, 1)])
+def test_an_expert_with_memory_for_one(vllm_config: Any, depths: tuple[int, int]) -> None:
+    """Who is deferred next gets the memory of a row that has been idle, if computing that again would be quick."""
+    requests = long_requests(0.3)
+    preemptions = []
+    for seconds_per_token in (0.0, 1.0):
+        ledger, lanes = drive(vllm_config, depths, (400, 15), requests, seconds_per_token=seconds_per_token)
+        for one in requests:
+            check(ledger.got[one.request_id], one, PAIR)
+        assert lanes[0].scheduler.num_preemptions == 0
+        preemptions.append(lanes[1].scheduler.num_preemptions)
+    quick, slow = preemptions
+    assert quick > slow <= 2 * len(requests)
+
+
+def test_a_row_is_given_up_when_waiting_has_cost_as_much_as_computing_it_again() -> None:
+    speed = Speed()
+    assert speed.seconds_per_token == 0.0
+    for _ in range(3):
+        speed.observe(1, 0.004)
+        speed.observe(1000, 0.1)
+    assert speed.seconds_per_token == pytest.approx(1e-4, rel=0.01), "what a token of a long prompt takes"
+    params = SamplingParams(temperature=0.0)
+    short, long = (Request(str(length), [1] * length, params, None) for length in (100, 500))
+    assert idle_row([(long, 0.19), (short, 0.03)], 1e-4, held=4) is None
+    assert idle_row([(long, 0.19), (short, 0.041)], 1e-4, held=4) is short
+    assert idle_row([(long, 0.21), (short, 0.041)], 1e-4, held=4) is long, "the one that has been idle longest"
+    assert idle_row([(long, 0.21), (short, 0.041)], 1e-4, held=6) is None, "more rows have to wait for it"
 
 
 @pytest.mark.parametrize("coordination", ["lockstep", "overlapped"])
@@ -269,18 +325,9 @@ def test_texts_that_fit_one_at_a_time_are_written_in_turn(
     """Each waits for the expert at every other token. Were its memory in the base's lane free then, another text would
     be computed there from its beginning, and so on in turn, for each token.
     """
-    collaboration = Collaboration(policy="random", rate=0.5)
-    requests = [
-        GenerationRequest(
-            str(number),
-            [7 + number] * 24,
-            SamplingSpec(temperature=0.0, seed=number, max_tokens=20, ignore_eos=True),
-            collaboration,
-        )
-        for number in range(6)
-    ]
+    requests = long_requests(0.5)
     # One text takes 11 of 4 tokens; a further one is vLLM's.
-    ledger, lanes = drive(vllm_config, depths, 15, requests, coordination=coordination)
+    ledger, lanes = drive(vllm_config, depths, 15, requests, coordination=coordination, seconds_per_token=1.0)
     for one in requests:
         check(ledger.got[one.request_id], one, PAIR)
     preempted = [lane.scheduler.num_preemptions for lane in lanes]
