@@ -8,25 +8,30 @@ from vllm.v1.request import Request
 
 
 class Speed:
-    """Seconds per token where a step computes many: least squares through the origin, with a fading past.
+    """How long a token takes where a step computes many of them: how fast a whole text would be computed again.
 
-    Long prompts decide, as they should: what is asked is how long it takes to compute a whole text again.
+    Steps count by the square of their tokens, against the largest step so far. So a lane that has computed no prompt
+    for a while still knows how long one takes, and is not misled by steps of a few rows, whose tokens are dear.
     """
 
-    _MEMORY = 0.98
+    _SHARE = 0.3
+    """Of what is known, that one more of the largest steps replaces."""
 
     def __init__(self) -> None:
-        self._tokens_seconds = self._tokens_squared = 0.0
+        self.seconds_per_token = 0.0
+        """0 before the first step."""
+        self._most = 0
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Take in one step."""
-        self._tokens_seconds = self._tokens_seconds * self._MEMORY + tokens * seconds
-        self._tokens_squared = self._tokens_squared * self._MEMORY + tokens * tokens
-
-    @property
-    def seconds_per_token(self) -> float:
-        """0 before the first step."""
-        return self._tokens_seconds / self._tokens_squared if self._tokens_squared else 0.0
+        if not tokens:
+            return
+        if tokens > self._most:
+            share = max(self._SHARE, 1.0 - (self._most / tokens) ** 2)
+            self._most = tokens
+        else:
+            share = self._SHARE * (tokens / self._most) ** 2
+        self.seconds_per_token += (seconds / tokens - self.seconds_per_token) * share
 
 
 def idle_row(parked: Iterable[tuple[Request, float]], seconds_per_token: float, held: int) -> Request | None:

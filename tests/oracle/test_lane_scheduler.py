@@ -302,13 +302,24 @@ def test_an_expert_with_memory_for_one(vllm_config: Any, depths: tuple[int, int]
     assert quick > slow <= 2 * len(requests)
 
 
-def test_a_row_is_given_up_when_waiting_has_cost_as_much_as_computing_it_again() -> None:
+def test_how_long_a_text_takes_is_known_from_prompts() -> None:
     speed = Speed()
     assert speed.seconds_per_token == 0.0
-    for _ in range(3):
-        speed.observe(1, 0.004)
-        speed.observe(1000, 0.1)
-    assert speed.seconds_per_token == pytest.approx(1e-4, rel=0.01), "what a token of a long prompt takes"
+    speed.observe(0, 1.0)
+    assert speed.seconds_per_token == 0.0, "a step without tokens says nothing"
+    speed.observe(2, 0.004)
+    assert speed.seconds_per_token == pytest.approx(2e-3)
+    speed.observe(1000, 0.1)
+    assert speed.seconds_per_token == pytest.approx(1e-4, rel=1e-3), "the first prompt"
+    for _ in range(1000):
+        speed.observe(2, 0.004)
+    assert speed.seconds_per_token == pytest.approx(1e-4, rel=0.05), "whatever a few tokens take, and how often"
+    for _ in range(10):
+        speed.observe(900, 0.18)
+    assert speed.seconds_per_token == pytest.approx(2e-4, rel=0.1), "a device that has become slower"
+
+
+def test_a_row_is_given_up_when_waiting_has_cost_as_much_as_computing_it_again() -> None:
     params = SamplingParams(temperature=0.0)
     short, long = (Request(str(length), [1] * length, params, None) for length in (100, 500))
     assert idle_row([(long, 0.19), (short, 0.03)], 1e-4, held=4) is None
