@@ -37,10 +37,10 @@ class Speed:
 def idle_row(parked: Iterable[tuple[Request, float]], seconds_per_token: float, held: int) -> Request | None:
     """The first row that has been parked for so long that computing it again would have cost less.
 
-    Waiting costs the one request that waits; to compute a row again takes the lane from all. So a row is given up once
-    it has been parked for as many times as long as that takes as there are rows: whenever it goes on after that, both
-    together have cost at most twice what the better of the two would have (the ski rental problem: Karlin et al.,
-    Competitive Snoopy Caching, 1988). A row that goes on every few steps is never given up.
+    Waiting costs the one request that waits; to compute a row again takes the lane from all that have rows there. So a
+    row is given up once it has been parked for as many times as long as that takes as there are rows: whenever it goes
+    on after that, both together have cost at most twice what the better of the two would have (the ski rental problem:
+    Karlin et al., Competitive Snoopy Caching, 1988). A row that goes on every few steps is never given up.
 
     Args:
         parked: rows, each with the seconds for which it has been parked; the longest parked first.
