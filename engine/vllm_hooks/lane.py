@@ -38,6 +38,7 @@ from engine.vllm_hooks.guest import GuestLane, lora_request
 from engine.vllm_hooks.hashes import PromptHashes
 from engine.vllm_hooks.logprobs import prompt_logprobs, row_logprobs
 from engine.vllm_hooks.masses import MassReader
+from engine.vllm_hooks.memory import memory_notes
 from engine.vllm_hooks.sampling import seed_of
 from engine.vllm_hooks.scheduler import LaneScheduler
 from engine.vllm_hooks.state import what_cannot_be_cut
@@ -157,6 +158,7 @@ class VllmLane:
             adapter=None if adapter is None else adapter.folder,
         )
         self._guests = {each.number: GuestLane(self, each.number, each.name, each) for each in guests}
+        self.notes += memory_notes(self._info, len(self._guests))
         # Rows of guests: whose, and the request's id.
         self._guest_rows: dict[str, tuple[GuestLane, str]] = {}
         for lora in filter(None, (self.lora, *(guest.lora for guest in self._guests.values()))):
@@ -234,8 +236,7 @@ class VllmLane:
         )
         for row in rows.remove:
             self._guest_rows.pop(row, None)
-        for added in work.add:
-            self._guest_rows[guest.row(added.request_id)] = (guest, added.request_id)
+        self._guest_rows |= {guest.row(added.request_id): (guest, added.request_id) for added in work.add}
         guest.held.difference_update(work.remove)
         guest.held.update(added.request_id for added in work.add)
         self._take_in(rows, guest.lora, guest.counts)
@@ -344,8 +345,7 @@ class VllmLane:
         found += [f"block hashes of {request_id}" for request_id in self._hashes.held()]
         pool = scheduler.kv_cache_manager.block_pool
         held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-        if held:
-            found.append(f"{held} KV blocks")
+        found += [f"{held} KV blocks"] if held else []
         if self._in_process:
             found += [f"worker state of {request_id}" for request_id in self._worker.collm_held()]
         for number in (self._number, *self._guests):

@@ -1,4 +1,7 @@
-"""How lanes on one GPU share its memory: vLLM takes 92 % of a device per engine unless told otherwise."""
+"""How lanes on one GPU share its memory, and what a lane's part of it must hold.
+
+vLLM takes 92 % of a device per engine unless told otherwise.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 
 from engine.config import LaneConfig
 from engine.errors import ConfigError
+from engine.types import LaneInfo
 
 SHARED = 0.92
 """Share of a device that its lanes take together, as one vLLM engine does by default."""
@@ -71,3 +75,16 @@ def memory_shares(
                 )
             shares[number] = min(share, shares[number] or 1.0)
     return [None if share is None else round(min(share, SHARED), 4) for share in shares]
+
+
+def memory_notes(host: LaneInfo, guests: int) -> list[str]:
+    """What to say of a cache that cannot hold all rows of one text: they would take each other's memory in turn."""
+    texts = 1 + guests
+    holds = host.kv_blocks * host.block_size
+    if not guests or holds >= texts * host.max_model_len:
+        return []
+    return [
+        f"{host.name}: the KV cache holds {holds:,} tokens; a text of {host.max_model_len:,} that was deferred to all"
+        f" adapters has {texts} rows there and is computed over and over: raise kv_cache_memory_bytes to hold"
+        f" {texts * host.max_model_len:,}, or lower max_model_len"
+    ]

@@ -13,7 +13,8 @@ import pytest
 
 from engine.config import LaneConfig
 from engine.errors import ConfigError
-from engine.vllm_hooks.memory import memory_shares
+from engine.types import LaneInfo
+from engine.vllm_hooks.memory import memory_notes, memory_shares
 from engine.vllm_hooks.options import LARGE_BYTES, prepare_environment
 
 
@@ -146,3 +147,10 @@ def test_lanes_on_one_device_share_its_memory() -> None:
     assert shares(lane(), lane(executor="ray"), weights=(4, 60)) == [None, None]
     with pytest.raises(ConfigError, match="lane1: device 0 has no room for the weights beside the other lanes"):
         shares(lane(kv_cache_memory_bytes=60 * GIB), lane(), weights=(4, 16))
+
+
+def test_a_cache_for_one_text_per_row_is_not_warned_of() -> None:
+    lane = LaneInfo("base", "folder", 100, kv_blocks=30, block_size=10)
+    assert memory_notes(lane, 0) == memory_notes(lane, 2) == []
+    assert "holds 300 tokens; a text of 100 " in memory_notes(lane, 3)[0]
+    assert "to hold 400" in memory_notes(lane, 3)[0]

@@ -141,7 +141,10 @@ def test_blends_with_adapters(kind: str, pair: Adapted, engine: Engine, prompts:
 
 def test_pressed_for_memory(pair: Adapted, prompts: list[list[int]], expected: list[Written]) -> None:
     """Prompts in pieces, too little memory for all, aborts in between: the same texts, and nothing is left."""
-    with Engine(pair.config(**PRESSED, scheduler={"run_ahead": 4})) as engine:
+    said: list[str] = []
+    with Engine(pair.config(**PRESSED, scheduler={"run_ahead": 4}), on_progress=said.append) as engine:
+        (warned,) = [line for line in said if "over and over" in line]
+        assert warned.startswith("base: the KV cache holds ")
         assert_same(run(engine, _requests(prompts[:24], "pressed"), 24), expected)
         assert preemptions(engine)[0] > 0
 
