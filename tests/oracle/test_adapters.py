@@ -99,6 +99,8 @@ def _alone(pair: Pair, prompt: list[int], tokens: int) -> list[int]:
 
 def test_a_step_is_shared(engine: Engine, prompts: list[list[int]]) -> None:
     """With many rows some are deferred at any time, and no step is only theirs."""
+    # So that there is an account, whichever test comes first.
+    run(engine, _requests(prompts[:1], "before"), 1)
     before = assert_empty(engine)
     requests = [
         GenerationRequest(
@@ -115,9 +117,8 @@ def test_a_step_is_shared(engine: Engine, prompts: list[list[int]]) -> None:
     guests = sum(lane.steps for lane in after.lanes[1:]) - sum(lane.steps for lane in before.lanes[1:])
     assert written > 100
     assert guests > 20
-    # Deferred tokens cost a request a step each; no step is made for the adapters alone while the base has rows.
-    longest = max(len(one.tokens) + sum(map(bool, one.sources)) for one in done)
-    assert after.lanes[0].steps - before.lanes[0].steps <= longest + 10
+    # If adapters had steps of their own, these would come on top of the base's, which are as many as a text has tokens.
+    assert after.lanes[0].steps - before.lanes[0].steps < guests + TOKENS
     assert sum(len(lane.step_seconds) for lane in after.lanes[1:]) == 0
 
 
